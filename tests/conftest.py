@@ -1,0 +1,34 @@
+"""Flags and fixtures that every test shares."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--gpu", action="store_true", help="run the tests that need an NVIDIA GPU, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skipped = []
+    if not config.getoption("--slow"):
+        skipped.append(("slow", "takes minutes: run with --slow"))
+    if not config.getoption("--gpu"):
+        skipped.append(("gpu", "needs an NVIDIA GPU: run with --gpu"))
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu was given, but torch sees no CUDA device")
+    for item in items:
+        for marker, reason in skipped:
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real CT beside the repository; tests that use it are skipped where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real CT: {folder} is not a folder")
+    return folder
