@@ -1,0 +1,169 @@
+"""Everything that a training run depends on, in one frozen value that JSON can hold."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from effseg.errors import InputError
+
+# What may differ between a run and its continuation: nothing here changes a computed number.
+FREE_ON_RESUME = frozenset({"data", "output", "workers", "device", "checkpoint_interval"})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training run.
+
+    data: folder of CT volumes with labels (nnU-Net's layout or flat ``NAME_ct``/``NAME_seg`` pairs).
+    output: the run's folder; made when absent, continued when it holds a run of the same configuration.
+    model: a name of `effseg.models.MODEL_NAMES`.
+    norm: "instance", "batch" or "group" for effseg models (the 3D U-Net always has batch norm).
+    labels: which labels to learn: a group of labels.json, ``GROUP:organ,organ`` or ``organ,organ``.
+    cases: which cases to use, e.g. ``"case001-case016,case020"``; None: all labelled ones.
+    validation: which cases validate, in the same language; they are looked for among all labelled cases
+        and never train. Not together with `fold`.
+    fold: 0-4 validates on that fold of splits_final.json or of nnU-Net's five-fold split; "all" trains
+        on every case, without validation. None with no `validation` means fold 0.
+    steps: optimiser steps. epochs: passes over the training cases, used instead of `steps` when given.
+    batch_size: volumes (or patches) per process and step; above 1 their sizes must agree.
+    learning_rate: peak rate of AdamW; None: 4e-3 for effseg models, 1e-3 for the 3D U-Net.
+    class_weights: cross-entropy weights: "sqrt" for 1/sqrt(class frequency), or "none".
+    dice_weight, ce_weight, label_smoothing, include_background, batch_dice: the loss's options.
+    dtype: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on a CPU.
+    ema: decay per step of a running mean of the weights which then is validated and saved; 0: none.
+    augment: random affine maps, intensities and noise for the training cases.
+    patch_size: train on random patches of that many voxels (R, A, S axes) instead of whole volumes and
+        validate by a sliding window; None: whole volumes.
+    window: HU limits of the intensity window. spacing: voxel size in mm (R, A, S) to resample to;
+        None: every scan's own. crop: "body" or "none". margin: mm kept around the body.
+    validation_interval, checkpoint_interval: in steps.
+    seed: with the step number it determines every random choice.
+    workers: background threads that prepare batches; 0 prepares them between steps.
+    device: "auto" (CUDA where there is a GPU), "cpu", "cuda" or "cuda:N".
+
+    Raises InputError, naming the field, for a value out of range.
+    """
+
+    data: Path
+    output: Path
+    model: str = "effseg-base"
+    norm: Literal["instance", "batch", "group"] = "instance"
+    labels: str | None = None
+    cases: str | None = None
+    validation: str | None = None
+    fold: int | Literal["all"] | None = None
+    steps: int = 2000
+    epochs: int | None = None
+    batch_size: int = 1
+    learning_rate: float | None = None
+    weight_decay: float = 1e-4
+    warmup: float = 0.08
+    clip_norm: float = 5.0
+    class_weights: Literal["sqrt", "none"] = "sqrt"
+    dice_weight: float = 1.0
+    ce_weight: float = 1.0
+    label_smoothing: float = 0.0
+    include_background: bool = False
+    batch_dice: bool = False
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    ema: float = 0.0
+    augment: bool = True
+    patch_size: tuple[int, int, int] | None = None
+    window: tuple[float, float] = (-200.0, 400.0)
+    spacing: tuple[float, float, float] | None = None
+    crop: Literal["body", "none"] = "body"
+    margin: float = 10.0
+    validation_interval: int = 100
+    checkpoint_interval: int = 100
+    seed: int = 0
+    workers: int = 1
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", Path(self.data))
+        object.__setattr__(self, "output", Path(self.output))
+        for name in ("patch_size", "window", "spacing"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("steps", "batch_size", "validation_interval", "checkpoint_interval"):
+            _demand(self, name, getattr(self, name) >= 1, "at least 1")
+        _demand(self, "epochs", self.epochs is None or self.epochs >= 1, "at least 1")
+        _demand(self, "workers", self.workers >= 0, "0 or more")
+        _demand(self, "seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1")
+        rate = self.learning_rate
+        _demand(self, "learning_rate", rate is None or 0 < rate < math.inf, "above 0")
+        _demand(self, "clip_norm", self.clip_norm > 0, "above 0")
+        for name in ("weight_decay", "dice_weight", "ce_weight", "margin"):
+            _demand(self, name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        _demand(self, "ce_weight", self.dice_weight + self.ce_weight > 0, "above 0 when dice_weight is 0")
+        for name in ("warmup", "label_smoothing", "ema"):
+            _demand(self, name, 0 <= getattr(self, name) < 1, "0 or more and below 1")
+        for name, values in _CHOICES.items():
+            _demand(self, name, getattr(self, name) in values, f"one of {', '.join(values)}")
+        fold = self.fold
+        _demand(self, "fold", fold is None or fold == "all" or fold in range(5), "0 to 4 or 'all'")
+        _demand(self, "fold", fold is None or self.validation is None, "absent when validation cases are given")
+        patch, spacing = self.patch_size, self.spacing
+        _demand(self, "patch_size", patch is None or (len(patch) == 3 and min(patch) >= 1), "3 sizes in voxels")
+        good = spacing is None or (len(spacing) == 3 and 0 < min(spacing) <= max(spacing) < math.inf)
+        _demand(self, "spacing", good, "3 sizes in mm above 0")
+        good = len(self.window) == 2 and -math.inf < self.window[0] < self.window[1] < math.inf
+        _demand(self, "window", good, "a lower and a higher limit in HU")
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate at the top of the schedule."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 4e-3 if self.model.startswith("effseg") else 1e-3
+
+    @property
+    def validates(self) -> bool:
+        return self.fold != "all"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: paths as strings, tuples as lists."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainingConfig":
+        """The inverse of `to_dict`. Raises InputError for a field that is unknown or missing."""
+        known = {field.name for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise InputError(f"training configuration: unknown field {name!r}")
+        for name in ("data", "output"):
+            if name not in values:
+                raise InputError(f"training configuration: field {name!r} is missing")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> "TrainingConfig":
+        return replace(self, **changes)
+
+    def check_continues(self, earlier: "TrainingConfig") -> None:
+        """Raise InputError naming the first field in which this configuration departs from `earlier`."""
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(earlier, field.name)
+            if field.name not in FREE_ON_RESUME and mine != theirs:
+                raise InputError(
+                    f"{self.output} holds a run with {field.name} = {theirs}, but now it is {mine}: "
+                    "use another output folder, or overwrite the run"
+                )
+
+
+_CHOICES = {
+    "norm": ("instance", "batch", "group"),
+    "class_weights": ("sqrt", "none"),
+    "dtype": ("auto", "bf16", "fp32"),
+    "crop": ("body", "none"),
+}
+
+
+def _demand(config: TrainingConfig, name: str, good: bool, expected: str) -> None:
+    if not good:
+        raise InputError(f"{name}: expected {expected}, got {getattr(config, name)}")
