@@ -84,9 +84,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", Path(self.data))
         object.__setattr__(self, "output", Path(self.output))
-        for name in ("patch_size", "window", "spacing"):
+        for name, kind in (("patch_size", int), ("window", float), ("spacing", float)):
             value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else tuple(value))
+            object.__setattr__(self, name, None if value is None else tuple(map(kind, value)))
         self._check()
 
     def _check(self) -> None:
@@ -105,6 +105,8 @@ class TrainingConfig:
             _demand(self, name, 0 <= getattr(self, name) < 1, "0 or more and below 1")
         for name, values in _CHOICES.items():
             _demand(self, name, getattr(self, name) in values, f"one of {', '.join(values)}")
+        baseline = not self.model.startswith("effseg")
+        _demand(self, "norm", self.norm == "instance" or not baseline, "a choice for effseg models only")
         fold = self.fold
         _demand(self, "fold", fold is None or fold == "all" or fold in range(5), "0 to 4 or 'all'")
         _demand(self, "fold", fold is None or self.validation is None, "absent when validation cases are given")

@@ -1,0 +1,94 @@
+"""One process, or one of several that torchrun started."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from effseg.errors import InputError
+
+# Long, since processes wait for each other while a first run prepares a large data set.
+TIMEOUT = timedelta(hours=6)
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among `size` processes, and the device on which it computes."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        return self.size > 1
+
+    def share(self, items: list[Value]) -> list[Value]:
+        """This process's part of `items`; `gather` puts the parts' results back in order."""
+        return items[self.rank :: self.size]
+
+    def gather(self, values: list[Value]) -> list[Value]:
+        """Every process's `values`, one for each item of its `share`, in the items' order."""
+        if not self.several:
+            return values
+        parts: list[list[Value]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, values)
+        longest = max(map(len, parts))
+        return [part[place] for place in range(longest) for part in parts if place < len(part)]
+
+    def barrier(self) -> None:
+        if self.several:
+            dist.barrier()
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """Join the processes that torchrun started (its environment variables say so), else stand alone.
+
+    device: "auto", "cpu", "cuda" or "cuda:N". Several processes use gloo on CPUs and nccl on GPUs, one
+    GPU each. Raises InputError for a device that is not there.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(0, 1, _device(device, 0))
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    chosen = _device(device, local)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(rank, size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    index = local_rank if device.index is None else device.index
+    if not torch.cuda.is_available():
+        raise InputError(f"device: {name} asked for, but torch {torch.__version__} finds no CUDA GPU")
+    if index >= torch.cuda.device_count():
+        raise InputError(f"device: cuda:{index} asked for, but there are {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", index)

@@ -1,0 +1,275 @@
+"""The training loop: steps, and between them validation, records and checkpoints."""
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from effseg.models import build_model
+from effseg.training.average import WeightAverage
+from effseg.training.batches import Batches, PreparedCase
+from effseg.training.checkpoint import Checkpoints, load_checkpoint
+from effseg.training.config import TrainingConfig
+from effseg.training.data import TrainingData, load_training_data
+from effseg.training.display import Display, duration, peak_memory
+from effseg.training.distributed import World, join_world
+from effseg.training.folder import open_run
+from effseg.training.optimizer import Stepper, uses_bf16
+from effseg.training.records import Records, mean_dice, read_rows
+from effseg.training.sampling import Sampler
+from effseg.training.segmenter import Segmenter
+from effseg.training.state import RunState
+from effseg.training.validation import validate
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run gave.
+
+    best, final: weight files; `best` is None without validation. best_dice, final_dice: organ -> mean Dice
+    over the validation cases, NaN for an organ in none of them; empty without validation.
+    losses: of every step since the start of the run. steps_per_second: of this call, without validation;
+    NaN when nothing was left to do. peak_memory: bytes, see `display.peak_memory`. skipped: steps whose
+    gradient was not finite.
+    """
+
+    final: Path
+    best: Path | None
+    best_step: int
+    best_dice: dict[str, float]
+    final_dice: dict[str, float]
+    losses: list[float]
+    steps_per_second: float
+    peak_memory: int
+    skipped: int
+
+    @property
+    def checkpoint(self) -> Path:
+        """The weights to use: the best ones, else the final ones."""
+        return self.best or self.final
+
+
+def train(
+    config: TrainingConfig, *, overwrite: bool = False, console: Console | None = None
+) -> TrainingResult:
+    """Train a network, or continue the run in ``config.output``, and return what came of it.
+
+    overwrite: begin anew where the folder holds a run. console: where to print; None prints nothing.
+    Under torchrun every process calls this with the same arguments.
+    Raises InputError for a configuration, data or run folder that cannot be used, and for a diverged run.
+    """
+    with join_world(config.device) as world:
+        if world.is_main:
+            open_run(config, overwrite)
+        world.barrier()
+        return _Run(config, world, console if world.is_main else None).go()
+
+
+class _Run:
+    def __init__(self, config: TrainingConfig, world: World, console: Console | None) -> None:
+        self.config, self.world, self.console = config, world, console
+        self.data: TrainingData = load_training_data(config, world)
+        torch.manual_seed(config.seed)
+        options = {"norm": config.norm} if config.model.startswith("effseg") else {}
+        labels = self.data.label_map
+        self.model = build_model(config.model, self.data.channels, labels.num_classes, **options)
+        self.model.to(world.device)
+        self.sampler = Sampler(
+            len(self.data.training), config.seed, config.batch_size, world.rank, world.size
+        )
+        self.steps = self.sampler.steps(config.epochs) if config.epochs else config.steps
+        self.stepper = Stepper(self.model, config, self.steps, world, self._loss_options())
+        self.average = WeightAverage(self.model, config.ema) if config.ema else None
+        self.checkpoints = Checkpoints(config.output / "checkpoints")
+        self.state = self._restore()
+
+    def go(self) -> TrainingResult:
+        first = self.state.step
+        display = Display(self.console, self.steps, first, self.world.device)
+        spent = 0.0
+        if first < self.steps:
+            records = Records(self.config.output, self.data.organs, first) if self.world.is_main else None
+            try:
+                with display:
+                    self._announce(display)
+                    spent = self._steps(display, records)
+            finally:
+                if records is not None:
+                    records.close()
+        if self.world.is_main:
+            with self._averaged():
+                self._save(self.config.output / "final.safetensors", self.state.last_dice)
+        self.world.barrier()
+        display.say(f"{self.steps} steps done in {duration(self.state.seconds)}: {self.config.output}")
+        return self._result((self.steps - first) / spent if spent else math.nan)
+
+    def _steps(self, display: Display, records: Records | None) -> float:
+        """All steps that are left; returns the seconds that they took without validation."""
+        config, state, device = self.config, self.state, self.world.device
+        batches = Batches(
+            self.data.training,
+            self.sampler,
+            self.data.normalise,
+            self.data.augment,
+            config.patch_size,
+            pin=device.type == "cuda",
+        )
+        spent, before = 0.0, state.seconds
+        started = step_started = time.monotonic()
+        self.model.train()
+        for step, (image, labels) in enumerate(
+            batches.ahead(state.step, self.steps, config.workers), start=state.step
+        ):
+            image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            done = self.stepper(step, image, labels, state)
+            if self.average is not None:
+                self.average.update(step)
+            spent += time.monotonic() - step_started
+            epoch = self.sampler.epoch(step) + 1
+            display.step(step + 1, epoch, done.loss)
+            if not math.isfinite(done.gradient_norm):
+                display.say(f"step {step + 1}: gradient not finite, step skipped ({state.skipped} so far)")
+            dice = None
+            if self.data.validation and self._due(step, config.validation_interval):
+                dice = self._validate(display)
+            state.seconds = before + time.monotonic() - started
+            if records is not None:
+                records.add(
+                    step + 1, epoch, state.seconds, done.learning_rate, done.loss, done.gradient_norm, dice
+                )
+                if dice is not None:
+                    self._draw_curves()
+                if self._due(step, config.checkpoint_interval):
+                    records.flush()
+                    self._checkpoint()
+            step_started = time.monotonic()
+        return spent
+
+    def _due(self, step: int, interval: int) -> bool:
+        return (step + 1) % interval == 0 or step + 1 == self.steps
+
+    def _validate(self, display: Display) -> list[float]:
+        state, labels = self.state, self.data.label_map
+        if self.world.several:  # batch norm's statistics: all processes validate the first one's
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        self.model.eval()
+        segment = Segmenter(self.model, self.config, self.data.normalise, self.world.device)
+        with self._averaged():
+            dice = validate(
+                self.data.validation, segment, labels.num_classes, self.data.ignore, self.world, self._overlay
+            )
+            mean = mean_dice(dice)
+            if mean > (mean_dice(state.best_dice) if state.best_dice else -1.0):
+                state.best_step, state.best_dice = state.step, dice
+                if self.world.is_main:
+                    self._save(self.config.output / "best.safetensors", dice)
+        self.model.train()
+        state.last_dice = dice
+        display.validation(state.step, self.data.organs, dice)
+        return dice
+
+    def _overlay(self, case: PreparedCase, prediction: np.ndarray) -> None:
+        from effseg.figures import draw_overlay
+
+        draw_overlay(
+            np.asarray(case.image[0]),
+            prediction,
+            self.data.label_map.names,
+            self.config.output / "overlays" / f"step-{self.state.step:08d}_{case.name}.png",
+            reference=np.where(case.labels == self.data.ignore, 0, case.labels),
+            spacing=case.spacing,
+            window=self.config.window,
+        )
+
+    def _draw_curves(self) -> None:
+        from effseg.figures import draw_curves
+
+        draw_curves(self.config.output / "progress.csv", self.config.output / "curves.png")
+
+    def _checkpoint(self) -> None:
+        state: dict[str, Any] = {
+            "optimizer": self.stepper.optimizer.state_dict(),
+            "run": self.state.to_dict(),
+            "average": self.average.state() if self.average is not None else None,
+        }
+        self.checkpoints.save(self.state.step, self.model, state, self._extra(self.state.last_dice))
+
+    def _restore(self) -> RunState:
+        if self.world.is_main:
+            self.checkpoints.clean()
+        newest = self.world.gather([self.checkpoints.newest()])[0]
+        if newest is None:
+            return RunState()
+        saved = load_checkpoint(newest, self.model)
+        self.stepper.optimizer.load_state_dict(saved["optimizer"])
+        if self.average is not None:
+            self.average.load_state(saved["average"])
+        return RunState.from_dict(saved["run"])
+
+    def _save(self, path: Path, dice: list[float]) -> None:
+        self.model.save(path, extra=self._extra(dice))
+
+    def _extra(self, dice: list[float]) -> dict[str, Any]:
+        return {
+            "preprocessing": self.data.preprocessing.to_dict(),
+            "labels": self.data.label_map.to_dict(),
+            "training": self.config.to_dict()
+            | {
+                "step": self.state.step,
+                "dice": {
+                    organ: None if math.isnan(value) else value
+                    for organ, value in zip(self.data.organs, dice, strict=False)
+                },
+            },
+        }
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def _loss_options(self) -> dict[str, Any]:
+        config = self.config
+        weights = self.data.class_weights if config.class_weights == "sqrt" else None
+        return {
+            "class_weights": None if weights is None else weights.to(self.world.device),
+            "ignore_index": self.data.ignore,
+            "include_background": config.include_background,
+            "batch_dice": config.batch_dice,
+            "label_smoothing": config.label_smoothing,
+            "dice_weight": config.dice_weight,
+            "ce_weight": config.ce_weight,
+        }
+
+    def _announce(self, display: Display) -> None:
+        data, state = self.data, self.state
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        dtype = "bf16" if uses_bf16(self.config, self.world.device) else "fp32"
+        display.say(
+            f"{self.config.model}: {parameters / 1e6:.2f} M parameters, {len(data.organs)} organs, {dtype} on "
+            f"{self.world.size} x {self.world.device.type}; {len(data.training)} training and "
+            f"{len(data.validation)} validation cases; {self.steps} steps"
+        )
+        for organ in data.absent_organs:
+            display.say(f"no training case shows {organ}: it cannot be learnt")
+        if state.step:
+            display.say(f"continues after step {state.step}")
+
+    def _result(self, steps_per_second: float) -> TrainingResult:
+        state, folder, organs = self.state, self.config.output, self.data.organs
+        return TrainingResult(
+            final=folder / "final.safetensors",
+            best=folder / "best.safetensors" if state.best_step else None,
+            best_step=state.best_step,
+            best_dice=dict(zip(organs, state.best_dice, strict=False)),
+            final_dice=dict(zip(organs, state.last_dice, strict=False)),
+            losses=[float(row["loss"]) for row in read_rows(folder / "progress.csv")],
+            steps_per_second=steps_per_second,
+            peak_memory=peak_memory(self.world.device),
+            skipped=state.skipped,
+        )

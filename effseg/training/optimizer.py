@@ -1,0 +1,94 @@
+"""One optimiser step: forward, backward, clip, update, or no update where the gradient is not finite."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from effseg.errors import InputError
+from effseg.training.config import TrainingConfig
+from effseg.training.distributed import World
+from effseg.training.schedule import learning_rate
+from effseg.training.state import RunState
+
+MOST_SKIPPED_IN_A_ROW = 20
+
+
+class _Loss(nn.Module):
+    """The model's loss as a module's forward: where DistributedDataParallel puts its hooks."""
+
+    def __init__(self, model: Any, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.options = options
+
+    def forward(self, image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.model.loss(image, labels, **self.options)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    learning_rate: float
+    loss: float
+    gradient_norm: float
+
+
+class Stepper:
+    """AdamW on a model's loss.
+
+    loss_options: keywords of ``model.loss``. With several processes the gradients are averaged and the
+    loss's sums are taken over all of them, so that a step equals one process's step on the whole batch;
+    batch norm's running statistics are the exception: every process keeps those of its own cases, and the
+    first process's are validated and saved.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: TrainingConfig, steps: int, world: World, loss_options: dict[str, Any]
+    ) -> None:
+        self.config, self.steps, self.device = config, steps, world.device
+        self.autocast = uses_bf16(config, world.device)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.peak_rate, weight_decay=config.weight_decay
+        )
+        loss: nn.Module = _Loss(model, loss_options | {"process_group": True if world.several else None})
+        if world.several:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            loss = DistributedDataParallel(
+                loss, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self.loss = loss
+
+    def __call__(self, step: int, image: torch.Tensor, labels: torch.Tensor, state: RunState) -> StepResult:
+        """Do step `step` (from 0) on a batch that lies on the device; count it in `state`.
+
+        Raises InputError when the gradient was not finite many times in a row: this run cannot go on.
+        """
+        rate = learning_rate(step, self.steps, self.config.peak_rate, self.config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = self.loss(image, labels)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        result = StepResult(rate, float(loss.detach()), float(norm))
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state.step = step + 1
+        state.skipped += not finite
+        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        if state.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise InputError(
+                f"step {step + 1}: the gradient was not finite {MOST_SKIPPED_IN_A_ROW} times in a row "
+                f"(last loss {result.loss}): lower learning_rate ({self.config.peak_rate}) or use dtype fp32"
+            )
+        return result
+
+
+def uses_bf16(config: TrainingConfig, device: torch.device) -> bool:
+    """Whether `device` computes in bf16 under autocast."""
+    return config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
