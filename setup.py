@@ -33,7 +33,9 @@ setup(
     # effseg/kernels is a link to kernels/, which has no __init__.py: a namespace package inside effseg.
     # The explicit root makes an editable install a plain path entry, which type checkers follow.
     package_dir={"": "."},
-    packages=find_namespace_packages(include=["effseg", "effseg.*"], exclude=["*.__pycache__", "*.__pycache__.*"]),
+    packages=find_namespace_packages(
+        include=["effseg", "effseg.*"], exclude=["*.__pycache__", "*.__pycache__.*"]
+    ),
     package_data={"effseg": ["py.typed"], "effseg.kernels": ["tuned/*.json"]},
     include_package_data=False,
     entry_points={"console_scripts": ["effseg = effseg.cli:main"]},

@@ -1,0 +1,87 @@
+"""The command line: finds the command, parses, calls it, and turns errors into one line and an exit code."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from effseg.errors import InputError
+from effseg.version import __version__
+
+# The overview's lines stand here and not in the commands' files, so that `effseg --help` imports none.
+COMMANDS = {
+    "demo": "train on CT-like phantoms for a few minutes, segment an unseen one, show Dice and memory",
+    "train": "train a network on whole CT volumes",
+    "predict": "segment CT scans with a trained network, each on its own grid",
+    "evaluate": "score segmentations: Dice, surface Dice, HD95 per organ",
+    "plan": "say whether a volume fits on a GPU, and how large a volume does",
+    "doctor": "check versions, the GPU, known faults, and the arithmetic",
+}
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    0: done; 1: the command's own negative answer; 2: bad input or usage, told in one line on stderr;
+    130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(arguments).parse_args(arguments)
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # argparse, after --help or a usage error
+        return stop.code if isinstance(stop.code, int) else 0
+    except BrokenPipeError:  # the reader of our output left, as in `effseg plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (InputError, OSError) as error:
+        print(f"effseg: error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("effseg: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose usage errors are one line like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"effseg: error: {message} (see `{self.prog} --help`)\n")
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="effseg",
+        description="3D segmentation of whole CT volumes in a fraction of the memory.",
+        epilog="`effseg COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"effseg {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    for name, line in COMMANDS.items():
+        if name == called:
+            module = _command(name)
+            command = commands.add_parser(name, help=line, description=module.HELP)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+        else:
+            commands.add_parser(name, help=line)
+    return parser
+
+
+def _command(name: str) -> ModuleType:
+    return importlib.import_module(f"effseg.commands.{name}")
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

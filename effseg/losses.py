@@ -1,0 +1,150 @@
+"""Soft Dice + cross-entropy in plain torch: the baseline's loss, and what fused losses must equal."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from effseg.errors import InputError
+
+SPACE = (2, 3, 4)
+
+
+def dice_cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    class_weights: torch.Tensor | None = None,
+    ignore_index: int | None = None,
+    include_background: bool = False,
+    batch_dice: bool = False,
+    label_smoothing: float = 0.0,
+    dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    smooth: float = 1e-5,
+    process_group: Any = None,
+) -> torch.Tensor:
+    """``dice_weight * (1 - mean Dice) + ce_weight * cross-entropy``, a scalar.
+
+    logits: (N, K, D, H, W), any float dtype, K >= 2; half precision is widened to float32 first.
+    labels: (N, D, H, W), any integer dtype, values 0..K-1 or `ignore_index`.
+    class_weights: (K,) or None, for the cross-entropy, as in :func:`torch.nn.functional.cross_entropy` with
+        ``reduction="mean"``; `label_smoothing` too is its.
+    ignore_index: voxels with this label count nowhere.
+    Soft Dice of a class is ``(2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth)`` (V-Net, 3DV 2016, with
+    MONAI's squares left out and smoothing as in its DiceLoss), its mean over samples and classes;
+    `batch_dice` takes the sums over the batch too; class 0 takes part if `include_background`.
+    process_group: a torch.distributed group, or True for the default one: every sum is also over its
+        processes, each of which gets the loss of the whole batch and world-size times its own part of the
+        gradient, so that gradients averaged by DDP are those of one process with the whole batch.
+
+    The target is a boolean one-hot tensor, as in nnU-Net's memory-efficient soft Dice (Isensee et al.,
+    Nature Methods 2021). Raises InputError where shapes or dtypes do not fit.
+    """
+    _check(logits, labels, class_weights)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if class_weights is not None:
+        class_weights = class_weights.to(logits)
+    group = GroupSum(process_group)
+    targets = labels.long()
+    dice = _mean_dice(logits, targets, ignore_index, include_background, batch_dice, smooth, group)
+    ce = _cross_entropy(logits, targets, class_weights, ignore_index, label_smoothing, group)
+    return dice_weight * (1 - dice) + ce_weight * ce
+
+
+def _mean_dice(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int | None,
+    include_background: bool,
+    batch_dice: bool,
+    smooth: float,
+    group: "GroupSum",
+) -> torch.Tensor:
+    probabilities = torch.softmax(logits, 1)
+    first = 0 if include_background else 1
+    with torch.no_grad():
+        keep = None if ignore_index is None else (targets != ignore_index).unsqueeze(1)
+        classes = targets.unsqueeze(1) if keep is None else targets.unsqueeze(1).where(keep, 0)
+        one_hot = torch.zeros(probabilities.shape, dtype=torch.bool, device=logits.device)
+        one_hot.scatter_(1, classes, True if keep is None else keep)
+        one_hot = one_hot[:, first:]
+        sum_t = one_hot.sum(SPACE, dtype=logits.dtype)
+    probabilities = probabilities[:, first:]
+    if keep is not None:
+        probabilities = probabilities * keep
+    intersection = (probabilities * one_hot).sum(SPACE)
+    return mean_dice_of_sums(intersection, probabilities.sum(SPACE), sum_t, batch_dice, smooth, group)
+
+
+def mean_dice_of_sums(
+    intersection: torch.Tensor,
+    sum_p: torch.Tensor,
+    sum_t: torch.Tensor,
+    batch_dice: bool,
+    smooth: float,
+    group: "GroupSum",
+) -> torch.Tensor:
+    """Mean of (2 intersection + smooth) / (sum_p + sum_t + smooth), each (N, classes), as in `dice_cross_entropy`."""
+    if batch_dice:
+        intersection, sum_p, sum_t = (group.sum(x.sum(0)) for x in (intersection, sum_p, sum_t))
+        return ((2 * intersection + smooth) / (sum_p + sum_t + smooth)).mean()
+    dice = (2 * intersection + smooth) / (sum_p + sum_t + smooth)
+    return group.sum(dice.sum()) / group.sum(dice.new_tensor(dice.numel()))
+
+
+def _cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    class_weights: torch.Tensor | None,
+    ignore_index: int | None,
+    label_smoothing: float,
+    group: "GroupSum",
+) -> torch.Tensor:
+    ignore = -100 if ignore_index is None else ignore_index
+    if not group:
+        return F.cross_entropy(
+            logits, targets, class_weights, ignore_index=ignore, label_smoothing=label_smoothing
+        )
+    total = F.cross_entropy(
+        logits, targets, class_weights, ignore_index=ignore, label_smoothing=label_smoothing, reduction="sum"
+    )
+    voxels = torch.bincount(targets[targets != ignore], minlength=logits.shape[1]).to(logits)
+    weight = voxels.sum() if class_weights is None else voxels @ class_weights
+    return group.sum(total) / group.sum(weight)
+
+
+class GroupSum:
+    """Sums over the processes of a group, or over this one alone."""
+
+    def __init__(self, process_group: Any) -> None:
+        self._active = process_group is not None and process_group is not False
+        self._group = None if process_group is True else process_group
+
+    def __bool__(self) -> bool:
+        return self._active
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum over processes; its gradient reaches `part` times the number of processes."""
+        if not self._active:
+            return part
+        world = dist.get_world_size(self._group)
+        total = part.detach().clone()
+        dist.all_reduce(total, group=self._group)
+        return world * part + (total - world * part.detach())
+
+
+def _check(logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None) -> None:
+    if logits.dim() != 5 or logits.shape[1] < 2:
+        raise InputError(f"logits: expected (N, K, D, H, W) with K >= 2, got {tuple(logits.shape)}")
+    expected = (logits.shape[0], *logits.shape[2:])
+    if labels.shape != expected:
+        raise InputError(f"labels: expected the logits' shape {tuple(expected)}, got {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InputError(f"labels: expected an integer dtype, got {labels.dtype}")
+    if class_weights is not None and class_weights.shape != (logits.shape[1],):
+        raise InputError(
+            f"class_weights: expected shape ({logits.shape[1]},), got {tuple(class_weights.shape)}"
+        )

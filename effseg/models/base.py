@@ -1,0 +1,71 @@
+"""What every segmentation network of this package can do."""
+
+import os
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from effseg.errors import InputError
+from effseg.losses import dice_cross_entropy
+
+
+class SegmentationModel(nn.Module):
+    """A network from an image (N, C, D, H, W) to K classes a voxel.
+
+    A subclass defines ``forward(image) -> logits (N, K, D, H, W)`` and may replace `loss` and `segment` by
+    ways that need less memory. Images are of any float dtype or int16, labels (N, D, H, W) of any integer
+    dtype. Raises InputError where an image's shape does not fit.
+
+    name: as :func:`effseg.models.build_model` knows it; arguments: the constructor's arguments, so that
+    ``type(model)(**model.arguments)`` is the same network; extra: what was given to `save` (preprocessing,
+    names of labels ...), JSON values only.
+    """
+
+    follows_autocast: ClassVar[bool] = False
+    """Whether the network reads torch.autocast itself, because its operators are our own. False: its
+    operators are torch's, and torch casts their arguments by its rules for the device."""
+
+    def __init__(self, name: str, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.name = name
+        self.arguments = arguments
+        self.extra: dict[str, Any] = {}
+
+    def loss(self, image: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Dice + cross-entropy, a scalar; options: those of :func:`effseg.losses.dice_cross_entropy`."""
+        return dice_cross_entropy(self(image), labels, **options)
+
+    @torch.no_grad()
+    def segment(self, image: torch.Tensor) -> torch.Tensor:
+        """The most probable class of every voxel, (N, D, H, W), uint8 (int16 for more than 256 classes).
+
+        Training or evaluation mode is left as it is.
+        """
+        logits = self(image)
+        return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
+
+    def save(self, path: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint that `effseg.load` reads: safetensors, whole or not at all.
+
+        extra: replaces ``self.extra``; must be JSON-able.
+        """
+        from effseg.models import checkpoint
+
+        if extra is not None:
+            self.extra = dict(extra)
+        checkpoint.save(self, path)
+
+
+def check_image(image: torch.Tensor, in_channels: int) -> None:
+    """Raise InputError unless `image` is a non-empty (N, in_channels, D, H, W)."""
+    if image.dim() != 5 or image.shape[1] != in_channels or image.numel() == 0:
+        raise InputError(f"image: expected (N, {in_channels}, D, H, W) without a 0, got {tuple(image.shape)}")
+
+
+def check_sizes(in_channels: int, num_classes: int) -> None:
+    """Raise InputError unless a network of these sizes makes sense."""
+    if in_channels < 1:
+        raise InputError(f"in_channels: expected 1 or more, got {in_channels}")
+    if num_classes < 2:
+        raise InputError(f"num_classes: expected 2 or more, background included, got {num_classes}")
