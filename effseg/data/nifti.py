@@ -1,0 +1,211 @@
+"""NIfTI files in and out: RAS+ axes inside, the file's own grid outside."""
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.nifti1 import Nifti1Extension
+from nibabel.openers import ImageOpener
+from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import array_from_file
+from nibabel.wrapstruct import WrapStructError
+
+from effseg.atomic import atomic_path
+from effseg.data.grid import Grid
+from effseg.errors import InputError
+
+SUFFIXES = (".nii.gz", ".nii")
+LARGEST_LABEL = 65535
+
+_PathLike = str | PathLike[str]
+_INT16 = np.iinfo(np.int16)
+_DRAIN = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One scan of one patient.
+
+    array: (C, X, Y, Z) in RAS+, int16 where every value of every file is whole and fits, else float32;
+    for CT in HU. It may be a view that is not contiguous. paths: the files, one a channel.
+    """
+
+    array: np.ndarray
+    grid: Grid
+    paths: tuple[Path, ...]
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """mm along X, Y, Z."""
+        return self.grid.spacing
+
+
+def read_image(paths: _PathLike | Sequence[_PathLike]) -> Scan:
+    """Read a scan from one NIfTI file a channel.
+
+    Raises InputError where a file is missing, damaged, no NIfTI, not 3-D (trailing axes of length 1 are
+    dropped), has NaN or infinite voxels, a spacing that is not positive or a singular affine, or where the
+    channels' grids differ.
+    """
+    files = [Path(paths)] if isinstance(paths, str | PathLike) else [Path(path) for path in paths]
+    if not files:
+        raise InputError("a scan needs at least one file, none was given")
+    arrays: list[np.ndarray] = []
+    grids: list[Grid] = []
+    for file in files:
+        array, grid = _read(file)
+        difference = grid.difference(grids[0]) if grids else None
+        if difference:
+            raise InputError(f"{file}: not on the grid of {files[0]}: {difference}")
+        arrays.append(grid.to_ras(array))
+        grids.append(grid)
+    array = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+    return Scan(array, grids[0], tuple(files))
+
+
+def read_labels(path: _PathLike, like: Scan | Grid | None = None) -> np.ndarray:
+    """Read a label file to (X, Y, Z) in RAS+: uint8, or uint16 where a value is above 255.
+
+    Its grid must be that of `like`; another order or direction of the axes on the same grid will do.
+    Raises InputError as `read_image` does, and where the grids differ or a voxel is no whole number from
+    0 to 65535.
+    """
+    path = Path(path)
+    array, grid = _read(path)
+    if like is not None:
+        expected = like.grid if isinstance(like, Scan) else like
+        difference = grid.difference(expected)
+        if difference:
+            of = like.paths[0] if isinstance(like, Scan) else "the expected grid"
+            raise InputError(f"{path}: labels are not on the grid of {of}: {difference}")
+    lowest, highest = array.min(), array.max()
+    if lowest < 0 or highest > LARGEST_LABEL:
+        raise InputError(f"{path}: labels must lie from 0 to {LARGEST_LABEL}, found {lowest} to {highest}")
+    labels = array.astype(np.uint8 if highest <= 255 else np.uint16)
+    if array.dtype.kind == "f" and not np.array_equal(labels, array):
+        raise InputError(f"{path}: labels must be whole numbers, found fractions")
+    return grid.to_ras(labels)
+
+
+def write_labels(
+    path: _PathLike, labels: np.ndarray, grid: Grid, names: Mapping[int, str] | None = None
+) -> None:
+    """Write labels (X, Y, Z) in RAS+ on the original `grid` as uint8, or uint16 where a value needs it.
+
+    Shape, affine, qform, sform, their codes and the voxel sizes are those of the file that `grid` comes
+    from. `names` (value -> name) goes into the header as a JSON comment. The file is whole or absent.
+    Raises InputError where it cannot be written (disk full, no such folder, another suffix).
+    """
+    path = Path(path)
+    if not path.name.endswith(SUFFIXES):
+        raise InputError(f"{path}: expected a name that ends in .nii.gz or .nii")
+    if labels.shape != grid.ras_shape:
+        raise ValueError(f"labels: expected shape {grid.ras_shape} in RAS order, got {labels.shape}")
+    header = grid.header.copy()
+    header.set_data_offset(0)
+    header.set_data_dtype(np.uint8 if labels.max(initial=0) <= 255 else np.uint16)
+    header.set_slope_inter(1, 0)
+    header.set_intent("label")
+    header["cal_min"] = header["cal_max"] = 0
+    if names:
+        text = json.dumps({"labels": {str(value): name for value, name in names.items()}})
+        header.extensions.append(Nifti1Extension("comment", text.encode()))
+    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    data = grid.from_ras(labels).astype(header.get_data_dtype()).reshape(header.get_data_shape())
+    image = image_class(data, grid.affine, header)
+    try:
+        with atomic_path(path) as temporary:
+            image.to_filename(temporary)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _read(path: Path) -> tuple[np.ndarray, Grid]:
+    """The file's values in the file's axes, int16 or float32 in Fortran order, and their grid."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if path.is_dir() or not path.name.endswith(SUFFIXES):
+        raise InputError(f"{path}: expected a NIfTI file (.nii.gz or .nii)")
+    with _damage_reported(path), ImageOpener(str(path)) as file:
+        header = _read_header(file, path)
+        grid = _grid(header, path)
+        dtype = header.get_data_dtype()
+        if dtype.kind not in "iuf":
+            raise InputError(f"{path}: expected integer or real voxels, found {dtype}")
+        slope, inter = header.get_slope_inter()
+        # Not through nibabel's image: its checks mend a bad header in silence and log to the screen.
+        raw = array_from_file(grid.shape, dtype, file.fobj, _offset(header, path), order="F", mmap=False)
+        while file.read(_DRAIN):  # gzip compares its checksum at the end of the stream
+            pass
+    return _values(raw, slope or 1.0, inter or 0.0, path), grid
+
+
+@contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, HeaderDataError, WrapStructError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: damaged, truncated or no NIfTI file: {reason}") from error
+
+
+def _read_header(file: ImageOpener, path: Path) -> nib.Nifti1Header:
+    block = file.read(nib.Nifti2Header.template_dtype.itemsize)
+    for header_class in (nib.Nifti1Header, nib.Nifti2Header):
+        if header_class.may_contain_header(block):
+            header = header_class(block[: header_class.template_dtype.itemsize], check=False)
+            if header["magic"].item()[:2] == b"n+":
+                return header
+    raise InputError(f"{path}: no NIfTI file: its header is none")
+
+
+def _grid(header: nib.Nifti1Header, path: Path) -> Grid:
+    shape = tuple(int(extent) for extent in header.get_data_shape())
+    if min(shape, default=0) < 1 or len(shape) < 3 or any(extent != 1 for extent in shape[3:]):
+        raise InputError(f"{path}: expected a 3-D volume, found shape {'x'.join(map(str, shape)) or 'none'}")
+    sizes = header["pixdim"][1:4]
+    if not np.all(np.isfinite(sizes)) or np.any(sizes == 0):
+        found = " x ".join(f"{size:g}" for size in sizes)
+        raise InputError(f"{path}: expected positive voxel sizes in mm, found {found}")
+    affine = header.get_best_affine().astype(np.float64)
+    if not np.all(np.isfinite(affine)):
+        raise InputError(f"{path}: the affine in its header holds NaN or infinite numbers")
+    axes = affine[:3, :3]
+    if abs(np.linalg.det(axes)) <= 1e-6 * np.prod(np.linalg.norm(axes, axis=0)):
+        raise InputError(f"{path}: the affine in its header is singular")
+    return Grid((shape[0], shape[1], shape[2]), affine, header)
+
+
+def _offset(header: nib.Nifti1Header, path: Path) -> int:
+    offset = float(header["vox_offset"])
+    if not offset >= header.single_vox_offset or offset == np.inf:
+        first = header.single_vox_offset
+        raise InputError(f"{path}: expected voxels from byte {first} on, its header says {offset:g}")
+    return int(offset)
+
+
+def _values(raw: np.ndarray, slope: float, inter: float, path: Path) -> np.ndarray:
+    """`raw * slope + inter`, plane by plane: int16 where every value is whole and fits, else float32."""
+    if slope == 1 and inter == 0 and raw.dtype.newbyteorder("=") == np.int16:
+        return raw.astype(np.int16, copy=False)
+    values = np.empty(raw.shape, np.int16, order="F")
+    for plane in range(raw.shape[2]):
+        scaled = raw[..., plane].astype(np.float64) * slope + inter
+        if not (np.all(scaled >= _INT16.min) and np.all(scaled <= _INT16.max) and np.all(scaled % 1 == 0)):
+            break
+        values[..., plane] = scaled
+    else:
+        return values
+    values = np.empty(raw.shape, np.float32, order="F")
+    for plane in range(raw.shape[2]):
+        with np.errstate(over="ignore"):  # beyond float32 is told below
+            values[..., plane] = raw[..., plane].astype(np.float64) * slope + inter
+        if not np.all(np.isfinite(values[..., plane])):
+            raise InputError(f"{path}: expected finite voxel values, found NaN or infinite ones")
+    return values
