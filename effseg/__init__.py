@@ -1,0 +1,25 @@
+"""effseg: train 3D segmentation networks on whole CT volumes.
+
+Needs torch and numpy alone; data, training and evaluation import nibabel, MONAI and matplotlib when used.
+"""
+
+from effseg import functional
+from effseg.algorithms import algorithm
+from effseg.errors import InputError
+from effseg.models.checkpoint import load
+from effseg.models.effsegnet import EffSegNet
+from effseg.models.unet3d import UNet3D
+from effseg.modules import ConvNormAct3d, ResidualBlock3d
+from effseg.version import __version__
+
+__all__ = [
+    "ConvNormAct3d",
+    "EffSegNet",
+    "InputError",
+    "ResidualBlock3d",
+    "UNet3D",
+    "__version__",
+    "algorithm",
+    "functional",
+    "load",
+]

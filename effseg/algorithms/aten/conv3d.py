@@ -1,0 +1,102 @@
+"""Convolution of a deferred expression, slab by slab."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effseg.algorithms.aten import ops
+from effseg.algorithms.aten.moments import Moments
+from effseg.algorithms.aten.pullback import Pullback, rows
+from effseg.deferred import Spec
+from effseg.slabs import Window, rows_per_slab, slabs
+
+
+def thickness(spec: Spec, out_shape: Sequence[int], window: Window, slab_elements: int | None) -> int:
+    """Output rows of a slab: the larger of its input and its output sets the size."""
+    _, c, _, h, w = spec.shape
+    _, co, d, ho, wo = out_shape
+    return rows_per_slab(d, max(c * h * w * window.stride[0], co * ho * wo), slab_elements)
+
+
+def conv3d_forward(
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    statistics: bool,
+    slab_elements: int | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y = conv(expression, weight) + bias in the expression's type, and the mean and biased variance (N, Co)
+    of the stored y."""
+    n, _, *size = spec.shape
+    d, h, w = size
+    shape = (n, weight.shape[0], *window.output_size((d, h, w)))
+    y = torch.empty(shape, dtype=spec.dtype, device=weight.device, memory_format=ops.CHANNELS_LAST)
+    weight = weight.to(spec.dtype)
+    bias = None if bias is None else bias.to(spec.dtype)
+    moments = Moments(n)
+    for sample, lo, hi in slabs(n, shape[2], thickness(spec, shape, window, slab_elements)):
+        first, last, pad = window.input_rows(lo, hi, d)
+        part = ops.convolution(rows(spec, tensors, sample, first, last), weight, bias, window, pad)
+        y[sample : sample + 1, :, lo:hi] = part
+        if statistics:
+            moments.add(sample, part)
+        del part
+    return (y, *moments.merge()) if statistics else (y, None, None)
+
+
+def conv3d_backward(
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    weight: Tensor,
+    window: Window,
+    y: Tensor,
+    mean: Tensor | None,
+    grad_y: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    need_weight: bool,
+    need_bias: bool,
+    slab_elements: int | None,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Gradients of weight, bias and the expression's tensors.
+
+    What reaches y through its statistics over M voxels is affine in y, so it is folded in as it is read:
+    g = grad_y + grad_mean / M + 2 grad_var (y - mean) / M.
+    """
+    voxels = y[0, 0].numel()
+    accumulate = ops.accumulation_dtype(weight.dtype)
+    grad_weight = torch.zeros_like(weight, dtype=accumulate) if need_weight else None
+    grad_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=weight.device) if need_bias else None
+    low = weight.to(spec.dtype)
+    pullback = Pullback(spec, tensors, needed)
+    for sample, lo, hi in slabs(y.shape[0], y.shape[2], thickness(spec, y.shape, window, slab_elements)):
+        first, last, pad = window.input_rows(lo, hi, spec.shape[2])
+        part = y[sample : sample + 1, :, lo:hi]
+        if mean is None or (grad_mean is None and grad_var is None):
+            assert grad_y is not None
+            grad = grad_y[sample : sample + 1, :, lo:hi].to(spec.dtype)
+        else:
+            zero = torch.zeros_like(mean[sample])
+            scale = zero if grad_var is None else grad_var[sample] * (2 / voxels)
+            shift = zero if grad_mean is None else grad_mean[sample] / voxels
+            grad = ops.affine(part, mean[sample], scale, shift)
+            if grad_y is not None:
+                grad.add_(grad_y[sample : sample + 1, :, lo:hi])
+        a = pullback.rows(sample, first, last)
+        grad_a, grad_w = ops.convolution_backward(grad, a, low, window, pad, pullback.any, need_weight)
+        if grad_weight is not None:
+            grad_weight += grad_w
+        if grad_bias is not None:
+            grad_bias += grad.sum((0, 2, 3, 4), dtype=accumulate)
+        del a, grad, grad_w
+        if pullback.any:
+            pullback.pull(grad_a)
+        del grad_a
+    cast = [None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias)]
+    return cast[0], cast[1], pullback.gradients()

@@ -1,0 +1,177 @@
+"""The segmentation head: logits of one slab at a time, never of the volume.
+
+logits = W a + b per voxel (or a itself where there is no W), p = softmax(logits). A slab is worked on as a
+matrix of (voxels, classes), which is how channels-last memory lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effseg.algorithms.aten import ops
+from effseg.algorithms.aten.pullback import Pullback, rows
+from effseg.deferred import Spec
+from effseg.slabs import rows_per_slab, slabs
+
+# The loss holds about this many arrays of (voxels, classes) at a time.
+ARRAYS = 4
+
+
+class Sums(NamedTuple):
+    """What Dice and cross-entropy need of a batch, float64, over the voxels that are not ignored.
+
+    intersection, probability, count: (N, K), the sums of p [label = k], p, and [label = k];
+    nll: (N,), the sum of w_label (-log p_label); smooth_nll: (N,), the sum over k of w_k (-log p_k);
+    unknown: (N,), voxels whose label is neither a class nor ignored.
+    """
+
+    intersection: Tensor
+    probability: Tensor
+    count: Tensor
+    nll: Tensor
+    smooth_nll: Tensor
+    unknown: Tensor
+
+
+def thickness(spec: Spec, classes: int, slab_elements: int | None) -> int:
+    _, c, d, h, w = spec.shape
+    return rows_per_slab(d, max(c, ARRAYS * classes) * h * w, slab_elements)
+
+
+def _matrix(a: Tensor) -> Tensor:
+    """(1, C, d, h, w) as (voxels, C): a view of channels-last memory."""
+    return a.permute(0, 2, 3, 4, 1).reshape(-1, a.shape[1])
+
+
+def _volume(m: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_matrix`."""
+    _, _, d, h, w = like.shape
+    return m.view(1, d, h, w, m.shape[1]).permute(0, 4, 1, 2, 3)
+
+
+def _logits(a: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(voxels, K) in the accumulation type; the product runs in the type of a."""
+    x = _matrix(a)
+    if weight is not None:
+        w = weight.flatten(1).to(x.dtype).t()
+        x = x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
+    return x.to(ops.accumulation_dtype(a.dtype))
+
+
+class _Labels(NamedTuple):
+    index: Tensor  # (voxels, 1) int64, 0 where ignored
+    valid: Tensor  # (voxels, 1) bool
+    unknown: Tensor  # number of voxels that are neither
+
+
+def _labels(labels: Tensor, classes: int, ignore_index: int | None) -> _Labels:
+    index = labels.reshape(-1, 1).long()
+    known = (index >= 0) & (index < classes)
+    ignored = torch.zeros_like(known) if ignore_index is None else index == ignore_index
+    valid = known & ~ignored
+    return _Labels(index.masked_fill(~valid, 0), valid, (~(known | ignored)).sum())
+
+
+def head_sums_forward(
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    labels: Tensor,
+    class_weights: Tensor | None,
+    ignore_index: int | None,
+    slab_elements: int | None,
+) -> Sums:
+    n, k, device = spec.shape[0], spec.shape[1] if weight is None else weight.shape[0], tensors[0].device
+    zeros = lambda *shape: torch.zeros(n, *shape, dtype=torch.float64, device=device)  # noqa: E731
+    sums = Sums(zeros(k), zeros(k), zeros(k), zeros(), zeros(), zeros())
+    accumulate = ops.accumulation_dtype(spec.dtype)
+    w = torch.ones(k, dtype=accumulate, device=device) if class_weights is None else class_weights.to(accumulate)
+    classes = torch.arange(k, device=device)
+    for sample, lo, hi in slabs(n, spec.shape[2], thickness(spec, k, slab_elements)):
+        logits = _logits(rows(spec, tensors, sample, lo, hi), weight, bias)
+        index, valid, unknown = _labels(labels[sample, lo:hi], k, ignore_index)
+        sums.unknown[sample] += unknown
+        log_p = logits.log_softmax(1)
+        del logits
+        nll = log_p.gather(1, index).neg_().mul_(w[index]).mul_(valid)
+        sums.nll[sample] += nll.sum(dtype=torch.float64)
+        sums.smooth_nll[sample] -= (log_p @ w[:, None]).mul_(valid).sum(dtype=torch.float64)
+        p = log_p.exp_().mul_(valid)
+        sums.probability[sample] += p.sum(0)
+        one_hot = (index == classes) & valid
+        sums.count[sample] += one_hot.sum(0)
+        sums.intersection[sample] += p.mul_(one_hot).sum(0)
+        del p, log_p, one_hot
+    return sums
+
+
+def head_sums_backward(
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    labels: Tensor,
+    class_weights: Tensor | None,
+    ignore_index: int | None,
+    grads: Sums,
+    slab_elements: int | None,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Gradients of weight, bias and the expression's tensors from those of the sums.
+
+    With u_k = dL/dp_k = g_probability_k + g_intersection_k [label = k], c = g_nll w_label and
+    s = g_smooth: dL/dlogit_k = p_k (u_k - sum_j p_j u_j + c + s sum_j w_j) - c [label = k] - s w_k.
+    """
+    k, device = spec.shape[1] if weight is None else weight.shape[0], tensors[0].device
+    accumulate = ops.accumulation_dtype(spec.dtype)
+    w = torch.ones(k, dtype=accumulate, device=device) if class_weights is None else class_weights.to(accumulate)
+    grad_weight = None if weight is None else torch.zeros(weight.shape[:2], dtype=accumulate, device=device)
+    grad_bias = None if bias is None else torch.zeros(k, dtype=accumulate, device=device)
+    pullback = Pullback(spec, tensors, needed)
+    for sample, lo, hi in slabs(spec.shape[0], spec.shape[2], thickness(spec, k, slab_elements)):
+        a = pullback.rows(sample, lo, hi)
+        index, valid, _ = _labels(labels[sample, lo:hi], k, ignore_index)
+        g_inter, g_prob, g_nll, g_smooth = (
+            g[sample].to(accumulate) for g in (grads.intersection, grads.probability, grads.nll, grads.smooth_nll)
+        )
+        p = _logits(a, weight, bias).softmax(1)
+        c = w[index] * g_nll
+        picked = p.gather(1, index) * g_inter[index]
+        constant = (c + g_smooth * w.sum()).sub_(picked).sub_(p @ g_prob[:, None])
+        g = p.mul_(constant + g_prob)
+        g.scatter_(1, index, g.gather(1, index).add_(picked).sub_(c))
+        g.sub_(g_smooth * w).mul_(valid)
+        del p, c, picked, constant, index, valid
+        if grad_bias is not None:
+            grad_bias += g.sum(0)
+        g = g.to(spec.dtype)
+        if weight is not None:
+            if grad_weight is not None:
+                grad_weight += g.t() @ _matrix(a)
+            g = g @ weight.flatten(1).to(spec.dtype)
+        g = _volume(g, a)
+        del a
+        if pullback.any:
+            pullback.pull(g)
+        del g
+    if weight is not None and grad_weight is not None:
+        grad_weight = grad_weight.view_as(weight).to(weight.dtype)
+    return grad_weight, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype), pullback.gradients()
+
+
+def head_segment(
+    spec: Spec, tensors: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, slab_elements: int | None
+) -> Tensor:
+    """argmax over classes, (N, D, H, W) uint8, or int16 for more than 256 classes."""
+    n, c, d, h, w = spec.shape
+    k = c if weight is None else weight.shape[0]
+    out = torch.empty(n, d, h, w, dtype=torch.uint8 if k <= 256 else torch.int16, device=tensors[0].device)
+    for sample, lo, hi in slabs(n, d, thickness(spec, k, slab_elements)):
+        a = rows(spec, tensors, sample, lo, hi)
+        out[sample, lo:hi] = _logits(a, weight, bias).argmax(1).view(hi - lo, h, w)
+    return out

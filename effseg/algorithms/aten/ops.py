@@ -1,0 +1,189 @@
+"""Differentiable operations on one slab, each a few ATen calls.
+
+All take and give slabs of one sample, (1, C, d, h, w), channels last in memory. They run eagerly on the
+CPU (oneDNN) and on CUDA (cuDNN); every reduction has a fixed order, so two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from effseg.slabs import Window
+
+aten = torch.ops.aten
+
+CHANNELS_LAST = torch.channels_last_3d
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---------------------------------------------------------------- convolution
+def _needs_float32(x: Tensor) -> bool:
+    """oneDNN's low-precision weight gradient is wrong on very small volumes (seen with 64 channels and
+    2 x 2 x 2 voxels in bfloat16); such slabs cost nothing in float32."""
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and x[0, 0].numel() < 512
+
+
+def _pad_rows(x: Tensor, window: Window, pad: tuple[int, int]) -> tuple[Tensor, list[int]]:
+    """x with its rows of zeros, and the padding left to the convolution. Equal rows on both sides need
+    no copy."""
+    _, ph, pw = window.padding
+    if pad[0] == pad[1]:
+        return x, [pad[0], ph, pw]
+    return F.pad(x, (0, 0, 0, 0, *pad)), [0, ph, pw]
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int]) -> Tensor:
+    """Convolution of a slab with `pad` rows of zeros before and after it; differentiable by autograd."""
+    dtype = x.dtype
+    if _needs_float32(x):
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+    padded, padding = _pad_rows(x, window, pad)
+    weight = weight.contiguous(memory_format=CHANNELS_LAST)
+    y = aten.convolution(padded, weight, bias, window.stride, padding, [1] * 3, False, [0] * 3, 1)
+    return y.to(dtype)
+
+
+def convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, window: Window, pad: tuple[int, int], need_input: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dgrad (of the rows of x, without the padding) and wgrad of `convolution`."""
+    dtype = x.dtype
+    if _needs_float32(x) or _needs_float32(grad):
+        grad, x, weight = grad.float(), x.float(), weight.float()
+    padded, padding = _pad_rows(x, window, pad)
+    weight = weight.contiguous(memory_format=CHANNELS_LAST)
+    mask = [need_input, need_weight, False]
+    gx, gw, _ = aten.convolution_backward(
+        grad, padded, weight, None, window.stride, padding, [1] * 3, False, [0] * 3, 1, mask
+    )
+    if need_input and pad[0] != pad[1]:
+        gx = gx[:, :, pad[0] : gx.shape[2] - pad[1]]
+    return (gx.to(dtype) if need_input else None), (gw if need_weight else None)
+
+
+# ---------------------------------------------------------------- statistics, normalisation, activation
+def mean_var(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and (biased) variance of a slab's stored values, two passes, (C,) each."""
+    mean, var = aten.batch_norm_update_stats(y, None, None, 0.0)
+    return mean, var
+
+
+def affine(y: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(y - mean) * scale + shift per channel, in y's type, computed in the accumulation type.
+
+    Batch normalisation with unit variance is the one ATen kernel that reads low precision, computes in
+    float32 and writes low precision in a single pass.
+    """
+    one = torch.ones_like(mean)
+    return aten.native_batch_norm(y, scale, shift, mean, one, False, 0.0, 0.0)[0]
+
+
+class _NormAct(torch.autograd.Function):
+    """a = leaky_relu((y - mean) * scale + beta [+ addend]).
+
+    Saved: y, mean, scale, a (of one slab). With dz = g * act'(z), read off the sign of a:
+    dy = dz * scale, dscale = sum dz (y - mean), dbeta = sum dz, dmean = -scale * dbeta, daddend = dz.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, y, mean, scale, beta, addend, slope):  # type: ignore[no-untyped-def]
+        a = affine(y, mean[0], scale[0], beta[0])
+        if addend is not None:
+            a.add_(addend)
+        if slope != 1.0:
+            a = F.leaky_relu_(a, slope)
+        ctx.save_for_backward(y, mean, scale, a)
+        ctx.slope = slope  # type: ignore[attr-defined]
+        return a
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        y, mean, scale, a = ctx.saved_tensors
+        dz = grad if ctx.slope == 1.0 else aten.leaky_relu_backward(grad, a, ctx.slope, True)
+        need_y, need_mean, need_scale, need_beta, need_addend, _ = ctx.needs_input_grad
+        one = torch.ones_like(mean[0])
+        need_terms = need_scale or need_beta or need_mean
+        dy, dscale, dbeta = aten.native_batch_norm_backward(
+            dz, y, scale[0], mean[0], one, mean[0], one, False, 0.0, [need_y, need_terms, need_terms]
+        )
+        if need_terms:
+            dscale, dbeta = dscale[None], dbeta[None]
+        dmean = -scale * dbeta if need_mean else None
+        return dy, dmean, dscale, dbeta, dz if need_addend else None, None
+
+
+def norm_act(
+    y: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, slope: float, addend: Tensor | None = None
+) -> Tensor:
+    """leaky_relu((y - mean) * scale + beta + addend, slope); the terms are (1, C). Slope 0 is ReLU, 1 is
+    no activation."""
+    return _NormAct.apply(y, mean, scale, beta, addend, slope)
+
+
+# ---------------------------------------------------------------- upsampling
+def _empty_like(x: Tensor, dim: int, size: int) -> Tensor:
+    shape = [*x.shape[:dim], size, *x.shape[dim + 1 :]]
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
+
+
+def _double(x: Tensor, dim: int, size: int) -> Tensor:
+    """Linear x2 along `dim` (align_corners=False), the first `size` of 2n: out[2i] = (x[i-1] + 3 x[i]) / 4
+    and out[2i+1] = (3 x[i] + x[i+1]) / 4, indices clamped."""
+    n = x.shape[dim]
+    out = _empty_like(x, dim, size)
+    even, odd = (out[(slice(None),) * dim + (slice(i, None, 2),)] for i in (0, 1))
+    even.narrow(dim, 0, 1).copy_(x.narrow(dim, 0, 1))
+    torch.lerp(x.narrow(dim, 1, n - 1), x.narrow(dim, 0, n - 1), 0.25, out=even.narrow(dim, 1, n - 1))
+    torch.lerp(x.narrow(dim, 0, n - 1), x.narrow(dim, 1, n - 1), 0.25, out=odd.narrow(dim, 0, n - 1))
+    if size == 2 * n:
+        odd.narrow(dim, n - 1, 1).copy_(x.narrow(dim, n - 1, 1))
+    return out
+
+
+def _halve(g: Tensor, dim: int) -> Tensor:
+    """The transpose of `_double`."""
+    size = g.shape[dim]
+    n = (size + 1) // 2
+    even, odd = (g[(slice(None),) * dim + (slice(i, None, 2),)] for i in (0, 1))
+    out = _empty_like(g, dim, n)
+    out.narrow(dim, 0, 1).copy_(even.narrow(dim, 0, 1))
+    torch.lerp(even.narrow(dim, 1, n - 1), odd.narrow(dim, 0, n - 1), 0.25, out=out.narrow(dim, 1, n - 1))
+    out.narrow(dim, 0, n - 1).add_(torch.lerp(odd.narrow(dim, 0, n - 1), even.narrow(dim, 1, n - 1), 0.25))
+    if size == 2 * n:
+        out.narrow(dim, n - 1, 1).add_(odd.narrow(dim, n - 1, 1))
+    return out
+
+
+class _UpsampleX2(torch.autograd.Function):
+    """Trilinear x2, axis by axis (the coarsest first). Saved: nothing."""
+
+    @staticmethod
+    def forward(ctx, x, rows, height, width):  # type: ignore[no-untyped-def]
+        ctx.coarse_rows, ctx.fine_rows = x.shape[2], rows
+        fine = _double(x, 2, 2 * x.shape[2])[:, :, rows[0] : rows[1]]
+        return _double(_double(fine, 3, height), 4, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        lo, hi = ctx.fine_rows
+        grad = _halve(_halve(grad, 4), 3)
+        grad = F.pad(grad, (0, 0, 0, 0, lo, 2 * ctx.coarse_rows - hi))
+        return _halve(grad, 2), None, None, None
+
+
+def upsample_x2(x: Tensor, rows: tuple[int, int], height: int, width: int) -> Tensor:
+    """Fine rows [rows[0], rows[1]) of trilinear x2 upsampling, cut to `height` and `width` (2n or 2n - 1).
+
+    Equal to torch's `interpolate(scale_factor=2, mode="trilinear", align_corners=False)`, whose backward
+    on CUDA adds atomically and so differs from run to run; this one does not.
+    """
+    return _UpsampleX2.apply(x, rows, height, width)

@@ -1,0 +1,52 @@
+"""Statistics of a convolution whose output is not stored, with a gradient that needs no second sweep.
+
+With y = conv(x, w) over M voxels, patch p_v (Ci * taps numbers) at voxel v and y_c = w_c . p:
+
+    d mean_c / d w_c = P / M,                 P   = sum_v p_v
+    d var_c / d w_c  = 2 (Q_c - mean_c P) / M, Q_c = sum_v y_c(v) p_v
+
+P and Q are a wgrad with y and 1 as the output gradient, so the forward sweep collects them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effseg.algorithms.aten import ops
+from effseg.algorithms.aten.moments import Moments
+from effseg.slabs import Window, rows_per_slab, slabs
+
+
+def stem_statistics_forward(
+    image: Tensor, weight: Tensor, window: Window, dtype: torch.dtype, slab_elements: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean, variance (N, C) of conv(image, weight) as stored in `dtype`, and float64 P (N, 1, Ci, k, k, k)
+    and centred Q - mean P (N, C, Ci, k, k, k)."""
+    n, _, *size = image.shape
+    d, h, w = size
+    channels, accumulate = weight.shape[0], ops.accumulation_dtype(dtype)
+    out = window.output_size((d, h, w))
+    low = weight.to(dtype)
+    shaped = weight.new_empty(channels + 1, *weight.shape[1:], dtype=accumulate)
+    moments, sums = Moments(n), [torch.zeros(0)] * n
+    # Centring on the first slab's mean keeps Q small; the rest of the way to the mean is made at the end.
+    reference = [torch.zeros(0)] * n
+    for sample, lo, hi in slabs(n, out[0], rows_per_slab(out[0], channels * out[1] * out[2], slab_elements)):
+        first, last, pad = window.input_rows(lo, hi, d)
+        x = image[sample : sample + 1, :, first:last].to(dtype)
+        y = ops.convolution(x, low, None, window, pad)
+        moments.add(sample, y)
+        y = y.to(accumulate)
+        if lo == 0:
+            reference[sample] = ops.mean_var(y)[0]
+            sums[sample] = torch.zeros_like(shaped, dtype=torch.float64)
+        grads = torch.cat([y - reference[sample][:, None, None, None], torch.ones_like(y[:, :1])], 1)
+        _, part = ops.convolution_backward(grads, x.to(accumulate), shaped, window, pad, False, True)
+        sums[sample] += part
+        del x, y, grads
+    mean, var = moments.merge()
+    total = torch.stack(sums)
+    p, q = total[:, channels:], total[:, :channels]
+    q = q + (torch.stack(reference).double() - mean.double())[..., None, None, None, None] * p
+    return mean, var, p, q

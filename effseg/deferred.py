@@ -1,0 +1,223 @@
+"""Deferred expressions: tensors that are never stored.
+
+A deferred expression yields any rows [lo, hi) of its first spatial axis from what *is* stored: raw
+convolution outputs, per-(n, c) normalisation terms and weights. Expressions nest, and hold their tensors
+in one flat tuple so that an operator can hand them to autograd as ordinary inputs:
+
+========== ======================================================= =================================
+kind       value                                                   stored
+========== ======================================================= =================================
+`Plain`    x                                                       x
+`Raw`      leaky_relu(norm(y))                                     y
+`Residual` leaky_relu(inner + norm(y))                             what inner stores, y
+`Stem`     leaky_relu(norm(conv(image, w)))                        the image
+`UpAdd`    skip + upsample_x2(conv1x1(coarse, w))                  what skip and coarse store
+========== ======================================================= =================================
+
+with norm(y) = (y - mean) * scale + beta per sample and channel. The terms are (mean, scale, beta) and not
+(scale, shift) because the gradient of scale is then the centred sum of dz * (y - mean), which does not
+cancel.
+
+A specification (`Spec`) holds no tensor, so that it may live in an autograd context without keeping
+memory alive. `Spec.rows` is ordinary differentiable code over small slabs; a slab's gradient is pulled
+back through it by autograd (`effseg.algorithms.aten.pullback`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effseg.algorithms.aten import ops
+from effseg.slabs import Window
+
+Rows = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Use:
+    """Which part of a stored tensor a slab needs: some rows of one sample, one sample, or all of it."""
+
+    rows: Rows | None = None
+    per_sample: bool = False
+
+    def cut(self, tensor: Tensor, sample: int) -> Tensor:
+        if self.rows is not None:
+            return tensor[sample : sample + 1, :, self.rows[0] : self.rows[1]]
+        return tensor[sample : sample + 1] if self.per_sample else tensor
+
+
+SHARED = Use()
+PER_SAMPLE = Use(per_sample=True)
+TERMS = (PER_SAMPLE,) * 3
+
+
+@dataclass(frozen=True)
+class Spec(ABC):
+    """How rows are made. `shape` is (N, C, D, H, W) of the value, `dtype` its (compute) type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        """What rows [lo, hi) need of each stored tensor, in the order of `Deferred.tensors`."""
+
+    @abstractmethod
+    def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        """Rows [lo, hi) of one sample, (1, C, hi - lo, H, W), from the tensors cut as `uses` says."""
+
+
+class Deferred(NamedTuple):
+    """An expression: its specification and the tensors it is made of."""
+
+    spec: Spec
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+
+class Normalisation(NamedTuple):
+    """norm(y) = (y - mean) * scale + beta, each (N, C) in the accumulation type."""
+
+    mean: Tensor
+    scale: Tensor
+    beta: Tensor
+
+
+@dataclass(frozen=True)
+class Plain(Spec):
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        return [Use((lo, hi))]
+
+    def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0].to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Raw(Spec):
+    slope: float
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        return [Use((lo, hi)), *TERMS]
+
+    def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        y, mean, scale, beta = tensors
+        return ops.norm_act(y, mean, scale, beta, self.slope)
+
+
+@dataclass(frozen=True)
+class Residual(Spec):
+    slope: float
+    inner: Spec
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        return [*self.inner.uses(lo, hi), Use((lo, hi)), *TERMS]
+
+    def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        *inner, y, mean, scale, beta = tensors
+        return ops.norm_act(y, mean, scale, beta, self.slope, addend=self.inner.rows(lo, hi, inner))
+
+
+@dataclass(frozen=True)
+class Stem(Spec):
+    slope: float
+    window: Window
+    image_rows: int
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        first, last, _ = self.window.input_rows(lo, hi, self.image_rows)
+        return [Use((first, last)), SHARED, *TERMS]
+
+    def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        image, weight, mean, scale, beta = tensors
+        _, _, pad = self.window.input_rows(lo, hi, self.image_rows)
+        y = ops.convolution(image.to(self.dtype), weight.to(self.dtype), None, self.window, pad)
+        return ops.norm_act(y, mean, scale, beta, self.slope)
+
+
+@dataclass(frozen=True)
+class UpAdd(Spec):
+    """Optional skip, coarse and its 1x1x1 convolution (which commutes with the upsampling, so it runs on
+    the coarse grid). The fine size is 2n or 2n - 1 per axis: the last plane of an odd axis is cut off."""
+
+    skip: Spec | None
+    coarse: Spec
+    skip_tensors: int
+    has_bias: bool
+
+    def coarse_rows(self, lo: int, hi: int) -> Rows:
+        """A row of halo on each side: what the slab's border clamp spoils is cut off afterwards."""
+        return max(lo // 2 - 1, 0), min((hi - 1) // 2 + 2, self.coarse.shape[2])
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        skip = self.skip.uses(lo, hi) if self.skip else []
+        return [*skip, *self.coarse.uses(*self.coarse_rows(lo, hi)), *[SHARED] * (1 + self.has_bias)]
+
+    def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        first, last = self.coarse_rows(lo, hi)
+        end = len(tensors) - 1 - self.has_bias
+        coarse = self.coarse.rows(first, last, tensors[self.skip_tensors : end])
+        bias = tensors[-1].to(self.dtype) if self.has_bias else None
+        projected = ops.convolution(coarse, tensors[end].to(self.dtype), bias, Window((1, 1, 1)), (0, 0))
+        fine = ops.upsample_x2(projected, (lo - 2 * first, hi - 2 * first), self.shape[3], self.shape[4])
+        return fine.add_(self.skip.rows(lo, hi, tensors[: self.skip_tensors])) if self.skip else fine
+
+
+def plain(x: Tensor, dtype: torch.dtype | None = None) -> Deferred:
+    """x itself, (N, C, D, H, W), converted to `dtype` slab by slab."""
+    return Deferred(Plain(tuple(x.shape), dtype or x.dtype), (x,))
+
+
+def raw(y: Tensor, norm: Normalisation, slope: float) -> Deferred:
+    """leaky_relu((y - mean) * scale + beta, slope) of a raw convolution output y."""
+    return Deferred(Raw(tuple(y.shape), y.dtype, slope), (y, *norm))
+
+
+def residual(inner: Deferred, y: Tensor, norm: Normalisation, slope: float) -> Deferred:
+    """leaky_relu(inner + (y - mean) * scale + beta, slope)."""
+    return Deferred(Residual(tuple(y.shape), y.dtype, slope, inner.spec), (*inner.tensors, y, *norm))
+
+
+def stem(
+    image: Tensor, weight: Tensor, window: Window, norm: Normalisation, slope: float, dtype: torch.dtype
+) -> Deferred:
+    """leaky_relu(norm(conv(image, weight)), slope) with only the image stored."""
+    d, h, w = (int(s) for s in image.shape[2:])
+    shape = (image.shape[0], weight.shape[0], *window.output_size((d, h, w)))
+    return Deferred(Stem(shape, dtype, slope, window, d), (image, weight, *norm))
+
+
+def upsample_add(
+    skip: Deferred | None,
+    coarse: Deferred,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    size: tuple[int, int, int] | None = None,
+) -> Deferred:
+    """skip + crop(upsample_x2(conv1x1(coarse, weight, bias))), trilinear, align_corners=False.
+
+    Without a skip, `size` is the fine grid's (D, H, W): 2n or 2n - 1 per axis.
+    """
+    if skip is not None:
+        size = (skip.shape[2], skip.shape[3], skip.shape[4])
+    assert size is not None
+    shape = (coarse.shape[0], weight.shape[0], *size)
+    before = skip.tensors if skip else ()
+    spec = UpAdd(shape, coarse.dtype, skip.spec if skip else None, coarse.spec, len(before), bias is not None)
+    return Deferred(spec, (*before, *coarse.tensors, weight, *(() if bias is None else (bias,))))

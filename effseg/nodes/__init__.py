@@ -1,0 +1,12 @@
+"""Operators: autograd nodes over deferred expressions.
+
+Each file holds one `torch.autograd.Function`: what it saves, which algorithm it asks, and nothing else.
+Arithmetic is in `effseg.algorithms`, validation in `effseg.functional`.
+"""
+
+from effseg.nodes.conv3d import conv3d
+from effseg.nodes.head import head_sums, segment
+from effseg.nodes.materialise import materialise
+from effseg.nodes.stem_statistics import stem_statistics
+
+__all__ = ["conv3d", "head_sums", "materialise", "segment", "stem_statistics"]

@@ -1,0 +1,60 @@
+"""Convolution of a deferred expression."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from effseg.algorithms import select
+from effseg.deferred import Deferred
+from effseg.slabs import Window
+
+
+class Conv3dFunction(torch.autograd.Function):
+    """y, mean, var = conv(expression).
+
+    Saved for backward: the expression's tensors, the weight, mean (tiny) and y. The layer that follows
+    keeps the same y, so the count stays one raw output per convolution; without statistics y is not
+    needed and not saved.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, spec, window, statistics, slab_elements, weight, bias, *tensors
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        ctx.algorithm = select("conv3d")
+        ctx.spec, ctx.window, ctx.slab_elements, ctx.has_bias = spec, window, slab_elements, bias is not None
+        ctx.set_materialize_grads(False)
+        y, mean, var = ctx.algorithm.conv3d_forward(
+            spec, tensors, weight, bias, window, statistics, slab_elements
+        )
+        ctx.output_shape = y.shape
+        ctx.save_for_backward(weight, y if statistics else None, mean, *tensors)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y, grad_mean, grad_var):  # type: ignore[no-untyped-def, override]
+        weight, y, mean, *tensors = ctx.saved_tensors
+        need_weight, need_bias, *needed = ctx.needs_input_grad[4:]
+        grad_weight, grad_bias, grads = ctx.algorithm.conv3d_backward(
+            ctx.spec, tensors, needed, weight, ctx.window, grad_y if y is None else y, mean,
+            grad_y, grad_mean, grad_var, need_weight, need_bias, ctx.slab_elements,
+        )  # fmt: skip
+        return None, None, None, None, grad_weight, grad_bias, *grads
+
+
+def conv3d(
+    x: Deferred,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    statistics: bool = True,
+    slab_elements: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See `effseg.functional.conv3d`."""
+    with torch.autocast(x.device.type, enabled=False):
+        return Conv3dFunction.apply(x.spec, window, statistics, slab_elements, weight, bias, *x.tensors)

@@ -1,0 +1,37 @@
+"""A deferred expression made into a stored tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from effseg.algorithms import select
+from effseg.deferred import Deferred
+
+
+class MaterialiseFunction(torch.autograd.Function):
+    """y = the expression's value. Saved for backward: the expression's tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, spec, slab_elements, *tensors) -> Tensor:  # type: ignore[override]
+        ctx.algorithm = select("materialise")
+        ctx.spec, ctx.slab_elements = spec, slab_elements
+        ctx.save_for_backward(*tensors)
+        return ctx.algorithm.materialise_forward(spec, tensors, slab_elements)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def, override]
+        grads = ctx.algorithm.materialise_backward(
+            ctx.spec, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, ctx.slab_elements
+        )
+        return None, None, *grads
+
+
+def materialise(x: Deferred, slab_elements: int | None = None) -> Tensor:
+    """See `effseg.functional.materialise`."""
+    with torch.autocast(x.device.type, enabled=False):
+        return MaterialiseFunction.apply(x.spec, slab_elements, *x.tensors)
