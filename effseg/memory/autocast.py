@@ -1,0 +1,62 @@
+"""CUDA's autocast rules, for tensors that only pretend to be somewhere.
+
+Fake tensors live on the CPU here, and the CPU's autocast has other lists (its softmax and group norm stay
+in bfloat16), so a prediction for a GPU must apply the GPU's rules by hand.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# https://docs.pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior: the entries that a segmentation
+# network or its loss can meet.
+LOW_PRECISION = frozenset(
+    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul __matmul__ mm bmm
+    addmm baddbmm addbmm mv chain_matmul prelu scaled_dot_product_attention""".split()
+)
+FULL_PRECISION = frozenset(
+    """softmax log_softmax group_norm layer_norm nll_loss cross_entropy cross_entropy_loss
+    binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss kl_div exp expm1 log log1p log2
+    log10 pow __pow__ rsqrt reciprocal cumsum cumprod prod norm cosine_similarity softplus""".split()
+)
+
+
+class CudaAutocast(TorchFunctionMode):
+    """While active, torch functions cast their arguments as under ``torch.autocast("cuda", dtype)``."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self._weights: dict[int, torch.Tensor] = {}
+
+    def forget(self) -> None:
+        """Drop the cast weights, as leaving torch.autocast does; the graph keeps those that it needs."""
+        self._weights.clear()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in LOW_PRECISION:
+            return func(*map(self._lower, args), **{key: self._lower(value) for key, value in kwargs.items()})
+        if name in FULL_PRECISION:
+            return func(*map(_raise, args), **{key: _raise(value) for key, value in kwargs.items()})
+        return func(*args, **kwargs)
+
+    def _lower(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            return value
+        if not (value.is_leaf and value.requires_grad):
+            return value.to(self._dtype)
+        if id(value) not in self._weights:  # autocast casts a weight once, however often it is used
+            self._weights[id(value)] = value.to(self._dtype)
+        return self._weights[id(value)]
+
+
+def _raise(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return value.float()
+    return value

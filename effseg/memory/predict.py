@@ -1,0 +1,141 @@
+"""Peak memory of a training step at any volume size, without the memory and without a GPU."""
+
+import contextlib
+import copy
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
+
+from effseg.errors import InputError
+from effseg.memory.autocast import CudaAutocast
+from effseg.memory.report import KINDS, LiveTensor, MemoryReport
+from effseg.memory.step import DTYPES, Loss, follows_autocast, label_dtype_for, make_optimizer, training_loss
+from effseg.memory.tracker import LiveStorages
+
+
+def peak_training_memory(
+    model: nn.Module | Callable[[], nn.Module],
+    shape: Sequence[int],
+    *,
+    dtype: str = "bf16",
+    loss: Loss | None = None,
+    loss_options: dict[str, Any] | None = None,
+    optimizer: str = "adamw",
+    image_dtype: torch.dtype = torch.float32,
+    label_dtype: torch.dtype | None = None,
+) -> MemoryReport:
+    """Predict the peak of one training step: forward, loss, backward, optimizer step.
+
+    model: a network, which is left untouched, or a function of no arguments that makes one (its weights
+        then take no memory either); any nn.Module that returns logits (N, K, D, H, W) or a list of them.
+    shape: the image's, (N, C, D, H, W).
+    dtype: ``bf16`` is a step under torch.autocast on a GPU with weights as they are, ``fp32`` one without.
+    loss: called with (logits, labels, **loss_options). None: the model's own `loss` if it has one, else
+        :func:`effseg.losses.dice_cross_entropy`.
+    optimizer: ``adamw`` or ``sgd``; its state exists already, as in every step but the first.
+    label_dtype: None: uint8 for networks of this package, int64 for those in stock torch.
+
+    The step runs on fake tensors (shapes and dtypes, no numbers) through the real autograd engine, while
+    every storage's birth and death is followed: exact for the bytes of tensors. It cannot see what an
+    operator allocates inside, such as convolution workspace. Raises InputError for unknown options.
+    """
+    if len(shape) != 5 or min(shape) < 1:
+        raise InputError(f"shape: expected (N, C, D, H, W), each 1 or more, got {tuple(shape)}")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    n, _, *size = shape
+    gc.collect()  # cycles of earlier steps would be freed in the middle of this one
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network = _fake_copy(model)
+        tracker = LiveStorages()
+        steps = make_optimizer(optimizer, network.parameters())
+        _make_state(steps, network)
+        tracker.add([*network.parameters(), *network.buffers()], "parameters")
+        tracker.add(_state_tensors(steps), "optimizer")
+        image = torch.empty(tuple(shape), dtype=image_dtype)
+        labels = torch.empty((n, *size), dtype=label_dtype_for(network, label_dtype))
+        tracker.add([image, labels], "batch")
+        _step(network, steps, tracker, image, labels, dtype, loss, loss_options or {})
+    return _report(network, tracker, tuple(shape), dtype)
+
+
+def _step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tracker: LiveStorages,
+    image: torch.Tensor,
+    labels: torch.Tensor,
+    dtype: str,
+    loss: Loss | None,
+    options: dict[str, Any],
+) -> None:
+    rules = CudaAutocast(DTYPES[dtype]) if dtype == "bf16" and not follows_autocast(network) else None
+    own = torch.autocast("cpu", DTYPES[dtype], enabled=dtype == "bf16" and follows_autocast(network))
+    with tracker, rules or contextlib.nullcontext():
+        tracker.start_phase("forward")
+        with own:
+            value = training_loss(network, image, labels, loss, options)
+        if rules:
+            rules.forget()
+        tracker.start_phase("backward")
+        # Not value.backward(): that is a torch function, inside which the rules would not reach a
+        # checkpoint's recomputation.
+        _engine_run_backward(
+            (value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
+        del value
+        tracker.start_phase("optimizer")
+        optimizer.step()
+        tracker.start_phase("done")
+
+
+def _fake_copy(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """The same network on fake CPU tensors, ready to train; shared weights stay shared."""
+    if not isinstance(model, nn.Module):
+        return model().train()
+    known: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        known[id(tensor)] = fake
+    return copy.deepcopy(model, known).train()
+
+
+def _make_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+
+
+def _report(network: nn.Module, tracker: LiveStorages, shape: tuple[int, ...], dtype: str) -> MemoryReport:
+    split = dict.fromkeys(KINDS, 0)
+    for storage in tracker.at_peak:
+        split[storage.label] += storage.nbytes
+    largest = tuple(
+        LiveTensor(s.nbytes, s.label, s.operator, s.phase, s.shape, str(s.dtype).removeprefix("torch."))
+        for s in sorted(tracker.at_peak, key=lambda s: s.nbytes, reverse=True)[:20]
+    )
+    return MemoryReport(
+        model=getattr(network, "name", type(network).__name__),
+        shape=shape,
+        dtype=dtype,
+        peak=tracker.peak,
+        split=split,
+        after_forward=tracker.at_phase_end["forward"],
+        operator=tracker.peak_operator,
+        phase=tracker.peak_phase,
+        voxels=shape[0] * shape[2] * shape[3] * shape[4],
+        parameters=sum(p.numel() for p in network.parameters()),
+        largest=largest,
+    )

@@ -1,0 +1,153 @@
+"""Which tensors live when: a dispatch mode that sees every storage being made and being freed."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+
+class Storage:
+    """One live allocation: its bytes, the tensor that it was made for, and by what and when it was made."""
+
+    __slots__ = ("dtype", "grad_mode", "kind", "nbytes", "node", "operator", "phase", "same_node", "shape")
+
+    def __init__(self, tensor: torch.Tensor, nbytes: int, kind: str | None, phase: str, operator: str) -> None:
+        self.nbytes = nbytes
+        self.shape = tuple(tensor.shape)
+        self.dtype = tensor.dtype
+        self.kind = kind
+        self.phase = phase
+        self.operator = operator
+        self.grad_mode = torch.is_grad_enabled()
+        self.node = _backward_node()
+        self.same_node = True  # until an operator of another node of the backward pass finds it alive
+
+    @property
+    def label(self) -> str:
+        """What it is for; decided at the end, because a tensor's fate tells what it was."""
+        if self.kind is not None:
+            return self.kind
+        if self.phase != "backward" or (self.node is not None and self.same_node):
+            return "transient"
+        return "saved" if self.grad_mode else "gradients"
+
+
+class LiveStorages(TorchDispatchMode):
+    """Follows the live storages of all tensors made while it is active, and remembers their peak.
+
+    Exact in tensor bytes, since it sees the real order of operators under the real autograd engine and the
+    real ends of life. It does not see what operators allocate inside (convolution workspace).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "setup"
+        self.now = 0
+        self.peak = 0
+        self.peak_operator = ""
+        self.peak_phase = ""
+        self.at_peak: list[Storage] = []
+        self.at_phase_end: dict[str, int] = {}
+        self._live: dict[int, Storage] = {}
+        self._node: int | None = None
+        self._pending: str | None = None
+
+    def add(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
+        """Count tensors made before; a storage is counted once."""
+        for tensor in tensors:
+            self._add(tensor, kind, kind)
+
+    def start_phase(self, phase: str) -> None:
+        """Close the current phase; what the forward pass leaves behind is what backward has saved."""
+        self._settle()
+        self.at_phase_end[self.phase] = self.now
+        if self.phase == "forward":
+            for storage in self._live.values():
+                storage.kind = storage.kind or "saved"
+        self.phase = phase
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._settle()
+        self._enter_node()
+        name = str(func)
+        if name == "aten.add.Tensor" and self.phase == "backward" and not torch.is_grad_enabled():
+            inside = self._accumulated(args)
+            if inside is not None:
+                return inside
+            self._pending = name  # count the sum only once its dead inputs are gone
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor, None, name)
+        if self._pending is None:
+            self._mark(name)
+        return out
+
+    def _accumulated(self, args: Any) -> torch.Tensor | None:
+        """The sum of two gradients made in place, where the autograd engine would do so.
+
+        The engine adds in place when it holds the only reference, but never under a dispatch mode. It
+        matters: a skip's gradient is a view which keeps the whole gradient of a concatenation alive.
+        """
+        for target, other in (args[:2], args[1::-1]):
+            if (
+                isinstance(target, torch.Tensor)
+                and isinstance(other, torch.Tensor)
+                and target.shape == other.shape
+                and target.dtype == other.dtype
+                and _use_count(target) <= 2 + target._is_view()
+            ):
+                self._mark("aten.add_.Tensor")
+                result: torch.Tensor = aten.add_.Tensor(target, other)
+                return result
+        return None
+
+    def _add(self, tensor: torch.Tensor, kind: str | None, operator: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        entry = Storage(tensor, storage.nbytes(), kind, self.phase, operator)
+        self._live[key] = entry
+        self.now += entry.nbytes
+        weakref.finalize(storage, self._free, key).atexit = False
+
+    def _free(self, key: int) -> None:
+        entry = self._live.pop(key)
+        self.now -= entry.nbytes
+        entry.same_node = entry.same_node and entry.node == _backward_node()
+
+    def _enter_node(self) -> None:
+        node = _backward_node() if self.phase == "backward" else None
+        if node != self._node:
+            self._node = node
+            for entry in self._live.values():
+                entry.same_node = entry.same_node and entry.node == node
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            self._mark(self._pending)
+            self._pending = None
+
+    def _mark(self, operator: str) -> None:
+        if self.now > self.peak:
+            self.peak, self.peak_operator, self.peak_phase = self.now, operator, self.phase
+            self.at_peak = list(self._live.values())
+
+
+def _backward_node() -> int | None:
+    """The node of the graph whose backward runs now, None outside."""
+    node: Callable[..., Any] | Any = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
+def _use_count(tensor: torch.Tensor) -> int:
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count
