@@ -260,7 +260,7 @@ def _mark_directions(axes: Any, view: _View) -> None:
 def _dice_texts(labels: np.ndarray, reference: np.ndarray | None, num_classes: int) -> list[str]:
     if reference is None:
         return [""] * (num_classes - 1)
-    from effseg.evaluation import dice_per_class
+    from effseg.metrics import dice_per_class
 
     dice = dice_per_class(labels, reference, num_classes)[1:]
     return [f" {value:.3f}" if np.isfinite(value) else " absent" for value in dice]

@@ -1,0 +1,135 @@
+"""Scores of a folder of segmentations: nnU-Net's summary.json, with NSD and HD95 beside."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from effseg.atomic import atomic_path
+from effseg.data.cases import Case, select_cases
+from effseg.data.labels import LabelMap
+from effseg.data.nifti import SUFFIXES, read_image, read_labels
+from effseg.errors import InputError
+from effseg.metrics import CONVENTIONS, case_metrics, dice_per_class, mean_metrics
+
+__all__ = ["dice_per_class", "evaluate_folders", "pair_files", "write_summary"]
+
+
+def pair_files(predictions: Path, labels: Path, cases: str | None = None) -> list[Case]:
+    """Pair every label file with the prediction of the same case, in name order.
+
+    Args:
+        predictions: folder of ``NAME.nii.gz`` (or ``.nii``, or ``NAME_seg``).
+        labels: folder of ``NAME_seg.nii.gz``, scans beside them left alone, or of ``NAME.nii.gz``; or the
+            folder above a ``labelsTr``.
+        cases: which to score, as in `effseg.data.cases.select_cases`; None: all, and then no file of either
+            folder may be without its partner.
+
+    Returns: cases whose `images` hold the prediction alone.
+
+    Raises: InputError for a folder that is missing or empty, or a case without its partner.
+    """
+    labels = labels / "labelsTr" if (labels / "labelsTr").is_dir() else labels
+    true, found = _label_files(labels), _label_files(predictions)
+    chosen = select_cases([Case(name, (), path) for name, path in true.items()], cases)
+    missing = [case.name for case in chosen if case.name not in found]
+    if missing:
+        raise InputError(f"{predictions}: no prediction for {_listed(missing)} of {labels}")
+    unlabelled = [name for name in found if name not in true]
+    if unlabelled and cases is None:
+        raise InputError(f"{labels}: no labels for the prediction {_listed(unlabelled)} in {predictions}")
+    return [Case(case.name, (found[case.name],), case.labels) for case in chosen]
+
+
+def evaluate_folders(
+    predictions: str | os.PathLike[str],
+    labels: str | os.PathLike[str],
+    label_map: LabelMap,
+    tolerance_mm: float = 3.0,
+    cases: str | None = None,
+    on_case: Callable[[str, int], None] = lambda name, total: None,
+) -> dict[str, Any]:
+    """Score a folder of segmentations against a folder of label files.
+
+    Args:
+        predictions, labels, cases: see `pair_files`.
+        label_map: the organs, and their values in the files of both folders. Organs left out of it are
+            background; voxels that the labels mark as "ignore" count nowhere.
+        tolerance_mm: tolerance of NSD (3 mm: TotalSegmentator, Wasserthal et al. 2023).
+        on_case: called with the name and the number of cases before each one.
+
+    Returns: nnU-Net's summary: ``foreground_mean`` {metric: mean over organs}, ``mean`` {value: {metric: mean
+        over cases}}, ``metric_per_case`` [{"metrics": {value: {metric: score}}, "prediction_file",
+        "reference_file"}], values as strings; beside it ``names`` {value: organ}, ``tolerance_mm`` and
+        ``conventions``. NaN of an organ that no case has stays out of ``foreground_mean`` (in nnU-Net's it
+        makes the mean NaN).
+
+    Raises: InputError as `pair_files`, and for a file that cannot be read, a grid that differs from the
+        label file's, a value that is not in the map.
+    """
+    if not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
+        raise InputError(f"tolerance: expected mm of 0 or more, got {tolerance_mm}")
+    pairs = pair_files(Path(predictions), Path(labels), cases)
+    values = [str(value) for value in label_map.values]
+    per_case: list[dict[str, Any]] = []
+    for pair in pairs:
+        on_case(pair.name, len(pairs))
+        metrics = _score_pair(pair, label_map, tolerance_mm)
+        per_case.append(
+            {
+                "metrics": {values[label]: scores for label, scores in metrics.items()},
+                "prediction_file": str(pair.images[0]),
+                "reference_file": str(pair.labels),
+            }
+        )
+    means = {value: mean_metrics([case["metrics"][value] for case in per_case]) for value in values[1:]}
+    return {
+        "foreground_mean": mean_metrics(list(means.values())),
+        "mean": means,
+        "metric_per_case": per_case,
+        "names": dict(zip(values[1:], label_map.names[1:], strict=True)),
+        "tolerance_mm": tolerance_mm,
+        "conventions": CONVENTIONS,
+    }
+
+
+def write_summary(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a summary as JSON, atomically; NaN as ``NaN``, as nnU-Net and Python's json do."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(summary, indent=4) + "\n")
+
+
+def _score_pair(pair: Case, label_map: LabelMap, tolerance_mm: float) -> dict[int, dict[str, float | int]]:
+    assert pair.labels is not None  # pair_files gives no other
+    scan = read_image(pair.labels)
+    reference = label_map.to_classes(read_labels(pair.labels), pair.labels)
+    prediction = label_map.to_classes(read_labels(pair.images[0], like=scan), pair.images[0])
+    ignore = label_map.ignore_index
+    if ignore is not None:
+        prediction[prediction == ignore] = 0
+    return case_metrics(prediction, reference, label_map.num_classes, scan.spacing, tolerance_mm, ignore)
+
+
+def _label_files(folder: Path) -> dict[str, Path]:
+    """Label files by case name; where some are called NAME_seg, the others are scans."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'expected a folder' if folder.exists() else 'no such folder'}")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+        if suffix is None or path.name.startswith("."):
+            continue
+        name = path.name.removesuffix(suffix)
+        if name in files:
+            raise InputError(f"{folder}: more than one file would be case {name!r}")
+        files[name] = path
+    marked = {name.removesuffix("_seg"): path for name, path in files.items() if name.endswith("_seg")}
+    if not files:
+        raise InputError(f"{folder}: expected label files NAME.nii.gz or NAME_seg.nii.gz, found none")
+    return marked or files
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names if len(names) <= 5 else [*names[:4], f"... {len(names)} cases"])
