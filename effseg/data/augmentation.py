@@ -1,0 +1,150 @@
+"""Random changes of whole volumes while training, on MONAI's transforms."""
+
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import (
+    Compose,
+    MapTransform,
+    RandFlipd,
+    RandGaussianNoised,
+    Randomizable,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+)
+from monai.transforms.utils import create_rotate, create_scale, create_translate
+from torch.nn.functional import affine_grid, grid_sample
+
+from effseg.data.preprocessing import AIR
+
+Spacing = tuple[float, float, float]
+Augmentation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+_SIDES = {
+    "l",
+    "r",
+    "lt",
+    "rt",
+    "lft",
+    "rgt",
+    "sin",
+    "dex",
+    "lul",
+    "lll",
+    "rul",
+    "rml",
+    "rll",
+    "la",
+    "lv",
+    "ra",
+    "rv",
+}
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_SLAB_VOXELS = 1 << 21  # sampled at a time: a grid costs 12 bytes a voxel
+
+
+def has_side(name: str) -> bool:
+    """Whether an organ's name tells left from right: "kidney_left", "RightParotid", "Lens-Lt", "Eye.R"."""
+    words = {word.lower() for word in _WORD.findall(name)}
+    return bool(words & _SIDES) or "left" in name.lower() or "right" in name.lower()
+
+
+def augmentation(label_names: Sequence[str], strength: float = 1.0) -> Augmentation:
+    """A function (image, labels, seed, spacing=(1, 1, 1)) -> (image, labels), the same for the same seed.
+
+    image: (C, D, H, W) float32 as `Preprocessing.normalise` gives it, labels: (D, H, W) of any integer
+    dtype, axes in RAS+, spacing in mm; both come back as plain tensors of the same shape, dtype and device,
+    the arguments are left as they are. Safe to call from several threads.
+
+    With `strength` 1: in 3 of 4 cases a rotation of up to 8 degrees about each axis, in mm and not in
+    voxels, a zoom of 0.88 to 1.12, up to 4 % apart between the axes, and a shift of up to an eighth of the
+    volume's size, with air coming in from outside; intensities times 0.9 to 1.1, plus -0.1 to 0.1; in 3 of
+    10 noise with a standard deviation of up to 0.05. Volumes are mirrored left to right only where no name
+    has a side. `strength` scales the ranges; 0 changes nothing but the mirroring.
+    About 45 ns on one core and 30 bytes a voxel.
+    """
+    mirror = not any(map(has_side, label_names))
+
+    def augment(
+        image: torch.Tensor, labels: torch.Tensor, seed: int, spacing: Spacing = (1.0, 1.0, 1.0)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Made anew every time: MONAI's transforms keep their random state and what they drew.
+        transforms = [
+            RandomPoseD(strength, spacing),
+            RandScaleIntensityd("image", factors=0.1 * strength, prob=1.0),
+            RandShiftIntensityd("image", offsets=0.1 * strength, prob=1.0),
+            RandGaussianNoised("image", std=0.05 * strength, prob=0.3),
+        ]
+        if mirror:
+            transforms.append(RandFlipd(("image", "labels"), prob=0.5, spatial_axis=0))
+        compose = Compose(transforms).set_random_state(seed=seed)
+        sample = compose({"image": image, "labels": labels[None]})
+        return _plain(sample["image"]), _plain(sample["labels"])[0]
+
+    return augment
+
+
+class RandomPoseD(Randomizable, MapTransform):
+    """Rotation, zoom and shift of "image" (C, D, H, W) and "labels" (1, D, H, W), drawn at random.
+
+    MONAI's RandAffined turns in voxels, which shears anisotropic volumes, draws a zoom for every axis
+    apart, and takes 80 bytes a voxel; here both volumes share one grid, made slab by slab.
+    """
+
+    def __init__(self, strength: float, spacing: Spacing) -> None:
+        MapTransform.__init__(self, ("image", "labels"))
+        self.strength = strength
+        self.spacing = spacing
+
+    def randomize(self, shape: Sequence[int]) -> np.ndarray | None:
+        """(4, 4) from voxels of the result to voxels of the source, or None to leave the volume."""
+        moves = self.R.random() < 0.75
+        angles = np.deg2rad(self.R.uniform(-8, 8, 3)) * self.strength
+        zoom = 1 + self.strength * self.R.uniform(-0.12, 0.12)
+        stretch = 1 + self.strength * self.R.uniform(-0.04, 0.04, 3)
+        shift = self.strength * self.R.uniform(-0.125, 0.125, 3) * shape
+        if not moves or self.strength == 0:
+            return None
+        centre = (np.array(shape) - 1) / 2
+        to_mm = create_scale(3, self.spacing) @ create_translate(3, -centre)
+        turn = create_rotate(3, angles) @ create_scale(3, np.clip(zoom * stretch, 0.88, 1.12))
+        return create_translate(3, shift) @ np.linalg.inv(to_mm) @ turn @ to_mm
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        image, labels = data["image"], data["labels"]
+        matrix = self.randomize(image.shape[1:])
+        if matrix is None:
+            return dict(data)
+        from_air = (image - AIR)[None]  # grid_sample fills with 0
+        source = labels[None].to(torch.float32)
+        moved, moved_labels = torch.empty_like(image), torch.empty_like(labels)
+        depth, height, width = image.shape[1:]
+        planes = max(1, _SLAB_VOXELS // (height * width))
+        for start in range(0, depth, planes):
+            rows = slice(start, min(depth, start + planes))
+            slab = (rows.stop - rows.start, height, width)
+            theta = torch.from_numpy(_normalised(matrix, (depth, height, width), slab, start))
+            grid = affine_grid(theta[None].to(image), [1, 1, *slab], align_corners=False)
+            moved[:, rows] = grid_sample(from_air, grid, align_corners=False)[0]
+            moved_labels[:, rows] = grid_sample(source, grid, mode="nearest", align_corners=False)[0]
+        return {**data, "image": moved.add_(AIR), "labels": moved_labels}
+
+
+def _normalised(
+    matrix: np.ndarray, shape: tuple[int, int, int], slab: tuple[int, int, int], start: int
+) -> np.ndarray:
+    """`matrix` for rows from `start` on of the result, in grid_sample's coordinates (W, H, D in -1..1)."""
+    to_source, to_slab = (
+        create_translate(3, [1 / extent - 1 for extent in size])
+        @ create_scale(3, [2 / extent for extent in size])
+        for size in (shape, slab)
+    )
+    theta = to_source @ matrix @ create_translate(3, [start, 0, 0]) @ np.linalg.inv(to_slab)
+    return theta[[2, 1, 0]][:, [2, 1, 0, 3]]
+
+
+def _plain(tensor: Any) -> torch.Tensor:
+    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
