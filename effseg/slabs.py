@@ -7,6 +7,7 @@ the thickness decides the transient memory: too thick costs memory, too thin cos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,9 +27,11 @@ def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None = None
     it the size follows from the tensor's (see the constants above).
     """
     if slab_elements is not None:
-        return max(1, min(rows, slab_elements // max(1, row_elements)))
+        return max(1, min(rows, slab_elements // row_elements))
     elements = max(MIN_SLAB_ELEMENTS, int(rows * row_elements * MAX_SLAB_FRACTION))
-    return max(1, min(rows, max(MIN_ROWS, elements // max(1, row_elements))))
+    thickness = max(MIN_ROWS, elements // row_elements)
+    # Equal slabs: a thin rest would be all halo, and small float32 slabs fall out of oneDNN.
+    return math.ceil(rows / math.ceil(rows / thickness))
 
 
 def slabs(samples: int, rows: int, thickness: int) -> Iterator[tuple[int, int, int]]:

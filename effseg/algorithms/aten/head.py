@@ -1,7 +1,7 @@
 """The segmentation head: logits of one slab at a time, never of the volume.
 
 logits = W a + b per voxel (or a itself where there is no W), p = softmax(logits). A slab is worked on as a
-matrix of (voxels, classes), which is how channels-last memory lies.
+matrix of (classes, voxels), so that softmax and sums run along contiguous voxels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from effseg.algorithms.aten.pullback import Pullback, rows
 from effseg.deferred import Spec
 from effseg.slabs import rows_per_slab, slabs
 
-# The loss holds about this many arrays of (voxels, classes) at a time.
+# The loss holds about this many arrays of (classes, voxels) at a time.
 ARRAYS = 4
 
 
@@ -43,33 +43,33 @@ def thickness(spec: Spec, classes: int, slab_elements: int | None) -> int:
 
 
 def _matrix(a: Tensor) -> Tensor:
-    """(1, C, d, h, w) as (voxels, C): a view of channels-last memory."""
-    return a.permute(0, 2, 3, 4, 1).reshape(-1, a.shape[1])
+    """(1, C, d, h, w) as (C, voxels): a transposed view of channels-last memory."""
+    return a.permute(0, 2, 3, 4, 1).reshape(-1, a.shape[1]).t()
 
 
 def _volume(m: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_matrix`."""
+    """(voxels, C) as (1, C, d, h, w) in channels-last memory."""
     _, _, d, h, w = like.shape
     return m.view(1, d, h, w, m.shape[1]).permute(0, 4, 1, 2, 3)
 
 
 def _logits(a: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """(voxels, K) in the accumulation type; the product runs in the type of a."""
+    """(K, voxels) in the accumulation type; the product runs in the type of a."""
     x = _matrix(a)
     if weight is not None:
-        w = weight.flatten(1).to(x.dtype).t()
-        x = x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
+        w = weight.flatten(1).to(x.dtype)
+        x = w @ x if bias is None else torch.addmm(bias.to(x.dtype)[:, None], w, x)
     return x.to(ops.accumulation_dtype(a.dtype))
 
 
 class _Labels(NamedTuple):
-    index: Tensor  # (voxels, 1) int64, 0 where ignored
-    valid: Tensor  # (voxels, 1) bool
+    index: Tensor  # (1, voxels) int64, 0 where ignored
+    valid: Tensor  # (1, voxels) bool
     unknown: Tensor  # number of voxels that are neither
 
 
 def _labels(labels: Tensor, classes: int, ignore_index: int | None) -> _Labels:
-    index = labels.reshape(-1, 1).long()
+    index = labels.reshape(1, -1).long()
     known = (index >= 0) & (index < classes)
     ignored = torch.zeros_like(known) if ignore_index is None else index == ignore_index
     valid = known & ~ignored
@@ -89,25 +89,29 @@ def head_sums_forward(
     n, k, device = spec.shape[0], spec.shape[1] if weight is None else weight.shape[0], tensors[0].device
     zeros = lambda *shape: torch.zeros(n, *shape, dtype=torch.float64, device=device)  # noqa: E731
     sums = Sums(zeros(k), zeros(k), zeros(k), zeros(), zeros(), zeros())
-    accumulate = ops.accumulation_dtype(spec.dtype)
-    w = torch.ones(k, dtype=accumulate, device=device) if class_weights is None else class_weights.to(accumulate)
-    classes = torch.arange(k, device=device)
+    w = _weights(class_weights, k, spec, device)
+    classes = torch.arange(k, device=device)[:, None]
     for sample, lo, hi in slabs(n, spec.shape[2], thickness(spec, k, slab_elements)):
         logits = _logits(rows(spec, tensors, sample, lo, hi), weight, bias)
         index, valid, unknown = _labels(labels[sample, lo:hi], k, ignore_index)
         sums.unknown[sample] += unknown
-        log_p = logits.log_softmax(1)
+        log_p = logits.log_softmax(0)
         del logits
-        nll = log_p.gather(1, index).neg_().mul_(w[index]).mul_(valid)
+        nll = log_p.gather(0, index).neg_().mul_(w[index]).mul_(valid)
         sums.nll[sample] += nll.sum(dtype=torch.float64)
-        sums.smooth_nll[sample] -= (log_p @ w[:, None]).mul_(valid).sum(dtype=torch.float64)
+        sums.smooth_nll[sample] -= (w[None] @ log_p).mul_(valid).sum(dtype=torch.float64)
         p = log_p.exp_().mul_(valid)
-        sums.probability[sample] += p.sum(0)
+        sums.probability[sample] += p.sum(1)
         one_hot = (index == classes) & valid
-        sums.count[sample] += one_hot.sum(0)
-        sums.intersection[sample] += p.mul_(one_hot).sum(0)
+        sums.count[sample] += one_hot.sum(1)
+        sums.intersection[sample] += p.mul_(one_hot).sum(1)
         del p, log_p, one_hot
     return sums
+
+
+def _weights(class_weights: Tensor | None, classes: int, spec: Spec, device: torch.device) -> Tensor:
+    dtype = ops.accumulation_dtype(spec.dtype)
+    return torch.ones(classes, dtype=dtype, device=device) if class_weights is None else class_weights.to(dtype)
 
 
 def head_sums_backward(
@@ -129,7 +133,7 @@ def head_sums_backward(
     """
     k, device = spec.shape[1] if weight is None else weight.shape[0], tensors[0].device
     accumulate = ops.accumulation_dtype(spec.dtype)
-    w = torch.ones(k, dtype=accumulate, device=device) if class_weights is None else class_weights.to(accumulate)
+    w = _weights(class_weights, k, spec, device)
     grad_weight = None if weight is None else torch.zeros(weight.shape[:2], dtype=accumulate, device=device)
     grad_bias = None if bias is None else torch.zeros(k, dtype=accumulate, device=device)
     pullback = Pullback(spec, tensors, needed)
@@ -139,22 +143,21 @@ def head_sums_backward(
         g_inter, g_prob, g_nll, g_smooth = (
             g[sample].to(accumulate) for g in (grads.intersection, grads.probability, grads.nll, grads.smooth_nll)
         )
-        p = _logits(a, weight, bias).softmax(1)
+        p = _logits(a, weight, bias).softmax(0)
         c = w[index] * g_nll
-        picked = p.gather(1, index) * g_inter[index]
-        constant = (c + g_smooth * w.sum()).sub_(picked).sub_(p @ g_prob[:, None])
-        g = p.mul_(constant + g_prob)
-        g.scatter_(1, index, g.gather(1, index).add_(picked).sub_(c))
-        g.sub_(g_smooth * w).mul_(valid)
+        picked = p.gather(0, index) * g_inter[index]
+        constant = (c + g_smooth * w.sum()).sub_(picked).sub_(g_prob[None] @ p)
+        g = p.mul_(constant + g_prob[:, None])
+        g.scatter_(0, index, g.gather(0, index).add_(picked).sub_(c))
+        g.sub_((g_smooth * w)[:, None]).mul_(valid)
         del p, c, picked, constant, index, valid
         if grad_bias is not None:
-            grad_bias += g.sum(0)
+            grad_bias += g.sum(1)
         g = g.to(spec.dtype)
-        if weight is not None:
-            if grad_weight is not None:
-                grad_weight += g.t() @ _matrix(a)
-            g = g @ weight.flatten(1).to(spec.dtype)
-        g = _volume(g, a)
+        if weight is not None and grad_weight is not None:
+            grad_weight += g @ _matrix(a).t()
+            g = weight.flatten(1).to(spec.dtype).t() @ g
+        g = _volume(g.t().contiguous(), a)
         del a
         if pullback.any:
             pullback.pull(g)
@@ -173,5 +176,5 @@ def head_segment(
     out = torch.empty(n, d, h, w, dtype=torch.uint8 if k <= 256 else torch.int16, device=tensors[0].device)
     for sample, lo, hi in slabs(n, d, thickness(spec, k, slab_elements)):
         a = rows(spec, tensors, sample, lo, hi)
-        out[sample, lo:hi] = _logits(a, weight, bias).argmax(1).view(hi - lo, h, w)
+        out[sample, lo:hi] = _logits(a, weight, bias).argmax(0).view(hi - lo, h, w)
     return out

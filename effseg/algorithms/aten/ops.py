@@ -71,7 +71,9 @@ def convolution_backward(
 # ---------------------------------------------------------------- statistics, normalisation, activation
 def mean_var(y: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean and (biased) variance of a slab's stored values, two passes, (C,) each."""
-    mean, var = aten.batch_norm_update_stats(y, None, None, 0.0)
+    # The running statistics are not used (momentum 0); their type makes the result float32.
+    unused = torch.zeros(2, y.shape[1], dtype=accumulation_dtype(y.dtype), device=y.device)
+    mean, var = aten.batch_norm_update_stats(y, unused[0], unused[1], 0.0)
     return mean, var
 
 
