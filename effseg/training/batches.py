@@ -4,11 +4,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
 
 import numpy as np
 import torch
 
+from effseg.data.augmentation import Augmentation
+from effseg.data.cache import CachedCase
 from effseg.training.sampling import Draw, Sampler
 
 FOREGROUND_SHARE = 1 / 3  # of the patches are centred on a voxel of a random organ
@@ -17,40 +19,23 @@ PATCH_MARGIN = 0.15  # of the patch's size is read around it, so that a rotation
 _PATCH = 3  # what the seed sequence is for, beside those of sampling.py
 
 Triple = tuple[int, int, int]
+Region = tuple[slice, ...]
 Volume = tuple[torch.Tensor, torch.Tensor]
-
-
-class PreparedCase(Protocol):
-    """What a batch needs of a case."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def image(self) -> np.ndarray:
-        """(C, D, H, W) HU, int16 or float32, often memory-mapped."""
-    @property
-    def labels(self) -> np.ndarray:
-        """(D, H, W) classes."""
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        """mm along D, H, W."""
-    @property
-    def organs(self) -> Sequence[int]:
-        """The classes above background that the case shows."""
 
 
 @dataclass(frozen=True)
 class Batches:
     """The batches of one process: a pure function of the step.
 
-    normalise: HU (C, D, H, W) -> float32. augment: (image, labels, seed) -> the same altered, or None.
+    normalise: HU (C, D, H, W) -> float32. augment: see `effseg.data.augmentation`; None
+    for none.
     patch_size: cut random patches instead of taking whole volumes.
     """
 
-    cases: Sequence[PreparedCase]
+    cases: Sequence[CachedCase]
     sampler: Sampler
-    normalise: Callable[[torch.Tensor], torch.Tensor]
-    augment: Callable[[torch.Tensor, torch.Tensor, int], Volume] | None
+    normalise: Callable[[np.ndarray], torch.Tensor]
+    augment: Augmentation | None
     patch_size: Triple | None = None
     pin: bool = False
 
@@ -68,11 +53,11 @@ class Batches:
             return
         with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
             steps = iter(range(first, last))
-            pending = deque(pool.submit(self, step) for step, _ in zip(steps, range(workers), strict=False))
+            pending = deque(pool.submit(self, step) for step in islice(steps, workers))
             try:
                 while pending:
                     batch = pending.popleft().result()
-                    pending.extend(pool.submit(self, step) for step, _ in zip(steps, range(1), strict=False))
+                    pending.extend(pool.submit(self, step) for step in islice(steps, 1))
                     yield batch
                     del batch
             finally:
@@ -82,28 +67,28 @@ class Batches:
     def _sample(self, draw: Draw) -> Volume:
         case = self.cases[draw.case]
         if self.patch_size is None:
-            return self._load(case, (slice(None),) * 3, draw.seed)
+            return self._load(case, (slice(None),) * 4, draw.seed)
         rng = np.random.default_rng((_PATCH, draw.seed))
-        start = patch_start(case.labels, case.organs, self.patch_size, rng)
+        start = patch_start(case.labels, case.counts, self.patch_size, rng)
         region, inside = with_margin(start, self.patch_size, case.labels.shape)
         image, labels = self._load(case, region, draw.seed)
-        return image[(slice(None), *inside)].contiguous(), labels[inside].contiguous()
+        return image[inside].contiguous(), labels[inside[1:]].contiguous()
 
-    def _load(self, case: PreparedCase, region: tuple[slice, ...], seed: int) -> Volume:
-        # Copies: a memory-mapped file is read-only, and torch warns about tensors that could write to it.
-        image = self.normalise(torch.from_numpy(np.array(case.image[(slice(None), *region)])))
-        labels = torch.from_numpy(np.array(case.labels[region]))
-        return (image, labels) if self.augment is None else self.augment(image, labels, seed)
+    def _load(self, case: CachedCase, region: Region, seed: int) -> Volume:
+        image = self.normalise(case.image[region])
+        labels = torch.from_numpy(np.array(case.labels[region[1:]]))
+        return (image, labels) if self.augment is None else self.augment(image, labels, seed, case.spacing)
 
 
-def patch_start(labels: np.ndarray, organs: Sequence[int], size: Triple, rng: np.random.Generator) -> Triple:
-    """The first voxel of a random patch inside `labels` (D, H, W), which show `organs`.
+def patch_start(labels: np.ndarray, counts: np.ndarray, size: Triple, rng: np.random.Generator) -> Triple:
+    """The first voxel of a random patch inside `labels` (D, H, W), which have `counts` voxels of each class.
 
     A third of the patches are centred on a random voxel of a random organ, as far as the volume's edge
     allows; the others lie anywhere.
     """
     highest = [extent - wanted for extent, wanted in zip(labels.shape, size, strict=True)]
-    if rng.random() >= FOREGROUND_SHARE or not organs:
+    organs = np.flatnonzero(counts[1:]) + 1
+    if rng.random() >= FOREGROUND_SHARE or not len(organs):
         start = [int(rng.integers(top + 1)) for top in highest]
     else:
         voxels = np.flatnonzero(labels == organs[rng.integers(len(organs))])
@@ -115,9 +100,9 @@ def patch_start(labels: np.ndarray, organs: Sequence[int], size: Triple, rng: np
     return start[0], start[1], start[2]
 
 
-def with_margin(start: Triple, size: Triple, shape: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """The patch with a margin, cut at the volume's edges, and the place of the patch inside of that."""
-    region, inside = [], []
+def with_margin(start: Triple, size: Triple, shape: Sequence[int]) -> tuple[Region, Region]:
+    """The patch with a margin, cut at the volume's edges, and the patch inside of that: (C, D, H, W)."""
+    region, inside = [slice(None)], [slice(None)]
     for first, wanted, extent in zip(start, size, shape, strict=True):
         margin = round(PATCH_MARGIN * wanted)
         low, high = max(first - margin, 0), min(first + wanted + margin, extent)

@@ -73,7 +73,9 @@ def load_checkpoint(checkpoint: Path, model: nn.Module) -> dict[str, Any]:
         return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{checkpoint}: expected a readable checkpoint of this model, got: {reason}") from error
+        raise InputError(
+            f"{checkpoint}: expected a readable checkpoint of this model, got: {reason}"
+        ) from error
 
 
 def _step(checkpoint: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from effseg.errors import InputError
 
 # What may differ between a run and its continuation: nothing here changes a computed number.
-FREE_ON_RESUME = frozenset({"data", "output", "workers", "device", "checkpoint_interval"})
+FREE_ON_RESUME = frozenset({"data", "output", "workers", "device", "cache", "checkpoint_interval"})
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class TrainingConfig:
     cases: which cases to use, e.g. ``"case001-case016,case020"``; None: all labelled ones.
     validation: which cases validate, in the same language; they are looked for among all labelled cases
         and never train. Not together with `fold`.
-    fold: 0-4 validates on that fold of splits_final.json or of nnU-Net's five-fold split; "all" trains
-        on every case, without validation. None with no `validation` means fold 0.
+    fold: number of the fold of splits_final.json, else of nnU-Net's five-fold split, that validates; "all"
+        trains on every case, without validation. None with no `validation` means fold 0.
     steps: optimiser steps. epochs: passes over the training cases, used instead of `steps` when given.
     batch_size: volumes (or patches) per process and step; above 1 their sizes must agree.
     learning_rate: peak rate of AdamW; None: 4e-3 for effseg models, 1e-3 for the 3D U-Net.
@@ -42,6 +42,7 @@ class TrainingConfig:
     seed: with the step number it determines every random choice.
     workers: background threads that prepare batches; 0 prepares them between steps.
     device: "auto" (CUDA where there is a GPU), "cpu", "cuda" or "cuda:N".
+    cache: folder for prepared volumes, 3 bytes a voxel, which several runs may share; None: in `output`.
 
     Raises InputError, naming the field, for a value out of range.
     """
@@ -74,16 +75,18 @@ class TrainingConfig:
     window: tuple[float, float] = (-200.0, 400.0)
     spacing: tuple[float, float, float] | None = None
     crop: Literal["body", "none"] = "body"
-    margin: float = 10.0
+    margin: float = 5.0
     validation_interval: int = 100
     checkpoint_interval: int = 100
     seed: int = 0
     workers: int = 1
     device: str = "auto"
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", Path(self.data))
         object.__setattr__(self, "output", Path(self.output))
+        object.__setattr__(self, "cache", None if self.cache is None else Path(self.cache))
         for name, kind in (("patch_size", int), ("window", float), ("spacing", float)):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(map(kind, value)))
@@ -107,11 +110,13 @@ class TrainingConfig:
             _demand(self, name, getattr(self, name) in values, f"one of {', '.join(values)}")
         baseline = not self.model.startswith("effseg")
         _demand(self, "norm", self.norm == "instance" or not baseline, "a choice for effseg models only")
-        fold = self.fold
-        _demand(self, "fold", fold is None or fold == "all" or fold in range(5), "0 to 4 or 'all'")
-        _demand(self, "fold", fold is None or self.validation is None, "absent when validation cases are given")
-        patch, spacing = self.patch_size, self.spacing
-        _demand(self, "patch_size", patch is None or (len(patch) == 3 and min(patch) >= 1), "3 sizes in voxels")
+        fold, patch, spacing = self.fold, self.patch_size, self.spacing
+        good = fold is None or fold == "all" or (isinstance(fold, int) and fold >= 0)
+        _demand(self, "fold", good, "0, 1, ... or 'all'")
+        good = fold is None or self.validation is None
+        _demand(self, "fold", good, "none beside validation cases")
+        good = patch is None or (len(patch) == 3 and min(patch) >= 1)
+        _demand(self, "patch_size", good, "3 sizes in voxels")
         good = spacing is None or (len(spacing) == 3 and 0 < min(spacing) <= max(spacing) < math.inf)
         _demand(self, "spacing", good, "3 sizes in mm above 0")
         good = len(self.window) == 2 and -math.inf < self.window[0] < self.window[1] < math.inf

@@ -8,7 +8,7 @@ from types import TracebackType
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from effseg.training.records import mean_dice
 
@@ -48,7 +48,7 @@ class Display:
     def __enter__(self) -> "Display":
         self._started = self._line_at = time.monotonic()
         if self.console is not None and self.console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=self.console, auto_refresh=False)
             self._task = self._bar.add_task("", total=self.steps, completed=self.first)
             self._bar.start()

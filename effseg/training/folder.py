@@ -9,7 +9,7 @@ from effseg.atomic import atomic_path
 from effseg.errors import InputError
 from effseg.training.config import TrainingConfig
 
-# All that a run writes; nothing else in the folder is ever touched.
+# All that a run writes, beside prepared volumes in cache/, which serve any run; nothing else is ever touched.
 FILES = ("config.json", "progress.csv", "curves.png", "best.safetensors", "final.safetensors")
 FOLDERS = ("checkpoints", "tensorboard", "overlays")
 
@@ -27,6 +27,9 @@ def open_run(config: TrainingConfig, overwrite: bool = False) -> None:
         raise InputError(f"{folder}: expected a folder that can be made, got: {error.strerror}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{folder}: expected a folder that can be written to")
+    for place in (folder, folder / "overlays", folder / "cache"):
+        for leftover in place.glob(".writing-*"):  # a file that a killed process was about to write
+            leftover.unlink()
     if overwrite:
         _remove_run(folder)
     if (folder / "config.json").exists():

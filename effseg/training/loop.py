@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from effseg.data.cache import CachedCase
 from effseg.models import build_model
+from effseg.models.base import SegmentationModel
+from effseg.models.effsegnet import EffSegNet
 from effseg.training.average import WeightAverage
-from effseg.training.batches import Batches, PreparedCase
+from effseg.training.batches import Batches
 from effseg.training.checkpoint import Checkpoints, load_checkpoint
 from effseg.training.config import TrainingConfig
 from effseg.training.data import TrainingData, load_training_data
@@ -74,11 +77,9 @@ def train(
 class _Run:
     def __init__(self, config: TrainingConfig, world: World, console: Console | None) -> None:
         self.config, self.world, self.console = config, world, console
-        self.data: TrainingData = load_training_data(config, world)
+        self.data = load_training_data(config, world, self._say)
         torch.manual_seed(config.seed)
-        options = {"norm": config.norm} if config.model.startswith("effseg") else {}
-        labels = self.data.label_map
-        self.model = build_model(config.model, self.data.channels, labels.num_classes, **options)
+        self.model = _network(config, self.data)
         self.model.to(world.device)
         self.sampler = Sampler(
             len(self.data.training), config.seed, config.batch_size, world.rank, world.size
@@ -115,7 +116,7 @@ class _Run:
         batches = Batches(
             self.data.training,
             self.sampler,
-            self.data.normalise,
+            self.data.preprocessing.normalise,
             self.data.augment,
             config.patch_size,
             pin=device.type == "cuda",
@@ -160,7 +161,7 @@ class _Run:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         self.model.eval()
-        segment = Segmenter(self.model, self.config, self.data.normalise, self.world.device)
+        segment = Segmenter(self.model, self.config, self.data.preprocessing.normalise, self.world.device)
         with self._averaged():
             dice = validate(
                 self.data.validation, segment, labels.num_classes, self.data.ignore, self.world, self._overlay
@@ -175,7 +176,11 @@ class _Run:
         display.validation(state.step, self.data.organs, dice)
         return dice
 
-    def _overlay(self, case: PreparedCase, prediction: np.ndarray) -> None:
+    def _say(self, text: str) -> None:
+        if self.console is not None:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _overlay(self, case: CachedCase, prediction: np.ndarray) -> None:
         from effseg.figures import draw_overlay
 
         draw_overlay(
@@ -251,8 +256,8 @@ class _Run:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         dtype = "bf16" if uses_bf16(self.config, self.world.device) else "fp32"
         display.say(
-            f"{self.config.model}: {parameters / 1e6:.2f} M parameters, {len(data.organs)} organs, {dtype} on "
-            f"{self.world.size} x {self.world.device.type}; {len(data.training)} training and "
+            f"{self.config.model}: {parameters / 1e6:.2f} M parameters, {len(data.organs)} organs, "
+            f"{dtype} on {self.world.size} x {self.world.device.type}; {len(data.training)} training and "
             f"{len(data.validation)} validation cases; {self.steps} steps"
         )
         for organ in data.absent_organs:
@@ -273,3 +278,10 @@ class _Run:
             peak_memory=peak_memory(self.world.device),
             skipped=state.skipped,
         )
+
+
+def _network(config: TrainingConfig, data: TrainingData) -> SegmentationModel:
+    channels, classes = data.channels, data.label_map.num_classes
+    if config.norm == "instance" or not config.model.startswith("effseg-"):
+        return build_model(config.model, channels, classes)
+    return EffSegNet(channels, classes, preset=config.model.removeprefix("effseg-"), norm=config.norm)

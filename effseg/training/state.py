@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
-
 @dataclass
 class RunState:
     """step: done steps. seconds: spent so far, over all continuations. skipped: steps without an update,

@@ -4,35 +4,38 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from effseg.data.cache import CachedCase
 from effseg.evaluation import dice_per_class
-from effseg.training.batches import PreparedCase
 from effseg.training.distributed import World
 
 
 def validate(
-    cases: Sequence[PreparedCase],
-    segment: Callable[[PreparedCase], np.ndarray],
+    cases: Sequence[CachedCase],
+    segment: Callable[[CachedCase], np.ndarray],
     num_classes: int,
     ignore: int | None,
     world: World,
-    look: Callable[[PreparedCase, np.ndarray], None],
+    look: Callable[[CachedCase, np.ndarray], None],
 ) -> list[float]:
     """Mean Dice of every organ over `cases`, NaN for an organ that is in no case; the same on all processes.
 
     segment: a case -> its classes (D, H, W). ignore: class whose voxels do not count.
     look: is shown the first case's segmentation. Every process of `world` segments its share of the cases.
     """
-    mine = []
+    mine: list[np.ndarray] = []
     for case in world.share(list(cases)):
         prediction = segment(case)
         mine.append(dice_per_class(prediction, np.asarray(case.labels), num_classes, ignore)[1:])
         if case is cases[0]:
             look(case, prediction)
-    return mean_over_cases(np.stack(world.gather(mine)))
+    every: list[np.ndarray] = world.gather(mine)
+    return mean_over_cases(np.stack(every))
 
 
 def mean_over_cases(dice: np.ndarray) -> list[float]:
     """(cases, organs) -> organs, over the cases in which an organ is."""
     present = ~np.isnan(dice)
     sums, counts = np.where(present, dice, 0.0).sum(0), present.sum(0)
-    return [float(total / count) if count else float("nan") for total, count in zip(sums, counts, strict=True)]
+    means = np.full(len(counts), np.nan)
+    np.divide(sums, counts, out=means, where=counts > 0)
+    return means.tolist()

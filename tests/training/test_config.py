@@ -39,7 +39,8 @@ def test_unknown_and_missing_fields_are_named():
         ("dtype", "fp16"),
         ("norm", "layer"),
         ("ema", 1.0),
-        ("fold", 5),
+        ("fold", -1),
+        ("fold", "none"),
         ("patch_size", (32, 32)),
         ("patch_size", (32, 32, 0)),
         ("window", (400.0, -200.0)),
@@ -57,11 +58,11 @@ def test_values_out_of_range_are_named(name, value):
 
 
 def test_contradictions_are_refused():
-    with pytest.raises(InputError, match="^fold: "):
+    with pytest.raises(InputError, match=r"^fold: "):
         make(fold=1, validation="case001")
-    with pytest.raises(InputError, match="^ce_weight: "):
+    with pytest.raises(InputError, match=r"^ce_weight: "):
         make(dice_weight=0.0, ce_weight=0.0)
-    with pytest.raises(InputError, match="^norm: "):
+    with pytest.raises(InputError, match=r"^norm: "):
         make(model="unet3d", norm="group")
 
 
