@@ -1,0 +1,260 @@
+"""Whole scans through a trained network, from files to label files."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from effseg.data.cases import Case, case_of, find_cases
+from effseg.data.labels import LabelMap
+from effseg.data.nifti import SUFFIXES, Scan, read_image, write_labels
+from effseg.data.preprocessing import AIR, Preprocessing
+from effseg.errors import InputError
+from effseg.models.base import SegmentationModel
+from effseg.models.checkpoint import load
+
+OVERLAP = 0.5  # of neighbouring patches, where a network was trained on patches
+
+Size = tuple[int, int, int]
+OnCase = Callable[[Path, Scan, float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """A trained network with all it needs to segment a scan.
+
+    patch_size: the patches it was trained on, or None for whole volumes. bf16: compute under autocast.
+    largest_component: keep only the largest connected part of every organ.
+    """
+
+    model: SegmentationModel
+    preprocessing: Preprocessing
+    label_map: LabelMap
+    patch_size: Size | None = None
+    bf16: bool = False
+    largest_component: bool = False
+
+    def __call__(self, scan: Scan) -> np.ndarray:
+        """See :func:`predict_scan`."""
+        return predict_scan(
+            self.model,
+            scan,
+            self.preprocessing,
+            self.label_map,
+            bf16=self.bf16,
+            patch_size=self.patch_size,
+            largest_component=self.largest_component,
+        )
+
+
+def predict_scan(
+    model: SegmentationModel,
+    scan: Scan,
+    preprocessing: Preprocessing,
+    label_map: LabelMap,
+    *,
+    bf16: bool = False,
+    patch_size: Size | None = None,
+    largest_component: bool = False,
+) -> np.ndarray:
+    """Segment one scan on the device of `model`.
+
+    Returns (X, Y, Z) in RAS+ on the scan's own grid, in the values of the label files (uint8 or uint16),
+    background outside of the crop. Raises InputError where the scan has no body or another number of
+    channels than the network.
+    """
+    expected = model.arguments["in_channels"]
+    found = len(scan.array)
+    if found != expected:
+        raise InputError(
+            f"{scan.paths[0]}: the network takes {_channels(expected)}, the scan has {_channels(found)}"
+        )
+    prepared = preprocessing.prepare(scan)
+    image = preprocessing.normalise(prepared.image)[None]
+    classes = segment(model, image, bf16=bf16, patch_size=patch_size)[0].numpy()
+    del image
+    if largest_component:
+        classes = keep_largest_components(classes)
+    return preprocessing.restore(label_map.to_values(classes), prepared)
+
+
+@torch.no_grad()
+def segment(
+    model: SegmentationModel, image: torch.Tensor, *, bf16: bool = False, patch_size: Size | None = None
+) -> torch.Tensor:
+    """Classes (N, D, H, W) uint8 or int16, on the CPU, of a normalised image (N, C, D, H, W).
+
+    The whole volume at once; with `patch_size` MONAI's sliding window with Gaussian weights, whose logits
+    are put together on the CPU. The model runs in evaluation mode and comes back in the mode it was in.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            if patch_size is None:
+                return model.segment(image.to(device)).cpu()
+            return _segment_patches(model, image, patch_size, device)
+    finally:
+        model.train(training)
+
+
+def keep_largest_components(classes: np.ndarray) -> np.ndarray:
+    """`classes` (D, H, W) with all but the largest connected component of every foreground class set to 0.
+
+    Voxels are connected across faces, edges and corners.
+    """
+    kept = np.zeros_like(classes)
+    for index, box in enumerate(ndimage.find_objects(classes.astype(np.int32, copy=False)), start=1):
+        if box is None:
+            continue
+        parts, _ = ndimage.label(classes[box] == index, np.ones((3, 3, 3)))
+        sizes = np.bincount(parts.ravel())
+        sizes[0] = 0
+        kept[box][parts == sizes.argmax()] = index
+    return kept
+
+
+def load_predictor(
+    checkpoint: Path,
+    device: torch.device | str = "cpu",
+    *,
+    bf16: bool = False,
+    largest_component: bool = False,
+) -> Predictor:
+    """From a .safetensors file that training wrote, or a run's folder (its best network, else its final one).
+
+    Raises InputError where there is none, it is no such file, or its parts do not fit together.
+    """
+    path = _weights(Path(checkpoint))
+    model = load(path, device)
+    parts = [model.extra.get(key) for key in ("preprocessing", "labels", "training")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise InputError(
+            f"{path}: holds a network without the preprocessing and labels that prediction needs"
+        )
+    preprocessing, labels, training = parts
+    try:
+        predictor = Predictor(
+            model,
+            Preprocessing.from_dict(model.extra["preprocessing"]),
+            LabelMap.from_dict(model.extra["labels"]),
+            _patch_size(model.extra["training"].get("patch_size")),
+            bf16,
+            largest_component,
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    classes, known = model.arguments["num_classes"], predictor.label_map.num_classes
+    if classes != known:
+        raise InputError(f"{path}: the network has {classes} classes, its label map {known}")
+    return predictor
+
+
+def predict_files(
+    predictor: Predictor,
+    source: Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    on_case: OnCase | None = None,
+) -> list[Path]:
+    """Segment a scan file, or every scan of a folder, to label files on the scans' own grids.
+
+    output: a folder for NAME.nii.gz, or, for one scan, a file name that ends in .nii.gz or .nii.
+    on_case: told of every file written, with its scan and the seconds it took.
+    Raises InputError before anything is computed where there is no scan, or an output exists (unless
+    `overwrite`) or is an input. A scan of several that cannot be used does not stop the others: they are
+    written, and then the error names it.
+    """
+    cases = [case_of(source)] if source.is_file() else find_cases(source, labelled=False)
+    targets = _targets(cases, source, output, overwrite)
+    failures: list[str] = []
+    written = []
+    for case, target in zip(cases, targets, strict=True):
+        start = time.perf_counter()
+        try:
+            scan = read_image(case.images)
+            labels = predictor(scan)
+        except InputError as error:
+            failures.append(str(error))
+            continue
+        names = dict(zip(predictor.label_map.values[1:], predictor.label_map.names[1:], strict=True))
+        write_labels(target, labels, scan.grid, names)
+        written.append(target)
+        if on_case is not None:
+            on_case(target, scan, time.perf_counter() - start)
+    if failures:
+        many = f"{len(failures)} of {len(cases)} scans were not segmented: " if len(cases) > 1 else ""
+        raise InputError(many + "; ".join(failures))
+    return written
+
+
+def _segment_patches(
+    model: SegmentationModel, image: torch.Tensor, patch_size: Size, device: torch.device
+) -> torch.Tensor:
+    from monai.inferers import SlidingWindowInferer
+
+    inferer = SlidingWindowInferer(
+        patch_size,
+        overlap=OVERLAP,
+        mode="gaussian",
+        padding_mode="constant",
+        cval=AIR,
+        sw_device=device,
+        device=torch.device("cpu"),
+    )
+    logits = inferer(image, model)
+    return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
+
+
+def _weights(checkpoint: Path) -> Path:
+    if not checkpoint.is_dir():
+        if not checkpoint.exists():
+            raise InputError(f"{checkpoint}: no such checkpoint or run folder")
+        return checkpoint
+    for name in ("best.safetensors", "final.safetensors"):
+        if (checkpoint / name).is_file():
+            return checkpoint / name
+    raise InputError(f"{checkpoint}: a folder without best.safetensors or final.safetensors")
+
+
+def _patch_size(sizes: Sequence[int] | None) -> Size | None:
+    if sizes is None:
+        return None
+    try:
+        depth, height, width = map(int, sizes)
+    except (TypeError, ValueError):
+        raise InputError(f"patch_size: expected three sizes, got {sizes!r}") from None
+    return depth, height, width
+
+
+def _targets(cases: Sequence[Case], source: Path, output: Path, overwrite: bool) -> list[Path]:
+    """Where each case's labels go; raises InputError where one may not go there."""
+    if output.name.endswith(SUFFIXES) and not output.is_dir():
+        if not source.is_file():
+            raise InputError(f"{output}: expected a folder, for the scans of {source} go into one")
+        targets = [output]
+    else:
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output}: expected a folder or a name that ends in .nii.gz or .nii")
+        targets = [output / f"{case.name}.nii.gz" for case in cases]
+    inputs = {image.resolve() for case in cases for image in case.images}
+    for target in targets:
+        if target.resolve() in inputs:
+            raise InputError(f"{target}: is a scan to segment; choose another output")
+        if target.exists() and not overwrite:
+            raise InputError(f"{target}: exists already; --overwrite replaces it")
+    folder = next(parent for parent in targets[0].absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{targets[0]}: cannot be written: {folder} is no folder that may be written to")
+    return targets
+
+
+def _channels(count: int) -> str:
+    return f"{count} channel" + ("" if count == 1 else "s")
