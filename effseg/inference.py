@@ -133,12 +133,9 @@ def load_predictor(
     """
     path = _weights(Path(checkpoint))
     model = load(path, device)
-    parts = [model.extra.get(key) for key in ("preprocessing", "labels", "training")]
-    if not all(isinstance(part, dict) for part in parts):
-        raise InputError(
-            f"{path}: holds a network without the preprocessing and labels that prediction needs"
-        )
-    preprocessing, labels, training = parts
+    for key in ("preprocessing", "labels", "training"):
+        if not isinstance(model.extra.get(key), dict):
+            raise InputError(f"{path}: holds a network without the {key} that prediction needs")
     try:
         predictor = Predictor(
             model,
