@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from effseg.data.cache import CachedCase
+from effseg.inference import segment
 from effseg.models import build_model
 from effseg.models.base import SegmentationModel
 from effseg.models.effsegnet import EffSegNet
@@ -26,7 +27,6 @@ from effseg.training.folder import open_run
 from effseg.training.optimizer import Stepper, uses_bf16
 from effseg.training.records import Records, mean_dice, read_rows
 from effseg.training.sampling import Sampler
-from effseg.training.segmenter import Segmenter
 from effseg.training.state import RunState
 from effseg.training.validation import validate
 
@@ -160,18 +160,20 @@ class _Run:
         if self.world.several:  # batch norm's statistics: all processes validate the first one's
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        self.model.eval()
-        segment = Segmenter(self.model, self.config, self.data.preprocessing.normalise, self.world.device)
         with self._averaged():
             dice = validate(
-                self.data.validation, segment, labels.num_classes, self.data.ignore, self.world, self._overlay
+                self.data.validation,
+                self._segment,
+                labels.num_classes,
+                self.data.ignore,
+                self.world,
+                self._overlay,
             )
             mean = mean_dice(dice)
             if mean > (mean_dice(state.best_dice) if state.best_dice else -1.0):
                 state.best_step, state.best_dice = state.step, dice
                 if self.world.is_main:
                     self._save(self.config.output / "best.safetensors", dice)
-        self.model.train()
         state.last_dice = dice
         display.validation(state.step, self.data.organs, dice)
         return dice
@@ -179,6 +181,11 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.console is not None:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _segment(self, case: CachedCase) -> np.ndarray:
+        image = self.data.preprocessing.normalise(case.image)[None]
+        bf16 = uses_bf16(self.config, self.world.device)
+        return segment(self.model, image, bf16=bf16, patch_size=self.config.patch_size)[0].numpy()
 
     def _overlay(self, case: CachedCase, prediction: np.ndarray) -> None:
         from effseg.figures import draw_overlay
