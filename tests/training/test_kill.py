@@ -1,8 +1,6 @@
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -10,74 +8,86 @@ import torch
 from safetensors.torch import load_file
 
 from effseg import phantom
+from effseg.training import TrainingConfig, train
 from effseg.training.checkpoint import Checkpoints
 from effseg.training.records import read_rows
 
 
-def start(data, run, steps):
-    command = [sys.executable, "-m", "effseg", "train", "--data", str(data), "--output", str(run)]
-    command += ["--model", "effseg-tiny", "--crop", "none", "--validation", "phantom_000"]
-    # A checkpoint a step: much of the time is spent in writing one, so that many kills hit it.
-    command += ["--steps", str(steps), "--validation-interval", "7", "--checkpoint-interval", "1"]
-    return subprocess.Popen(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+@pytest.fixture(scope="module")
+def context():
+    """Starts fresh processes that have imported the package already: a kill then costs no imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["effseg.training"])
+    return context
+
+
+def start(context, data, run, steps):
+    config = TrainingConfig(
+        data=data,
+        output=run,
+        model="effseg-tiny",
+        crop="none",
+        validation="phantom_000",
+        steps=steps,
+        validation_interval=20,
+        checkpoint_interval=1,  # much of the time is spent in writing one, so that many kills hit it
     )
+    process = context.Process(target=train, args=(config,))
+    process.start()
+    return process
 
 
 def finish(process):
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    process.join(timeout=300)
+    assert process.exitcode == 0
 
 
 def wait_for_a_step(process, checkpoints):
     """Until the process has done a step more; False when it ended before."""
     before = checkpoints.newest()
-    while process.poll() is None:
+    while process.is_alive():
         if checkpoints.newest() != before:
             return True
-        time.sleep(0.005)
+        time.sleep(0.002)
     return False
 
 
-def check_kills(tmp_path, kills, steps, seed):
+def check_kills(context, tmp_path, kills, steps, seed):
     data = phantom.write_dataset(tmp_path / "data", cases=4, shape=(20, 16, 12), seed=0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(data, whole, steps))
-    rng, done = random.Random(seed), 0
+    finish(start(context, data, whole, steps))
+    rng = random.Random(seed)
     checkpoints = Checkpoints(killed / "checkpoints")
-    while done < kills:
-        process = start(data, killed, steps)
-        assert wait_for_a_step(process, checkpoints), process.communicate()[1]
+    for _ in range(kills):
+        process = start(context, data, killed, steps)
+        assert wait_for_a_step(process, checkpoints)
         time.sleep(rng.uniform(0.0, 0.25))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "the run ended before its kill: give it more steps"
-        done += 1
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the run ended before its kill: give it more steps"
         newest = checkpoints.newest()
         state = torch.load(newest / "state.pt", weights_only=True)
         assert state["run"]["step"] == int(newest.name.removeprefix("step-"))
         load_file(newest / "model.safetensors")
-    finish(start(data, killed, steps))
+    finish(start(context, data, killed, steps))
 
     expected, got = (read_rows(run / "progress.csv") for run in (whole, killed))
     for row in expected + got:
         del row["seconds"]
+    assert [int(row["step"]) for row in expected] == list(range(1, steps + 1))
     assert got == expected
     for name in ("final", "best"):
         weights = [load_file(run / f"{name}.safetensors") for run in (whole, killed)]
+        assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     assert [path.name for path in (killed / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
     assert not list(killed.rglob(".writing-*"))
 
 
-def test_killed_and_continued_runs_end_like_an_uninterrupted_one(tmp_path):
-    check_kills(tmp_path, kills=3, steps=24, seed=0)
+def test_killed_and_continued_runs_end_like_an_uninterrupted_one(context, tmp_path):
+    check_kills(context, tmp_path, kills=3, steps=30, seed=0)
 
 
 @pytest.mark.slow
-def test_twenty_kills(tmp_path):
-    check_kills(tmp_path, kills=20, steps=160, seed=1)
+def test_twenty_kills(context, tmp_path):
+    check_kills(context, tmp_path, kills=20, steps=160, seed=1)
