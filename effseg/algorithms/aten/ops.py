@@ -24,10 +24,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 # ---------------------------------------------------------------- convolution
-def _needs_float32(x: Tensor) -> bool:
-    """oneDNN's low-precision weight gradient is wrong on very small volumes (seen with 64 channels and
-    2 x 2 x 2 voxels in bfloat16); such slabs cost nothing in float32."""
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and x[0, 0].numel() < 512
+def _wgrad_is_broken(x: Tensor) -> bool:
+    """oneDNN's low-precision weight gradient is wrong, or writes past its buffers, where the first axis has
+    two planes and padding (any height and width), and with stride 2 where height or width is one voxel. Slabs
+    as thin as that are rare and small, so they take float32."""
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and min(x.shape[2:]) <= 2
 
 
 def _pad_rows(x: Tensor, window: Window, pad: tuple[int, int]) -> tuple[Tensor, list[int]]:
@@ -39,23 +40,12 @@ def _pad_rows(x: Tensor, window: Window, pad: tuple[int, int]) -> tuple[Tensor, 
     return F.pad(x, (0, 0, 0, 0, *pad)), [0, ph, pw]
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int]) -> Tensor:
-    """Convolution of a slab with `pad` rows of zeros before and after it; differentiable by autograd."""
-    dtype = x.dtype
-    if _needs_float32(x):
-        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-    padded, padding = _pad_rows(x, window, pad)
-    weight = weight.contiguous(memory_format=CHANNELS_LAST)
-    y = aten.convolution(padded, weight, bias, window.stride, padding, [1] * 3, False, [0] * 3, 1)
-    return y.to(dtype)
-
-
 def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, window: Window, pad: tuple[int, int], need_input: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dgrad (of the rows of x, without the padding) and wgrad of `convolution`."""
     dtype = x.dtype
-    if _needs_float32(x) or _needs_float32(grad):
+    if need_weight and _wgrad_is_broken(x):
         grad, x, weight = grad.float(), x.float(), weight.float()
     padded, padding = _pad_rows(x, window, pad)
     weight = weight.contiguous(memory_format=CHANNELS_LAST)
@@ -66,6 +56,31 @@ def convolution_backward(
     if need_input and pad[0] != pad[1]:
         gx = gx[:, :, pad[0] : gx.shape[2] - pad[1]]
     return (gx.to(dtype) if need_input else None), (gw if need_weight else None)
+
+
+class _Convolution(torch.autograd.Function):
+    """Saved: the slab and the weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, window, pad):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.window, ctx.pad = window, pad
+        padded, padding = _pad_rows(x, window, pad)
+        weight = weight.contiguous(memory_format=CHANNELS_LAST)
+        return aten.convolution(padded, weight, bias, window.stride, padding, [1] * 3, False, [0] * 3, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, _ = ctx.needs_input_grad
+        gx, gw = convolution_backward(grad, x, weight, ctx.window, ctx.pad, need_x, need_weight)
+        return gx, gw, grad.sum((0, 2, 3, 4)) if need_bias else None, None, None
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int]) -> Tensor:
+    """Convolution of a slab with `pad` rows of zeros before and after it; weight and bias in its type."""
+    return _Convolution.apply(x, weight, bias, window, pad)
 
 
 # ---------------------------------------------------------------- statistics, normalisation, activation
