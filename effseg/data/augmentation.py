@@ -42,7 +42,7 @@ _SIDES = {
     "ra",
     "rv",
 }
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_WORD = re.compile(r"(?:[A-Z]+(?![a-z])|[A-Z]?[a-z]+)\d*")  # "L5" is one word, and a vertebra
 _SLAB_VOXELS = 1 << 21  # sampled at a time: a grid costs 12 bytes a voxel
 
 

@@ -1,0 +1,183 @@
+"""Random changes: a function of the seed, right in space, careful with sides and memory."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from effseg.data import augmentation as module
+from effseg.data.augmentation import RandomPoseD, augmentation, has_side
+from effseg.data.preprocessing import AIR
+
+NAMES = ("background", "liver")
+SIDED = ("background", "kidney_left", "kidney_right")
+
+
+def sample(shape: tuple[int, int, int] = (20, 18, 16)) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand((1, *shape), generator=generator) * 3 + AIR
+    return image, torch.randint(0, 5, shape, generator=generator, dtype=torch.uint8)
+
+
+class TestSides:
+    @pytest.mark.parametrize(
+        "name",
+        ["kidney_left", "RightParotid", "Lens-Lt", "Cochlea-Rt", "iliac_vena_left", "Parotid_L", "Eye.R",
+         "L Lung", "lung_right (threshold)", "leftkidney", "OpticNerveL", "rib_left_6", "lung LUL", "heart_LV"],
+    )  # fmt: skip
+    def test_sided(self, name: str) -> None:
+        assert has_side(name)
+
+    @pytest.mark.parametrize(
+        "name",
+        ["liver", "Brainstem", "SpinalCord", "vertebrae_L5", "Larynx", "urinary_bladder", "gallbladder",
+         "rectum", "background", "Esophagus", "portal_vein_and_splenic_vein", "T12", "costal_cartilages", "aorta"],
+    )  # fmt: skip
+    def test_no_side(self, name: str) -> None:
+        assert not has_side(name)
+
+
+class TestSeed:
+    def test_the_same_seed_gives_the_same_bits(self) -> None:
+        augment = augmentation(NAMES)
+        image, labels = sample()
+        seen = []
+        for seed in range(12):
+            first, second = augment(image, labels, seed), augmentation(NAMES)(image, labels, seed)
+            assert torch.equal(first[0], second[0])
+            assert torch.equal(first[1], second[1])
+            seen.append(first[0])
+        assert not any(torch.equal(seen[0], other) for other in seen[1:])
+
+    def test_threads_do_not_disturb_each_other(self) -> None:
+        augment = augmentation(NAMES)
+        image, labels = sample()
+        alone = [augment(image, labels, seed) for seed in range(16)]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda seed: augment(image, labels, seed), range(16)))
+        for (image_1, labels_1), (image_2, labels_2) in zip(alone, together, strict=True):
+            assert torch.equal(image_1, image_2)
+            assert torch.equal(labels_1, labels_2)
+
+    def test_no_global_random_state_is_touched(self) -> None:
+        np.random.seed(3)
+        torch.manual_seed(3)
+        before = np.random.get_state()[1].copy(), torch.get_rng_state()
+        augmentation(NAMES)(*sample(), 5)
+        np.testing.assert_array_equal(np.random.get_state()[1], before[0])
+        assert torch.equal(torch.get_rng_state(), before[1])
+
+
+class TestTensors:
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+    def test_plain_tensors_of_the_same_kind(self, dtype: torch.dtype) -> None:
+        image, labels = sample()
+        labels = labels.to(dtype)
+        labels[3:9, 4:9, 4:9] = 255
+        kept = image.clone(), labels.clone()
+        for seed in range(6):
+            new_image, new_labels = augmentation(NAMES)(image, labels, seed)
+            assert type(new_image) is torch.Tensor
+            assert type(new_labels) is torch.Tensor
+            assert (new_image.dtype, new_labels.dtype) == (torch.float32, dtype)
+            assert new_image.shape == image.shape
+            assert new_labels.shape == labels.shape
+            assert set(new_labels.unique().tolist()) <= {0, 1, 2, 3, 4, 255}
+            assert torch.isfinite(new_image).all()
+        assert torch.equal(image, kept[0])
+        assert torch.equal(labels, kept[1])
+
+    def test_several_channels_move_together(self) -> None:
+        image, labels = sample()
+        new, _ = augmentation(SIDED, strength=1.0)(torch.cat([image, image]), labels, 1)
+        assert new.shape == (2, 20, 18, 16)
+        assert torch.corrcoef(new.flatten(1))[0, 1] > 0.99
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 5), (3, 1, 2)])
+    def test_thin_volumes(self, shape: tuple[int, int, int]) -> None:
+        image, labels = sample(shape)
+        for seed in range(4):
+            assert augmentation(NAMES)(image, labels, seed)[0].shape == (1, *shape)
+
+
+class TestMirror:
+    def test_only_left_to_right_and_only_without_sides(self) -> None:
+        image, labels = sample()
+        mirrored = image.flip(1), labels.flip(0)
+        for names, expected in ((NAMES, {True, False}), (SIDED, {False})):
+            augment = augmentation(names, strength=0.0)
+            seen = set()
+            for seed in range(12):
+                new_image, new_labels = augment(image, labels, seed)
+                flipped = not torch.equal(new_labels, labels)
+                seen.add(flipped)
+                assert torch.equal(new_labels, mirrored[1] if flipped else labels)
+                torch.testing.assert_close(new_image, mirrored[0] if flipped else image)
+            assert seen == expected
+
+
+class TestPose:
+    def pose(self, matrix: np.ndarray, image: torch.Tensor, labels: torch.Tensor) -> dict:
+        transform = RandomPoseD(1.0, (1.0, 1.0, 1.0))
+        transform.randomize = lambda shape: matrix  # type: ignore[method-assign]
+        return transform({"image": image, "labels": labels[None]})
+
+    def test_identity(self) -> None:
+        image, labels = sample()
+        moved = self.pose(np.eye(4), image, labels)
+        torch.testing.assert_close(moved["image"], image, atol=2e-5, rtol=0)
+        assert torch.equal(moved["labels"][0], labels)
+
+    @pytest.mark.parametrize("slab_voxels", [1, 18 * 16 * 3, 1 << 21])
+    def test_a_shift_by_whole_voxels_brings_in_air(
+        self, slab_voxels: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "_SLAB_VOXELS", slab_voxels)
+        image, labels = sample()
+        matrix = np.eye(4)
+        matrix[:3, 3] = 3, -2, 0
+        moved = self.pose(matrix, image, labels)
+        torch.testing.assert_close(moved["image"][:, :17, 2:], image[:, 3:, :-2], atol=5e-5, rtol=0)
+        torch.testing.assert_close(moved["image"][:, 17:], torch.full((1, 3, 18, 16), AIR))
+        torch.testing.assert_close(moved["image"][:, :, :2], torch.full((1, 20, 2, 16), AIR))
+        assert torch.equal(moved["labels"][0, :17, 2:], labels[3:, :-2])
+        assert not moved["labels"][0, 17:].any()
+
+    def test_slabs_do_not_show(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        image, labels = sample()
+        matrix = RandomPoseD(1.0, (3.0, 1.0, 2.0)).set_random_state(5).randomize((20, 18, 16))
+        assert matrix is not None
+        whole = self.pose(matrix, image, labels)
+        monkeypatch.setattr(module, "_SLAB_VOXELS", 18 * 16 * 3)
+        slabs = self.pose(matrix, image, labels)
+        torch.testing.assert_close(whole["image"], slabs["image"], atol=1e-4, rtol=0)
+        assert (whole["labels"] == slabs["labels"]).float().mean() > 0.999
+
+    @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (4.2, 4.2, 2.5), (0.7, 0.7, 5.0)])
+    def test_ranges_and_rotation_in_mm(self, spacing: tuple[float, float, float]) -> None:
+        shape = np.array((128, 64, 96))
+        centre = np.append((shape - 1) / 2, 1)
+        transform = RandomPoseD(1.0, spacing).set_random_state(0)
+        matrices = [transform.randomize(shape) for _ in range(400)]
+        moved = [matrix for matrix in matrices if matrix is not None]
+        assert 0.68 < len(moved) / len(matrices) < 0.82
+        angles, zooms = [], []
+        for matrix in moved:
+            in_mm = np.diag(spacing) @ matrix[:3, :3] @ np.diag(1 / np.array(spacing))
+            scales = np.linalg.norm(in_mm, axis=0)
+            turn = in_mm / scales
+            np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-9)
+            angles.append(np.rad2deg(np.arccos((np.trace(turn) - 1) / 2)))
+            zooms.append(scales)
+            assert np.all(np.abs((matrix @ centre - centre)[:3]) <= shape / 8 + 1e-9)
+        assert 0.88 - 1e-9 <= np.min(zooms) < 0.9
+        assert 1.1 < np.max(zooms) <= 1.12 + 1e-9
+        assert 8 < np.max(angles) <= 8 * np.sqrt(3) + 0.1
+
+    def test_strength_scales(self) -> None:
+        image, labels = sample()
+        weak = [augmentation(SIDED, 0.1)(image, labels, seed)[0] for seed in range(8)]
+        strong = [augmentation(SIDED, 1.0)(image, labels, seed)[0] for seed in range(8)]
+        for less, more in zip(weak, strong, strict=True):
+            assert (less - image).abs().mean() < (more - image).abs().mean()

@@ -1,0 +1,119 @@
+"""Prepared cases on disk and in memory."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from effseg.data import cache
+from effseg.data.cache import prepare_case
+from effseg.data.cases import find_cases
+from effseg.data.labels import load_label_map
+from effseg.data.preprocessing import Preprocessing
+from effseg.errors import InputError
+from effseg.phantom import write_dataset
+
+PREPROCESSING = Preprocessing()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    write_dataset(folder, cases=1, shape=(24, 20, 20), unseen=0)
+    return folder
+
+
+@pytest.fixture
+def case(dataset: Path) -> cache.Case:
+    return find_cases(dataset, labelled=True)[0]
+
+
+def test_disk_and_memory_agree(dataset: Path, case: cache.Case, tmp_path: Path) -> None:
+    label_map = load_label_map(dataset)
+    kept = prepare_case(case, PREPROCESSING, label_map)
+    first = prepare_case(case, PREPROCESSING, label_map, tmp_path)
+    again = prepare_case(case, PREPROCESSING, label_map, tmp_path)
+    for found in (first, again):
+        assert isinstance(found.image, np.memmap)
+        assert found.image.dtype == np.int16
+        assert found.labels.dtype == np.uint8
+        np.testing.assert_array_equal(found.image, kept.image)
+        np.testing.assert_array_equal(found.labels, kept.labels)
+        np.testing.assert_array_equal(found.counts, kept.counts)
+        assert found.spacing == kept.spacing
+    np.testing.assert_array_equal(
+        kept.counts, np.bincount(kept.labels.ravel(), minlength=label_map.num_classes)
+    )
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_is_stored_is_read_and_not_prepared_again(
+    dataset: Path, case: cache.Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label_map = load_label_map(dataset)
+    prepare_case(case, PREPROCESSING, label_map, tmp_path)
+    monkeypatch.setattr(cache, "read_image", None)
+    prepare_case(case, PREPROCESSING, label_map, tmp_path)
+
+
+def test_another_setting_label_map_or_file_is_prepared_anew(
+    dataset: Path, case: cache.Case, tmp_path: Path
+) -> None:
+    label_map = load_label_map(dataset)
+    one_organ = load_label_map(dataset, label_map.names[1])
+    assert case.labels is not None
+
+    def stored() -> int:
+        return len(list(tmp_path.glob("*.json")))
+
+    prepare_case(case, PREPROCESSING, label_map, tmp_path)
+    prepare_case(case, Preprocessing(margin=20.0), label_map, tmp_path)
+    assert stored() == 2
+    assert prepare_case(case, PREPROCESSING, one_organ, tmp_path).labels.max() == 1
+    assert stored() == 3
+    status = case.labels.stat()
+    os.utime(case.labels, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+    prepare_case(case, PREPROCESSING, label_map, tmp_path)
+    assert stored() == 4
+
+
+def test_writing_to_a_mapped_array_does_not_reach_the_file(
+    dataset: Path, case: cache.Case, tmp_path: Path
+) -> None:
+    label_map = load_label_map(dataset)
+    found = prepare_case(case, PREPROCESSING, label_map, tmp_path)
+    torch.from_numpy(found.image).fill_(7)
+    assert prepare_case(case, PREPROCESSING, label_map, tmp_path).image.max() != 7
+
+
+def test_a_full_disk_leaves_nothing(
+    dataset: Path, case: cache.Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, array: np.ndarray) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.np, "save", full)
+    with pytest.raises(InputError, match=r"image\.npy: cannot be written: No space left on device"):
+        prepare_case(case, PREPROCESSING, load_label_map(dataset), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_are_needed(case: cache.Case, dataset: Path) -> None:
+    with pytest.raises(InputError, match="expected labels for case"):
+        prepare_case(cache.Case(case.name, case.images), PREPROCESSING, load_label_map(dataset))
+
+
+def test_an_unknown_label_value_names_the_file(dataset: Path, case: cache.Case) -> None:
+    label_map = load_label_map(dataset)
+    fewer = cache.LabelMap(label_map.names[:-1], label_map.values[:-1])
+    with pytest.raises(InputError, match=rf"{case.name}.*: label value {label_map.values[-1]} is not in"):
+        prepare_case(case, PREPROCESSING, fewer)
+
+
+def test_a_file_that_is_gone(case: cache.Case, dataset: Path, tmp_path: Path) -> None:
+    gone = cache.Case("gone", (tmp_path / "gone.nii.gz",), case.labels)
+    with pytest.raises(InputError, match=r"gone\.nii\.gz: No such file"):
+        prepare_case(gone, PREPROCESSING, load_label_map(dataset), tmp_path)
