@@ -14,7 +14,7 @@ from effseg.data.nifti import SUFFIXES, read_image, read_labels
 from effseg.errors import InputError
 from effseg.metrics import CONVENTIONS, case_metrics, dice_per_class, mean_metrics
 
-__all__ = ["dice_per_class", "evaluate_folders", "pair_files", "write_summary"]
+__all__ = ["dice_per_class", "evaluate_folders", "pair_files", "summary_table", "write_summary"]
 
 
 def pair_files(predictions: Path, labels: Path, cases: str | None = None) -> list[Case]:
@@ -99,6 +99,31 @@ def write_summary(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> N
     """Write a summary as JSON, atomically; NaN as ``NaN``, as nnU-Net and Python's json do."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(summary, indent=4) + "\n")
+
+
+def summary_table(summary: Mapping[str, Any]) -> Any:
+    """The means of a summary as a rich Table: a row an organ, the last one the mean over organs."""
+    from rich.table import Table
+
+    cases = summary["metric_per_case"]
+    columns = {"Dice": "Dice", "NSD": f"NSD {summary['tolerance_mm']:g} mm", "HD95": "HD95 mm"}
+    table = Table(title="1 case" if len(cases) == 1 else f"means over {len(cases)} cases")
+    table.add_column("organ")
+    for heading in (*columns.values(), "cases"):
+        table.add_column(heading, justify="right")
+    for value, means in summary["mean"].items():  # a case counts where either of its files has the organ
+        present = sum(not math.isnan(case["metrics"][value]["Dice"]) for case in cases)
+        table.add_row(summary["names"][value], *(_cell(name, means[name]) for name in columns), str(present))
+    table.add_section()
+    mean = summary["foreground_mean"]
+    table.add_row("mean", *(_cell(name, mean[name]) for name in columns), "", style="bold")
+    return table
+
+
+def _cell(metric: str, score: float) -> str:
+    if math.isnan(score):
+        return "-"
+    return f"{score:.2f}" if metric == "HD95" else f"{score:.3f}"
 
 
 def _score_pair(pair: Case, label_map: LabelMap, tolerance_mm: float) -> dict[int, dict[str, float | int]]:

@@ -6,6 +6,8 @@ import pytest
 
 from effseg import figures
 from effseg.errors import InputError
+from effseg.figures import overlay
+from effseg.figures.canvas import organ_colours
 
 NAMES = ("background", "liver", "spleen")
 LOGGED = ("step", "epoch", "seconds", "learning_rate", "loss")
@@ -80,7 +82,7 @@ def test_overlay(tmp_path, volume):
     one, two = (matplotlib.image.imread(tmp_path / name) for name in ("one.png", "two.png"))
     assert two.shape[0] > 1.5 * one.shape[0]  # the reference lies below the prediction
     for picture in (one, two):
-        for colour in figures._colours(2):
+        for colour in organ_colours(2):
             assert (np.abs(picture[..., :3] - colour).max(-1) < 0.02).any()
 
 
@@ -110,8 +112,8 @@ def test_overlay_refuses_another_shape(tmp_path, volume):
 def test_views_are_as_radiologists_look(volume):
     """Rows run from bottom to top, columns from the viewer's left to right."""
     _, labels = volume
-    places = zip(figures._VIEWS, (5, 12, 16), strict=True)
-    axial, coronal, sagittal = (figures._plane(labels, view, place) for view, place in places)
+    places = zip(overlay._VIEWS, (5, 12, 16), strict=True)
+    axial, coronal, sagittal = (overlay._plane(labels, view, place) for view, place in places)
     assert axial.shape == (16, 20)
     assert axial[12, 4] == 1  # in front and patient's right: up and left
     assert axial[3, 15] == 2
@@ -120,22 +122,22 @@ def test_views_are_as_radiologists_look(volume):
     assert sagittal.shape == (12, 16)
     assert sagittal[5, 3] == 1  # anterior to the left
     labels[:, :, 11] = 2
-    assert figures._plane(labels, figures._VIEWS[1], 12)[11].all()  # superior up
+    assert overlay._plane(labels, overlay._VIEWS[1], 12)[11].all()  # superior up
 
 
 def test_slices_cross_most_organs(volume):
     _, labels = volume
-    axial, coronal, sagittal = figures._slices(labels, len(NAMES))
+    axial, coronal, sagittal = overlay._slices(labels, len(NAMES))
     assert axial in (5, 6)  # the middle of the planes which both organs share
     assert labels[:, coronal].any()
     assert labels[sagittal].any()
-    assert figures._slices(np.zeros_like(labels), len(NAMES)) == [5, 7, 9]
+    assert overlay._slices(np.zeros_like(labels), len(NAMES)) == [5, 7, 9]
 
 
 def test_tint_has_an_opaque_rim():
     plane = np.zeros((7, 7), np.uint8)
     plane[1:6, 1:6] = 1
-    rgba = figures._tint(plane, [(1.0, 0.0, 0.0)])
+    rgba = overlay._tint(plane, [(1.0, 0.0, 0.0)])
     assert rgba[0, 0, 3] == 0
     assert rgba[1, 3, 3] > rgba[3, 3, 3] > 0
     assert rgba[3, 3, 0] == 1
@@ -143,5 +145,5 @@ def test_tint_has_an_opaque_rim():
 
 @pytest.mark.parametrize("count", [1, 10, 11, 117])
 def test_colours_differ(count):
-    colours = figures._colours(count)
+    colours = organ_colours(count)
     assert len(set(colours)) == count

@@ -1,9 +1,7 @@
 """effseg evaluate: score segmentations against label files."""
 
 import argparse
-import math
 from pathlib import Path
-from typing import Any
 
 from effseg.errors import InputError
 
@@ -50,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
     from effseg.data.labels import load_label_map
-    from effseg.evaluation import evaluate_folders, write_summary
+    from effseg.evaluation import evaluate_folders, summary_table, write_summary
 
     if args.output.is_dir():
         raise InputError(f"{args.output}: expected the name of a JSON file to write, found a folder")
@@ -69,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             args.predictions, args.labels, label_map, args.tolerance, cases=args.cases, on_case=show
         )
     write_summary(summary, args.output)
-    _print_table(summary, Console())
+    Console().print(summary_table(summary))
     return 0
 
 
@@ -79,25 +77,3 @@ def _described(labels: Path) -> Path:
         if any((folder / name).is_file() for name in ("dataset.json", "labels.json")):
             return folder
     return labels
-
-
-def _print_table(summary: dict[str, Any], console: Any) -> None:
-    from rich.table import Table
-
-    cases = summary["metric_per_case"]
-    table = Table(title="1 case" if len(cases) == 1 else f"means over {len(cases)} cases")
-    table.add_column("organ")
-    headings = {"Dice": "Dice", "NSD": f"NSD {summary['tolerance_mm']:g} mm", "HD95": "HD95 mm"}
-    for heading in (*headings.values(), "cases"):
-        table.add_column(heading, justify="right")
-    for value, means in summary["mean"].items():  # a case counts where either file has the organ
-        present = sum(not math.isnan(case["metrics"][value]["Dice"]) for case in cases)
-        table.add_row(summary["names"][value], *_cells(means, headings), str(present))
-    table.add_section()
-    table.add_row("mean", *_cells(summary["foreground_mean"], headings), "", style="bold")
-    console.print(table)
-
-
-def _cells(means: dict[str, float], names: dict[str, str]) -> list[str]:
-    digits = {"HD95": 2}
-    return ["-" if math.isnan(means[name]) else f"{means[name]:.{digits.get(name, 3)}f}" for name in names]
