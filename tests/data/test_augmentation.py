@@ -23,17 +23,45 @@ def sample(shape: tuple[int, int, int] = (20, 18, 16)) -> tuple[torch.Tensor, to
 class TestSides:
     @pytest.mark.parametrize(
         "name",
-        ["kidney_left", "RightParotid", "Lens-Lt", "Cochlea-Rt", "iliac_vena_left", "Parotid_L", "Eye.R",
-         "L Lung", "lung_right (threshold)", "leftkidney", "OpticNerveL", "rib_left_6", "lung LUL", "heart_LV"],
-    )  # fmt: skip
+        [
+            "kidney_left",
+            "RightParotid",
+            "Lens-Lt",
+            "Cochlea-Rt",
+            "iliac_vena_left",
+            "Parotid_L",
+            "Eye.R",
+            "L Lung",
+            "lung_right (threshold)",
+            "leftkidney",
+            "OpticNerveL",
+            "rib_left_6",
+            "lung LUL",
+            "heart_LV",
+        ],
+    )
     def test_sided(self, name: str) -> None:
         assert has_side(name)
 
     @pytest.mark.parametrize(
         "name",
-        ["liver", "Brainstem", "SpinalCord", "vertebrae_L5", "Larynx", "urinary_bladder", "gallbladder",
-         "rectum", "background", "Esophagus", "portal_vein_and_splenic_vein", "T12", "costal_cartilages", "aorta"],
-    )  # fmt: skip
+        [
+            "liver",
+            "Brainstem",
+            "SpinalCord",
+            "vertebrae_L5",
+            "Larynx",
+            "urinary_bladder",
+            "gallbladder",
+            "rectum",
+            "background",
+            "Esophagus",
+            "portal_vein_and_splenic_vein",
+            "T12",
+            "costal_cartilages",
+            "aorta",
+        ],
+    )
     def test_no_side(self, name: str) -> None:
         assert not has_side(name)
 
