@@ -66,7 +66,7 @@ def predict_scan(
 
     Returns (X, Y, Z) in RAS+ on the scan's own grid, in the values of the label files (uint8 or uint16),
     background outside of the crop. Raises InputError where the scan has no body or another number of
-    channels than the network.
+    channels than the network, or does not fit into the GPU's memory.
     """
     expected = model.arguments["in_channels"]
     found = len(scan.array)
@@ -76,7 +76,13 @@ def predict_scan(
         )
     prepared = preprocessing.prepare(scan)
     image = preprocessing.normalise(prepared.image)[None]
-    classes = segment(model, image, bf16=bf16, patch_size=patch_size)[0].numpy()
+    try:
+        classes = segment(model, image, bf16=bf16, patch_size=patch_size)[0].numpy()
+    except torch.OutOfMemoryError as error:
+        size = "x".join(map(str, image.shape[2:]))
+        raise InputError(
+            f"{scan.paths[0]}: {size} voxels do not fit on the GPU; --device cpu takes main memory"
+        ) from error
     del image
     if largest_component:
         classes = keep_largest_components(classes)
@@ -169,6 +175,8 @@ def predict_files(
     `overwrite`) or is an input. A scan of several that cannot be used does not stop the others: they are
     written, and then the error names it.
     """
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder")
     cases = [case_of(source)] if source.is_file() else find_cases(source, labelled=False)
     targets = _targets(cases, source, output, overwrite)
     failures: list[str] = []

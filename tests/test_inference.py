@@ -106,6 +106,15 @@ class TestScan:
         ):
             predict_scan(Nearest(2), scan, PREPROCESSING, LABEL_MAP)
 
+    def test_too_large_for_the_gpu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        scan = read_image(write(tmp_path / "scan.nii", torso()))
+        monkeypatch.setattr(Nearest, "forward", full)
+        with pytest.raises(InputError, match=r"scan\.nii: 10x8x8 voxels do not fit on the GPU; --device cpu"):
+            predict_scan(Nearest(), scan, PREPROCESSING, LABEL_MAP)
+
     def test_resampled(self, tmp_path: Path) -> None:
         scan = read_image(write(tmp_path / "scan.nii", torso()))
         preprocessing = Preprocessing((-1000.0, 2000.0), spacing=(0.5, 2 / 3, 1.0), margin=0.0)

@@ -118,7 +118,7 @@ def _air(folder: Path, _: bytes) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_missing, "no such f"),
+        (_missing, "no such file or folder"),
         (_truncated, "damaged, truncated"),
         (_text, "no NIfTI file"),
         (_four_dimensional, "expected a 3-D volume, found shape 4x4x4x3"),
