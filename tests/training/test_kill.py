@@ -17,7 +17,7 @@ from effseg.training.records import read_rows
 def context():
     """Starts fresh processes that have imported the package already: a kill then costs no imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["effseg.training"])
+    context.set_forkserver_preload(["effseg.training", "torch._dynamo", "matplotlib.figure"])
     return context
 
 

@@ -1,0 +1,182 @@
+"""Whole runs on tiny phantoms."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import effseg
+from effseg import phantom
+from effseg.errors import InputError
+from effseg.training import TrainingConfig, loop, train
+from effseg.training.records import read_rows
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return phantom.write_dataset(tmp_path_factory.mktemp("train") / "data", cases=6, shape=(20, 16, 12))
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    return TrainingConfig(
+        data=data,
+        output=tmp_path / "run",
+        model="effseg-tiny",
+        crop="none",
+        cache=data.parent / "cache",
+        steps=4,
+        validation_interval=2,
+        checkpoint_interval=2,
+        workers=0,
+    )
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes longer than all steps of these runs."""
+    for name in ("_overlay", "_draw_curves"):
+        monkeypatch.setattr(loop._Run, name, lambda *arguments: None)
+
+
+def stop_after(monkeypatch, step):
+    """Let the run end with an error when it begins step `step`."""
+    once = loop.Stepper.__call__
+
+    def call(self, number, *arguments):
+        if number == step:
+            raise KeyboardInterrupt
+        return once(self, number, *arguments)
+
+    monkeypatch.setattr(loop.Stepper, "__call__", call)
+
+
+def test_a_run_leaves_all_that_it_promises(config):
+    result = train(config)
+    run = config.output
+    rows = read_rows(run / "progress.csv")
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
+    assert [bool(row["dice_mean"]) for row in rows] == [False, True, False, True]
+    assert result.losses == [float(row["loss"]) for row in rows]
+    assert result.losses[-1] < result.losses[0]
+    assert (run / "curves.png").stat().st_size > 1000
+    assert len(list((run / "overlays").glob("*.png"))) == 2
+    assert list((run / "tensorboard").iterdir())
+    assert json.loads((run / "config.json").read_text()) == config.to_dict()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    assert set(result.best_dice) == set(phantom.NAMES[1:])
+    assert result.best_step in (2, 4)
+    assert result.steps_per_second > 0
+    assert result.peak_memory > 0
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_saved_networks_say_how_they_are_to_be_used(config):
+    result = train(config)
+    for path in (result.best, result.final):
+        extra = effseg.load(path).extra
+        assert extra["labels"]["names"] == list(phantom.NAMES)
+        assert extra["preprocessing"]["window"] == [-200.0, 400.0]
+        assert extra["training"]["seed"] == 0
+    assert effseg.load(result.final).extra["training"]["step"] == 4
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_validation_is_that_of_the_saved_network(config):
+    from effseg.data.cases import find_cases
+    from effseg.data.nifti import read_image, read_labels
+    from effseg.evaluation import dice_per_class
+    from effseg.inference import load_predictor
+
+    result = train(config.replace(validation="phantom_002"))
+    case = next(case for case in find_cases(config.data, labelled=True) if case.name == "phantom_002")
+    scan = read_image(case.images)
+    for path, expected in ((result.best, result.best_dice), (result.final, result.final_dice)):
+        dice = dice_per_class(load_predictor(path)(scan), read_labels(case.labels, scan), len(phantom.NAMES))
+        np.testing.assert_allclose(dice[1:], list(expected.values()))
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "workers": 2}, {"patch_size": (12, 12, 8)}])
+@pytest.mark.usefixtures("no_pictures")
+def test_a_stopped_run_continues_bit_for_bit(config, monkeypatch, options):
+    config = config.replace(validation_interval=3, **options)
+    whole = train(config.replace(output=config.output / "whole"))
+    stopped = config.replace(output=config.output / "stopped")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)  # between the checkpoint of step 2 and the end
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped)
+    assert len(read_rows(stopped.output / "progress.csv")) == 3
+    result = train(stopped.replace(checkpoint_interval=1))
+    assert result.losses == whole.losses
+    for name in ("best", "final"):
+        expected, got = (load_file(getattr(run, name)) for run in (whole, result))
+        assert all(torch.equal(value, got[key]) for key, value in expected.items())
+    assert result.best_dice == pytest.approx(whole.best_dice, nan_ok=True, abs=0)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_finished_run_is_left_as_it_is(config):
+    first = train(config)
+    again = train(config)
+    assert again.losses == first.losses
+    assert again.best_dice == pytest.approx(first.best_dice, nan_ok=True, abs=0)
+    assert again.final_dice == pytest.approx(first.final_dice, nan_ok=True, abs=0)
+    assert math.isnan(again.steps_per_second)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_another_configuration_is_refused_unless_overwritten(config):
+    train(config.replace(steps=2))
+    with pytest.raises(InputError, match="steps = 2, but now it is 3"):
+        train(config.replace(steps=3))
+    assert len(train(config.replace(steps=3), overwrite=True).losses) == 3
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_foreign_files_in_the_folder_stay(config):
+    config.output.mkdir()
+    (config.output / "notes.txt").write_text("mine")
+    train(config.replace(steps=1))
+    train(config.replace(steps=2), overwrite=True)
+    assert (config.output / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_without_validation_the_final_network_is_the_one_to_use(config):
+    result = train(config.replace(fold="all", steps=2))
+    assert result.best is None
+    assert result.checkpoint == config.output / "final.safetensors"
+    assert result.best_dice == {}
+    assert not (config.output / "best.safetensors").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_averaged_weights_are_validated_and_saved(config):
+    plain = train(config)
+    averaged = train(config.replace(ema=0.9, output=config.output / "ema"))
+    assert averaged.losses == plain.losses
+    weights = [load_file(result.final)["head.weight"] for result in (plain, averaged)]
+    assert not torch.equal(*weights)
+    checkpoint = next((averaged.final.parent / "checkpoints").iterdir()) / "model.safetensors"
+    assert torch.equal(load_file(checkpoint)["head.weight"], weights[0])
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.usefixtures("no_pictures")
+def test_the_norm_is_the_networks(config, norm):
+    result = train(config.replace(norm=norm, steps=2))
+    assert effseg.load(result.final).arguments["norm"] == norm
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_bf16_on_a_cpu(config):
+    losses = [
+        train(config.replace(dtype=dtype, steps=3, output=config.output / dtype)).losses
+        for dtype in ("fp32", "bf16")
+    ]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
