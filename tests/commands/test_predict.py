@@ -154,6 +154,7 @@ def test_bad_scans(
     [
         (["--device", "abacus"], "device: expected auto, cpu, cuda or cuda:N, got 'abacus'"),
         (["--device", "meta"], "device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
+        (["--device", "cuda"], "finds no CUDA GPU"),
         (["--dtype", "int4"], "invalid choice: 'int4'"),
     ],
 )
@@ -164,7 +165,9 @@ def test_bad_options(
     checkpoint: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert predict(checkpoint, dataset / "imagesTs", tmp_path / "out", *more) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
