@@ -8,7 +8,7 @@ from effseg.errors import InputError
 
 HELP = """Train a network on whole CT volumes. DATA holds nnU-Net's layout (imagesTr/NAME_0000.nii.gz,
 labelsTr/NAME.nii.gz, dataset.json) or pairs NAME_ct.nii.gz, NAME_seg.nii.gz with labels.json. A run that was
-stopped continues with the same command. Several GPUs: torchrun --nproc-per-node N -m effseg.cli train ..."""
+stopped continues with the same command. Several GPUs: torchrun --nproc-per-node N -m effseg train ..."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,10 +8,13 @@ is always whole, and a kill costs the steps since it.
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -41,10 +44,11 @@ class Checkpoints:
         temporary = self.folder / (_WRITING + target.name)
         temporary.mkdir()
         try:
-            model.save(temporary / "model.safetensors", extra=extra)
-            torch.save(state, temporary / "state.pt")
-            for file in (temporary / "model.safetensors", temporary / "state.pt", temporary):
-                _flush(file)
+            with writing(target):
+                model.save(temporary / "model.safetensors", extra=extra)
+                torch.save(state, temporary / "state.pt")
+                for file in (temporary / "model.safetensors", temporary / "state.pt", temporary):
+                    _flush(file)
             temporary.rename(target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -64,6 +68,18 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         return [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line why `path` cannot be written; torch and safetensors have errors of their own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        )
+        raise InputError(f"{path}: cannot be written: {reason}") from error
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module) -> dict[str, Any]:

@@ -15,7 +15,7 @@ FOLDERS = ("checkpoints", "tensorboard", "overlays")
 
 
 def open_run(config: TrainingConfig, overwrite: bool = False) -> None:
-    """Make `config.output` the folder of a run of `config`, or find that it is one already.
+    """Make `config.output` a folder in which a run of `config` can begin or continue.
 
     overwrite: remove a run that is there. Raises InputError when the folder holds a run of another
     configuration or cannot be written.
@@ -36,7 +36,11 @@ def open_run(config: TrainingConfig, overwrite: bool = False) -> None:
         config.check_continues(read_config(folder))
     elif _is_run(folder):
         raise InputError(f"{folder} holds parts of a run without its config.json: overwrite it")
-    with atomic_path(folder / "config.json") as temporary:
+
+
+def write_config(config: TrainingConfig) -> None:
+    """Write RUN/config.json: from now on the folder is this run's."""
+    with atomic_path(config.output / "config.json") as temporary:
         temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 

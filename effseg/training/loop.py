@@ -18,12 +18,12 @@ from effseg.models.base import SegmentationModel
 from effseg.models.effsegnet import EffSegNet
 from effseg.training.average import WeightAverage
 from effseg.training.batches import Batches
-from effseg.training.checkpoint import Checkpoints, load_checkpoint
+from effseg.training.checkpoint import Checkpoints, load_checkpoint, writing
 from effseg.training.config import TrainingConfig
 from effseg.training.data import TrainingData, load_training_data
 from effseg.training.display import Display, duration, peak_memory
 from effseg.training.distributed import World, join_world
-from effseg.training.folder import open_run
+from effseg.training.folder import open_run, write_config
 from effseg.training.optimizer import Stepper, uses_bf16
 from effseg.training.records import Records, mean_dice, read_rows
 from effseg.training.sampling import Sampler
@@ -89,6 +89,8 @@ class _Run:
         self.average = WeightAverage(self.model, config.ema) if config.ema else None
         self.checkpoints = Checkpoints(config.output / "checkpoints")
         self.state = self._restore()
+        if world.is_main:
+            write_config(config)
 
     def go(self) -> TrainingResult:
         first = self.state.step
@@ -226,7 +228,8 @@ class _Run:
         return RunState.from_dict(saved["run"])
 
     def _save(self, path: Path, dice: list[float]) -> None:
-        self.model.save(path, extra=self._extra(dice))
+        with writing(path):
+            self.model.save(path, extra=self._extra(dice))
 
     def _extra(self, dice: list[float]) -> dict[str, Any]:
         return {

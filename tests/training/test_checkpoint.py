@@ -45,7 +45,7 @@ def test_only_the_newest_stays(checkpoints):
 
 def test_a_failed_write_leaves_the_older_one_alone(checkpoints):
     checkpoints.save(5, Model(3, 2), {}, {})
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="step-00000010: cannot be written: No space"):
         checkpoints.save(10, Full(3, 2), {}, {})
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000005"]
 
