@@ -12,15 +12,19 @@ from torch.overrides import TorchFunctionMode
 
 # https://docs.pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior: the entries that a segmentation
 # network or its loss can meet.
-LOW_PRECISION = frozenset(
-    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul __matmul__ mm bmm
-    addmm baddbmm addbmm mv chain_matmul prelu scaled_dot_product_attention""".split()
-)
-FULL_PRECISION = frozenset(
-    """softmax log_softmax group_norm layer_norm nll_loss cross_entropy cross_entropy_loss
-    binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss kl_div exp expm1 log log1p log2
-    log10 pow __pow__ rsqrt reciprocal cumsum cumprod prod norm cosine_similarity softplus""".split()
-)
+# fmt: off
+LOW_PRECISION = frozenset({
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
+    "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "chain_matmul", "prelu",
+    "scaled_dot_product_attention",
+})
+FULL_PRECISION = frozenset({
+    "softmax", "log_softmax", "group_norm", "layer_norm", "nll_loss", "cross_entropy", "cross_entropy_loss",
+    "binary_cross_entropy_with_logits", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div",
+    "exp", "expm1", "log", "log1p", "log2", "log10", "pow", "__pow__", "rsqrt", "reciprocal", "cumsum",
+    "cumprod", "prod", "norm", "cosine_similarity", "softplus",
+})
+# fmt: on
 
 
 class CudaAutocast(TorchFunctionMode):

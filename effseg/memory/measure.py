@@ -72,9 +72,7 @@ def measure_training_memory(
 def _peaks(events: Iterable[Any]) -> tuple[int, int]:
     """Peaks of the running sum of allocations: of all, and of those outside convolutions."""
     events = list(events)
-    spans = sorted(
-        (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() in CONVOLUTIONS
-    )
+    spans = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() in CONVOLUTIONS)
     starts = [start for start, _ in spans]
     now = peak = outside = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):

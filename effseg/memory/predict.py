@@ -85,9 +85,9 @@ def _step(
         tracker.start_phase("backward")
         # Not value.backward(): that is a torch function, inside which the rules would not reach a
         # checkpoint's recomputation.
-        _engine_run_backward(
-            (value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
+        seed = (torch.ones_like(value),)
+        _engine_run_backward((value,), seed, False, False, (), allow_unreachable=True, accumulate_grad=True)
+        del seed
         del value
         tracker.start_phase("optimizer")
         optimizer.step()
@@ -134,6 +134,7 @@ def _report(network: nn.Module, tracker: LiveStorages, shape: tuple[int, ...], d
         split=split,
         after_forward=tracker.at_phase_end["forward"],
         operator=tracker.peak_operator,
+        node=tracker.peak_node,
         phase=tracker.peak_phase,
         voxels=shape[0] * shape[2] * shape[3] * shape[4],
         parameters=sum(p.numel() for p in network.parameters()),

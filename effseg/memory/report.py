@@ -37,8 +37,8 @@ class MemoryReport:
     """Peak bytes of tensors in one training step (forward, loss, backward, optimizer step).
 
     split: bytes at the peak by KINDS, their sum is `peak`; after_forward: bytes live once the loss is known;
-    operator and phase: where the peak is; largest: the largest tensors at the peak, largest first; voxels:
-    N * D * H * W of the image; parameters: how many.
+    phase, operator, node: where the peak is, node being the graph's in the backward phase; voxels: N * D * H
+    * W of the image; parameters: how many; largest: the largest tensors at the peak, largest first.
     """
 
     model: str
@@ -48,6 +48,7 @@ class MemoryReport:
     split: dict[str, int]
     after_forward: int
     operator: str
+    node: str
     phase: str
     voxels: int
     parameters: int
@@ -61,21 +62,32 @@ class MemoryReport:
         """JSON-able."""
         return asdict(self) | {"bytes_per_voxel": self.bytes_per_voxel}
 
+    @property
+    def where(self) -> str:
+        """The place of the peak, for people."""
+        return f"peak in {self.phase}, at {self.operator}" + (f" of {self.node}" if self.node else "")
+
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
+        after = format_bytes(self.after_forward)
         lines = [
-            f"{self.model}, {self.parameters / 1e6:.2f} M parameters, one training step on {size} in {self.dtype}: "
-            f"{format_bytes(self.peak)}, {self.bytes_per_voxel:.0f} B/voxel",
-            f"  peak in {self.phase}, at {self.operator}; {format_bytes(self.after_forward)} after the forward pass",
+            f"{self.model}, {self.parameters / 1e6:.2f} M parameters, one training step on {size} in "
+            f"{self.dtype}: {format_bytes(self.peak)}, {self.bytes_per_voxel:.0f} B/voxel",
+            f"  {self.where}; {after} after the forward pass",
+            *self.split_lines("  "),
+            "  largest:",
         ]
-        lines += [
-            f"  {kind:<10} {format_bytes(self.split[kind]):>11} {self.split[kind] / self.voxels:8.1f} B/voxel  {what}"
-            for kind, what in KINDS.items()
-        ]
-        lines.append("  largest:")
         lines += [
             f"    {format_bytes(tensor.nbytes):>11}  {tensor.kind:<10} {tensor.dtype:<9} "
             f"{'x'.join(map(str, tensor.shape)):<22} {tensor.operator} in {tensor.phase}"
             for tensor in self.largest[:8]
         ]
         return "\n".join([*lines, f"  {OUTSIDE}"])
+
+    def split_lines(self, indent: str) -> list[str]:
+        """The split, one kind a line."""
+        return [
+            f"{indent}{kind:<10} {format_bytes(self.split[kind]):>11}  "
+            f"{self.split[kind] / self.voxels:7.1f} B/voxel  {what}"
+            for kind, what in KINDS.items()
+        ]

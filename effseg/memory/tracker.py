@@ -1,7 +1,7 @@
 """Which tensors live when: a dispatch mode that sees every storage being made and being freed."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,14 +9,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+prim = torch.ops.prim
 
 
 class Storage:
-    """One live allocation: its bytes, the tensor that it was made for, and by what and when it was made."""
+    """A live allocation: its bytes, the tensor that it was made for, what made it and when."""
 
     __slots__ = ("dtype", "grad_mode", "kind", "nbytes", "node", "operator", "phase", "same_node", "shape")
 
-    def __init__(self, tensor: torch.Tensor, nbytes: int, kind: str | None, phase: str, operator: str) -> None:
+    def __init__(
+        self, tensor: torch.Tensor, nbytes: int, kind: str | None, phase: str, operator: str
+    ) -> None:
         self.nbytes = nbytes
         self.shape = tuple(tensor.shape)
         self.dtype = tensor.dtype
@@ -50,6 +53,7 @@ class LiveStorages(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self.peak_operator = ""
+        self.peak_node = ""
         self.peak_phase = ""
         self.at_peak: list[Storage] = []
         self.at_phase_end: dict[str, int] = {}
@@ -74,6 +78,8 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is prim.device.default:  # asked for thousands of times, makes nothing
+            return func(*args)
         self._settle()
         self._enter_node()
         name = str(func)
@@ -139,12 +145,14 @@ class LiveStorages(TorchDispatchMode):
     def _mark(self, operator: str) -> None:
         if self.now > self.peak:
             self.peak, self.peak_operator, self.peak_phase = self.now, operator, self.phase
+            node = torch._C._current_autograd_node()
+            self.peak_node = "" if node is None else node.name()
             self.at_peak = list(self._live.values())
 
 
 def _backward_node() -> int | None:
     """The node of the graph whose backward runs now, None outside."""
-    node: Callable[..., Any] | Any = torch._C._current_autograd_node()
+    node: Any = torch._C._current_autograd_node()
     return None if node is None else node._sequence_nr()
 
 

@@ -1,0 +1,104 @@
+"""`effseg plan`: does it fit, and what would?"""
+
+import argparse
+import json
+import re
+
+from effseg.errors import InputError
+from effseg.memory.planner import HEADROOM, Plan, Request, plan, total_gpu_memory
+from effseg.memory.report import OUTSIDE, MemoryReport
+from effseg.memory.units import format_bytes, parse_bytes
+from effseg.models import MODEL_NAMES
+
+HELP = """Predict the GPU memory of a training step on a whole volume (forward, loss, backward, optimizer),
+without a GPU and without the memory, and find the largest volume that fits. Exit code 0 if the volume fits,
+1 if not."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--volume", required=True, metavar="XxYxZ", help="voxels, as in 512x512x300")
+    parser.add_argument("--classes", type=int, required=True, help="classes, background included")
+    parser.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="24GB is 24e9 bytes, 24GiB 24 * 2**30; default: the GPU here",
+    )
+    parser.add_argument("--model", choices=MODEL_NAMES, default="effseg-base", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="bf16 (default): autocast, fp32 weights",
+    )
+    parser.add_argument("--channels", type=int, default=1, help="channels of the image (default: 1)")
+    parser.add_argument("--batch", type=int, default=1, help="volumes in a step (default: 1)")
+    parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="default: %(default)s")
+    parser.add_argument(
+        "--headroom",
+        type=float,
+        default=HEADROOM,
+        metavar="FRACTION",
+        help="part of the GPU's memory left to what the prediction cannot see (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    memory = total_gpu_memory() if args.gpu_memory is None else parse_bytes(args.gpu_memory)
+    request = Request(
+        volume=_volume(args.volume),
+        classes=args.classes,
+        model=args.model,
+        dtype=args.dtype,
+        channels=args.channels,
+        batch=args.batch,
+        optimizer=args.optimizer,
+    )
+    answer = plan(request, memory, args.headroom)
+    print(json.dumps(answer.to_dict(), indent=2) if args.json else _text(answer))
+    return 0 if answer.fits else 1
+
+
+def _volume(text: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"(\d+)[xX](\d+)[xX](\d+)", text.strip())
+    if match is None or 0 in map(int, match.groups()):
+        raise InputError(f"--volume: expected three sizes of 1 or more, as in 512x512x300, got {text!r}")
+    x, y, z = map(int, match.groups())
+    return x, y, z
+
+
+def _text(answer: Plan) -> str:
+    request, report = answer.request, answer.report
+    size = "x".join(map(str, request.volume))
+    x, y, _ = request.volume
+    need, usable, memory = map(format_bytes, (report.peak, answer.usable, answer.gpu_memory))
+    lines = [
+        f"{'Fits' if answer.fits else 'Does not fit'}: training {report.model} on {size}, "
+        f"batch {request.batch}, {request.classes} classes, {request.dtype}: "
+        f"needs {need}, usable {usable} of {memory}",
+        "",
+        _line(report),
+        *report.split_lines("    "),
+        f"    {report.where}",
+    ]
+    if answer.baseline is not report:
+        share = report.peak / answer.baseline.peak
+        lines += [_line(answer.baseline), f"    {report.model} needs {share:.1%} of that"]
+    lines += [
+        "",
+        f"Largest that fits: cube {_size(answer.largest_cube, answer.largest_cube, answer.largest_cube)}, "
+        f"slices {_size(x, y, answer.largest_slices)}",
+        OUTSIDE,
+    ]
+    return "\n".join(lines)
+
+
+def _line(report: MemoryReport) -> str:
+    return (
+        f"{report.model:<12} {format_bytes(report.peak):>11}  {report.bytes_per_voxel:7.1f} B/voxel  "
+        f"{report.parameters / 1e6:.2f} M parameters"
+    )
+
+
+def _size(*sizes: int) -> str:
+    return "none" if 0 in sizes else "x".join(map(str, sizes))

@@ -1,0 +1,134 @@
+"""The planner and its command."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effseg import cli
+from effseg.errors import InputError
+from effseg.memory import Request, planner
+from effseg.memory.units import format_bytes, parse_bytes
+
+COMMAND = ["plan", "--volume", "32x32x24", "--classes", "4", "--model", "unet3d", "--dtype", "fp32"]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("24GB", 24 * 10**9), ("24GiB", 24 * 2**30), ("1.5 gib", 3 * 2**29), ("1000", 1000), ("512MiB", 2**29)],
+)
+def test_parse_bytes(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "24 GBs", "-1GB", "24,5GB"])
+def test_parse_bytes_names_what_it_cannot_read(text):
+    with pytest.raises(InputError, match="expected a size like 24GB"):
+        parse_bytes(text)
+
+
+def test_format_bytes():
+    assert format_bytes(3 * 2**29) == "1.50 GiB"
+    assert format_bytes(2**20) == "1.00 MiB"
+
+
+def curve(fixed, per_voxel, bend):
+    """Stands in for predictions: bytes per voxel that fall a little as volumes grow, as they do."""
+
+    def peak(request, volume, model=None):
+        voxels = request.batch * math.prod(volume)
+        split = {"parameters": fixed, "optimizer": 2 * fixed}
+        return SimpleNamespace(
+            peak=int(3 * fixed + voxels * per_voxel + bend * voxels**0.7), split=split, voxels=voxels
+        )
+
+    return peak
+
+
+@given(
+    usable=st.integers(10**6, 10**12),
+    fixed=st.integers(0, 10**9),
+    per_voxel=st.floats(50, 5000),
+    bend=st.floats(0, 20_000),
+    z=st.integers(1, 1000),
+)
+def test_largest_sizes_fit_and_the_next_do_not(usable, fixed, per_voxel, bend, z):
+    peak = curve(fixed, per_voxel, bend)
+    request = Request((128, 96, z), classes=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "predict", peak)
+        answer = planner.plan(request, usable, headroom=0)
+    for size, volume in (
+        (answer.largest_cube, lambda s: (s, s, s)),
+        (answer.largest_slices, lambda s: (128, 96, s)),
+    ):
+        assert size % planner.STEP == 0
+        assert size == 0 or peak(request, volume(size)).peak <= usable
+        assert peak(request, volume(size + planner.STEP)).peak > 0.98 * usable
+    assert answer.fits == (peak(request, request.volume).peak <= usable)
+
+
+def test_headroom_is_kept_free(monkeypatch):
+    monkeypatch.setattr(planner, "predict", curve(0, 1000, 0))
+    request = Request((100, 100, 100), classes=4)
+    assert planner.plan(request, 1_050_000_000, headroom=0).fits
+    assert not planner.plan(request, 1_050_000_000, headroom=0.1).fits
+
+
+@pytest.mark.parametrize(("memory", "headroom"), [(0, 0.1), (10**9, 1.0), (10**9, -0.1)])
+def test_impossible_amounts_are_named(memory, headroom):
+    with pytest.raises(InputError, match="expected"):
+        planner.plan(Request((64, 64, 64), classes=4, model="unet3d"), memory, headroom)
+
+
+def test_command_answers_by_text_and_exit_code(capsys):
+    assert cli.main([*COMMAND, "--gpu-memory", "1GB"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Fits: training unet3d on 32x32x24, batch 1, 4 classes, fp32: needs ")
+    assert "Largest that fits: cube " in out
+    assert "outside the figure" in out.lower()
+    assert cli.main([*COMMAND, "--gpu-memory", "300MB"]) == 1
+    assert capsys.readouterr().out.startswith("Does not fit: ")
+
+
+def test_command_says_when_nothing_fits(capsys):
+    assert cli.main([*COMMAND, "--gpu-memory", "100MB"]) == 1
+    assert "Largest that fits: cube none, slices none" in capsys.readouterr().out
+
+
+def test_command_compares_with_the_baseline_in_json(capsys):
+    command = ["plan", "--volume", "32x32x40", "--classes", "4", "--gpu-memory", "90MB", "--json"]
+    assert cli.main(command) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["fits"] is True
+    assert answer["gpu_memory"] == 90 * 10**6
+    assert answer["prediction"]["model"] == "effseg-base"
+    assert answer["prediction"]["peak"] == sum(answer["prediction"]["split"].values())
+    assert answer["baseline"]["model"] == "unet3d"
+    assert answer["baseline"]["peak"] > 5 * answer["prediction"]["peak"]
+    assert answer["largest_slices"][:2] == [32, 32]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            ["--volume", "512x512"],
+            "--volume: expected three sizes of 1 or more, as in 512x512x300, got '512x512'",
+        ),
+        (["--volume", "512x0x512"], "--volume: expected three sizes of 1 or more"),
+        (["--gpu-memory", "lots"], "expected a size like 24GB or 24GiB, got 'lots'"),
+        (["--classes", "1"], "num_classes: expected 2 or more"),
+        (["--channels", "0"], "expected"),
+        (["--model", "unet4d"], "invalid choice: 'unet4d'"),
+    ],
+)
+def test_bad_arguments_are_one_line(capsys, change, line):
+    assert cli.main([*COMMAND, "--gpu-memory", "16GB", *change]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("effseg: error: ")
+    assert line in err
+    assert err.count("\n") == 1

@@ -1,0 +1,206 @@
+"""Predictions against published figures, against the same step run for real, and their contract."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from effseg.errors import InputError
+from effseg.memory import measure_training_memory, peak_training_memory
+from effseg.memory.autocast import CudaAutocast
+from effseg.models.effsegnet import EffSegNet
+from effseg.models.stock import StockEffSegNet
+from effseg.models.unet3d import UNet3D
+
+
+def plain_conv_unet(features=(32, 64, 128, 256, 320, 320), deep_supervision=False):
+    """nnU-Net's standard network for 15 classes."""
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
+    stages = len(features)
+    return PlainConvUNet(
+        1, stages, features, nn.Conv3d, 3, (1, *[2] * (stages - 1)), 2, 15, 2, conv_bias=True,
+        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True}, deep_supervision=deep_supervision,
+    )  # fmt: skip
+
+
+class Small(nn.Module):
+    """Two convolutions, optionally recomputed in backward."""
+
+    def __init__(self, recompute=False):
+        super().__init__()
+        self.first, self.second = nn.Conv3d(1, 16, 3, padding=1), nn.Conv3d(16, 3, 3, padding=1)
+        self.recompute = recompute
+
+    def forward(self, x):
+        def body(x):
+            return self.second(torch.relu(self.first(x)))
+
+        return checkpoint(body, x, use_reentrant=False) if self.recompute else body(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "bytes_per_voxel"),
+    [
+        (lambda: UNet3D(1, 15), "fp32", 4024),
+        (lambda: UNet3D(1, 15), "bf16", 2064),
+        (plain_conv_unet, "fp32", 2231),
+        (plain_conv_unet, "bf16", 1126),
+        (lambda: StockEffSegNet(1, 15), "fp32", 970),
+        (lambda: StockEffSegNet(1, 15), "bf16", 620),
+    ],
+    ids=["unet3d-fp32", "unet3d-bf16", "nnunet-fp32", "nnunet-bf16", "stock-fp32", "stock-bf16"],
+)
+def test_stock_networks_need_what_is_known(make, dtype, bytes_per_voxel):
+    report = peak_training_memory(make, (1, 1, 512, 512, 128), dtype=dtype, optimizer="sgd")
+    assert report.bytes_per_voxel == pytest.approx(bytes_per_voxel, rel=0.02)
+
+
+@pytest.mark.parametrize(("dtype", "bar"), [("bf16", 200), pytest.param("fp32", 390, marks=pytest.mark.slow)])
+def test_effsegnet_stays_under_its_bar(dtype, bar):
+    report = peak_training_memory(lambda: EffSegNet(1, 15), (1, 1, 512, 512, 512), dtype=dtype)
+    assert report.bytes_per_voxel <= bar
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_prediction_equals_the_measured_step(optimizer):
+    shape, options = (1, 1, 33, 24, 24), {"include_background": True}
+    make = lambda: UNet3D(1, 4)  # noqa: E731
+    predicted = peak_training_memory(make, shape, dtype="fp32", optimizer=optimizer, loss_options=options)
+    measured = measure_training_memory(make, shape, 4, optimizer=optimizer, loss_options=options)
+    assert predicted.peak == pytest.approx(measured.outside_convolutions, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_prediction_equals_the_measured_step_of_effsegnet(dtype):
+    """Thin slabs, so that scratch inside the CPU's batch norm, which works on one, does not matter."""
+
+    def make():
+        model = EffSegNet(1, 4)
+        model.slab_elements = 2**18
+        return model
+
+    shape = (1, 1, 64, 48, 48)
+    predicted = peak_training_memory(make, shape, dtype=dtype)
+    measured = measure_training_memory(make, shape, 4, dtype=dtype)
+    assert predicted.peak == pytest.approx(measured.outside_convolutions, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda: EffSegNet(1, 15), lambda: StockEffSegNet(1, 15), plain_conv_unet])
+def test_prediction_equals_the_measured_step_at_96(make):
+    predicted = peak_training_memory(make, (1, 1, 96, 96, 96), dtype="fp32")
+    measured = measure_training_memory(make, (1, 1, 96, 96, 96), 15)
+    assert predicted.peak == pytest.approx(measured.outside_convolutions, rel=0.05)
+
+
+def test_a_recomputed_layer_is_not_saved():
+    shape = (1, 1, 32, 32, 32)
+    plain = peak_training_memory(Small, shape, dtype="fp32")
+    recomputed = peak_training_memory(lambda: Small(recompute=True), shape, dtype="fp32")
+    hidden = 16 * 4 * 32**3
+    assert plain.after_forward - recomputed.after_forward == pytest.approx(hidden, rel=0.01)
+
+
+def test_split_and_largest_account_for_the_peak():
+    report = peak_training_memory(lambda: UNet3D(1, 3), (2, 1, 32, 24, 16), dtype="bf16")
+    assert sum(report.split.values()) == report.peak
+    weights = sum(p.numel() for p in UNet3D(1, 3).parameters())
+    assert report.parameters == weights
+    assert 4 * weights <= report.split["parameters"] <= 4.01 * weights
+    assert 8 * weights <= report.split["optimizer"] <= 8.01 * weights
+    assert report.voxels == 2 * 32 * 24 * 16
+    assert report.split["batch"] == report.voxels * (4 + 8)
+    assert list(report.largest) == sorted(report.largest, key=lambda tensor: -tensor.nbytes)
+    assert "outside the figure" in str(report).lower()
+    assert f"{report.bytes_per_voxel:.0f} B/voxel" in str(report)
+
+
+def test_labels_of_our_networks_are_counted_as_bytes():
+    report = peak_training_memory(lambda: EffSegNet(1, 3), (1, 1, 32, 32, 32))
+    assert report.split["batch"] == report.voxels * (4 + 1)
+
+
+def test_a_built_model_is_left_untouched_and_predicted_alike():
+    model = UNet3D(1, 3).eval()
+    before = {key: (tensor, tensor.clone()) for key, tensor in model.state_dict(keep_vars=True).items()}
+    report = peak_training_memory(model, (1, 1, 16, 16, 32))
+    assert report == peak_training_memory(lambda: UNet3D(1, 3), (1, 1, 16, 16, 32))
+    assert not model.training
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is before[key][0]
+        assert torch.equal(tensor, before[key][1])
+        assert tensor.grad is None
+
+
+def test_shared_weights_stay_shared():
+    model = nn.Sequential(
+        nn.Conv3d(1, 3, 3, padding=1), nn.Conv3d(3, 3, 3, padding=1), nn.Conv3d(3, 3, 3, padding=1)
+    )
+    model[2].weight = model[1].weight
+    report = peak_training_memory(model, (1, 1, 16, 16, 16), dtype="fp32")
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_frozen_parameters_have_no_gradient_and_no_state():
+    model = UNet3D(1, 3)
+    for parameter in model.encoder.parameters():
+        parameter.requires_grad_(False)
+    shape = (1, 1, 16, 16, 32)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert peak_training_memory(model, shape).split["optimizer"] == pytest.approx(8 * trained, rel=0.01)
+
+
+def test_deep_supervision_keeps_what_its_second_output_needs():
+    """Of three outputs the coarsest has weight 0; of the one at half the resolution the loss keeps softmax
+    and log-softmax, and little else."""
+    shape, features = (1, 1, 64, 64, 64), (8, 16, 32, 32)
+    one = peak_training_memory(lambda: plain_conv_unet(features), shape, dtype="fp32")
+    deep = peak_training_memory(lambda: plain_conv_unet(features, deep_supervision=True), shape, dtype="fp32")
+    output = 15 * 4 * 32**3
+    assert 2 * output < deep.after_forward - one.after_forward < 3 * output
+
+
+def test_own_loss_and_its_options_are_used():
+    def loss(logits, labels, scale):
+        return (logits * scale).exp().mean()
+
+    cheap = peak_training_memory(Small, (1, 1, 8, 8, 8), loss=loss, loss_options={"scale": 2.0})
+    assert cheap.after_forward < peak_training_memory(Small, (1, 1, 8, 8, 8)).after_forward
+
+
+def test_class_weights_may_be_real_tensors():
+    options = {"class_weights": torch.tensor([0.5, 1.0, 2.0])}
+    for make in (lambda: UNet3D(1, 3), lambda: EffSegNet(1, 3)):
+        assert peak_training_memory(make, (1, 1, 16, 16, 32), loss_options=options).peak > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"shape": (1, 16, 16, 16)}, r"shape: expected \(N, C, D, H, W\)"),
+        ({"shape": (1, 1, 0, 16, 16)}, r"shape: expected \(N, C, D, H, W\)"),
+        ({"shape": (1, 2, 16, 16, 16)}, r"image: expected \(N, 1, D, H, W\)"),
+        ({"dtype": "fp8"}, "dtype: expected one of fp32, bf16, got 'fp8'"),
+        ({"optimizer": "lion"}, "optimizer: expected adamw or sgd, got 'lion'"),
+    ],
+)
+def test_wrong_arguments_are_named(change, line):
+    arguments = {"model": lambda: UNet3D(1, 3), "shape": (1, 1, 16, 16, 16)} | change
+    with pytest.raises(InputError, match=line):
+        peak_training_memory(**arguments)
+
+
+def test_cuda_autocast_rules():
+    weight = torch.randn(4, 1, 1, 1, 1, requires_grad=True)
+    with CudaAutocast() as rules:
+        y = nn.functional.conv3d(torch.randn(1, 1, 2, 2, 2), weight)
+        assert y.dtype == torch.bfloat16
+        assert torch.softmax(y, 1).dtype == torch.float32
+        assert nn.functional.group_norm(y, 2).dtype == torch.float32
+        assert nn.functional.instance_norm(y).dtype == torch.bfloat16
+        assert nn.functional.max_pool3d(y, 2).dtype == torch.bfloat16
+        again = nn.functional.conv3d(torch.randn(1, 1, 2, 2, 2), weight)
+        assert len(rules._weights) == 1
+    assert again.grad_fn is not None
