@@ -84,12 +84,29 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, 
 
 
 # ---------------------------------------------------------------- statistics, normalisation, activation
+def _columns(y: Tensor) -> Tensor:
+    """(1, C, d, h, w) as (d * h, w * C, 1): every position along W is a channel. A view of channels-last memory.
+
+    ATen's kernels add the voxels of a channel one by one in float32, which costs three digits on a slab of
+    16 x 128 x 128 voxels; so they are given short columns, whose results are merged in float64.
+    """
+    _, c, d, h, w = y.shape
+    return y.permute(0, 2, 3, 4, 1).reshape(d * h, w * c, 1)
+
+
 def mean_var(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and (biased) variance of a slab's stored values, two passes, (C,) each."""
+    """Per-channel mean and (biased) variance of a slab's stored values, (C,) each, in the accumulation type.
+
+    Two passes over `_columns`, whose moments are merged by Chan's formula.
+    """
+    _, c, _, _, w = y.shape
     # The running statistics are not used (momentum 0); their type makes the result float32.
-    unused = torch.zeros(2, y.shape[1], dtype=accumulation_dtype(y.dtype), device=y.device)
-    mean, var = aten.batch_norm_update_stats(y, unused[0], unused[1], 0.0)
-    return mean, var
+    dtype = accumulation_dtype(y.dtype)
+    unused = torch.zeros(2, w * c, dtype=dtype, device=y.device)
+    means, variances = aten.batch_norm_update_stats(_columns(y), unused[0], unused[1], 0.0)
+    means, variances = means.double().view(w, c), variances.double().view(w, c)
+    mean = means.mean(0)
+    return mean.to(dtype), (variances + (means - mean).square()).mean(0).to(dtype)
 
 
 def affine(y: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -126,13 +143,17 @@ class _NormAct(torch.autograd.Function):
         y, mean, scale, a = ctx.saved_tensors
         dz = grad if ctx.slope == 1.0 else aten.leaky_relu_backward(grad, a, ctx.slope, True)
         need_y, need_mean, need_scale, need_beta, need_addend, _ = ctx.needs_input_grad
-        one = torch.ones_like(mean[0])
         need_terms = need_scale or need_beta or need_mean
+        _, c, d, h, w = y.shape
+        wide_mean, wide_scale, one = mean[0].repeat(w), scale[0].repeat(w), torch.ones_like(mean[0]).repeat(w)
         dy, dscale, dbeta = aten.native_batch_norm_backward(
-            dz, y, scale[0], mean[0], one, mean[0], one, False, 0.0, [need_y, need_terms, need_terms]
-        )
+            _columns(dz), _columns(y), wide_scale, wide_mean, one, wide_mean, one, False, 0.0,
+            [need_y, need_terms, need_terms],
+        )  # fmt: skip
+        if need_y:
+            dy = dy.view(1, d, h, w, c).permute(0, 4, 1, 2, 3)
         if need_terms:
-            dscale, dbeta = dscale[None], dbeta[None]
+            dscale, dbeta = (t.double().view(w, c).sum(0, keepdim=True).to(mean.dtype) for t in (dscale, dbeta))
         dmean = -scale * dbeta if need_mean else None
         return dy, dmean, dscale, dbeta, dz if need_addend else None, None
 

@@ -1,0 +1,283 @@
+"""Operators over deferred expressions against plain torch: values, every gradient, memory kept."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_exact, assert_no_worse_than_torch, relative_error
+
+from effseg import functional
+from effseg.deferred import Normalisation
+
+EPS = 1e-5
+LAST = torch.channels_last_3d
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    """Fresh memory is NaN, so an element that no operator writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def leaf(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def plain_norm(y, mean, scale, beta):
+    mean, scale, beta = (t[..., None, None, None].to(y.dtype) for t in (mean, scale, beta))
+    return (y - mean) * scale + beta
+
+
+class Case:
+    """One expression of each kind, and its value in plain torch."""
+
+    def __init__(self, kind, n=2, c=3, size=(5, 4, 7), dtype=torch.float64):
+        torch.manual_seed(0)
+        self.kind = kind
+        half = [(s + 1) // 2 for s in size]
+        self.y, self.y2 = leaf(n, c, *size, dtype=dtype), leaf(n, c, *size, dtype=dtype)
+        self.coarse, self.weight, self.bias = leaf(n, 4, *half, dtype=dtype), leaf(c, 4, 1, 1, 1), leaf(c)
+        self.image, self.kernel = torch.randn(n, 2, *size), leaf(c, 2, 3, 3, 3)
+        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+        self.terms = [Normalisation(*(leaf(n, c, dtype=accumulate) for _ in range(3))) for _ in range(2)]
+
+    def deferred(self):
+        f, y = functional, self.y
+        raw = f.raw(y, self.terms[0], 0.01)
+        if self.kind == "plain":
+            return f.plain(y)
+        if self.kind == "raw":
+            return raw
+        if self.kind == "residual":
+            return f.residual(raw, self.y2, self.terms[1], 0.01)
+        if self.kind == "stem":
+            window = f.convolution_window(3)
+            return f.stem(self.image, self.kernel, window, self.terms[0], 0.01, y.dtype)
+        if self.kind == "up":
+            return f.upsample_add(None, f.plain(self.coarse), self.weight, self.bias, tuple(y.shape[2:]))
+        return f.upsample_add(raw, f.plain(self.coarse), self.weight)
+
+    def eager(self):
+        y = self.y
+        raw = F.leaky_relu(plain_norm(y, *self.terms[0]), 0.01)
+        if self.kind == "plain":
+            return y
+        if self.kind == "raw":
+            return raw
+        if self.kind == "residual":
+            return F.leaky_relu(raw + plain_norm(self.y2, *self.terms[1]), 0.01)
+        if self.kind == "stem":
+            z = F.conv3d(self.image.to(y.dtype), self.kernel.to(y.dtype), padding=1)
+            return F.leaky_relu(plain_norm(z, *self.terms[0]), 0.01)
+        bias = self.bias.to(y.dtype) if self.kind == "up" else None
+        up = F.conv3d(self.coarse, self.weight.to(y.dtype), bias)
+        d, h, w = y.shape[2:]
+        up = F.interpolate(up, scale_factor=2, mode="trilinear", align_corners=False)[:, :, :d, :h, :w]
+        return up if self.kind == "up" else raw + up
+
+    def leaves(self):
+        return {
+            "plain": [self.y],
+            "raw": [self.y, *self.terms[0]],
+            "residual": [self.y, *self.terms[0], self.y2, *self.terms[1]],
+            "stem": [self.kernel, *self.terms[0]],
+            "up": [self.coarse, self.weight, self.bias],
+            "up_add": [self.y, *self.terms[0], self.coarse, self.weight],
+        }[self.kind]
+
+
+KINDS = ("plain", "raw", "residual", "stem", "up", "up_add")
+
+
+def check_gradients(got, expected, leaves):
+    """Several outputs at once, each with a random gradient."""
+    grads = [torch.randn_like(t) for t in expected]
+    for i, (a, b) in enumerate(
+        zip(*(torch.autograd.grad(outputs, leaves, grads) for outputs in (got, expected)), strict=True)
+    ):
+        assert_exact(a, b, f"leaf {i}")
+
+
+@pytest.mark.parametrize("slab", [None, 1, 90, 10**9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_materialise(kind, slab):
+    case = Case(kind)
+    got, expected = functional.materialise(case.deferred(), slab_elements=slab), case.eager()
+    assert_exact(got, expected)
+    check_gradients([got], [expected], case.leaves())
+
+
+def reference_conv(a, weight, bias, kernel, stride):
+    y = F.conv3d(a, weight, bias, stride, tuple(k // 2 for k in kernel))
+    var, mean = torch.var_mean(y, (2, 3, 4), correction=0)
+    return y, mean, var
+
+
+@pytest.mark.parametrize("slab", [None, 1, 90])
+@pytest.mark.parametrize("kind", KINDS)
+def test_conv3d_of_every_expression(kind, slab):
+    case = Case(kind)
+    weight, bias = leaf(6, 3, 3, 3, 3), leaf(6)
+    got = functional.conv3d(case.deferred(), weight, bias, slab_elements=slab)
+    expected = reference_conv(case.eager(), weight, bias, (3, 3, 3), (1, 1, 1))
+    for a, b in zip(got, expected, strict=True):
+        assert_exact(a, b)
+    check_gradients(got, expected, [*case.leaves(), weight, bias])
+
+
+SHAPES = list(
+    itertools.product(
+        [(3, 3, 3), (1, 1, 1), (1, 3, 3), (3, 1, 1)],
+        [(1, 1, 1), (2, 2, 2), (2, 2, 1), (1, 2, 2)],
+        [(1, 1, 1), (2, 7, 3), (9, 4, 1), (11, 5, 6)],
+    )
+)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "size"), SHAPES)
+@pytest.mark.parametrize("slab", [None, 1])
+def test_conv3d_geometries(kernel, stride, size, slab):
+    torch.manual_seed(0)
+    case = Case("raw", n=1, size=size)
+    weight = leaf(4, 3, *kernel)
+    got = functional.conv3d(case.deferred(), weight, None, stride, slab_elements=slab)
+    expected = reference_conv(case.eager(), weight, None, kernel, stride)
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+    grads = [torch.randn_like(t) for t in expected]
+    for a, b in zip(
+        *(torch.autograd.grad(o, [*case.leaves(), weight], grads) for o in (got, expected)), strict=True
+    ):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    n=st.integers(1, 3),
+    c=st.integers(1, 5),
+    size=st.tuples(*[st.integers(1, 9)] * 3),
+    kernel=st.tuples(*[st.sampled_from([1, 3])] * 3),
+    stride=st.tuples(*[st.sampled_from([1, 2])] * 3),
+    slab=st.one_of(st.none(), st.integers(1, 2000)),
+)
+def test_conv3d_anywhere(kind, n, c, size, kernel, stride, slab):
+    case = Case(kind, n, c, size)
+    weight = leaf(2, c, *kernel)
+    got = functional.conv3d(case.deferred(), weight, None, stride, slab_elements=slab)
+    expected = reference_conv(case.eager(), weight, None, kernel, stride)
+    grads = [torch.randn_like(t) for t in expected]
+    leaves = [*case.leaves(), weight]
+    for a, b in zip(
+        [*got, *torch.autograd.grad(got, leaves, grads)],
+        [*expected, *torch.autograd.grad(expected, leaves, grads)],
+        strict=True,
+    ):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "channels"), [("raw", 16), ("residual", 17), ("up_add", 32), ("plain", 1)])
+def test_conv3d_in_low_precision(dtype, kind, channels):
+    """Statistics and gradients too: no worse than twice torch's own error against float64."""
+
+    def run(like, ours):
+        case = Case(kind, n=1, c=channels, size=(9, 11, 10), dtype=like)
+        case.weight = case.weight.detach().to(like).requires_grad_()
+        if like == torch.float64:  # the same values, exactly represented
+            for name in ("y", "y2", "coarse", "weight"):
+                rounded = getattr(case, name).detach().to(dtype).double()
+                setattr(case, name, rounded.requires_grad_())
+        weight = (0.1 * torch.randn(32, channels, 3, 3, 3, dtype=torch.float64)).to(dtype).to(like).requires_grad_()
+        if ours:
+            y, mean, var = functional.conv3d(case.deferred(), weight, dtype=like)
+        else:
+            y = F.conv3d(case.eager(), weight, padding=1)
+            wide = y if like == torch.float64 else y.float()
+            var, mean = torch.var_mean(wide, (2, 3, 4), correction=0)
+        torch.manual_seed(1)
+        grads = [torch.randn(t.shape, dtype=torch.float64).to(t.dtype) for t in (y, mean, var)]
+        stored = [case.y] if kind != "up_add" else [case.y, case.coarse]
+        return [y, mean, var, *torch.autograd.grad([y, mean, var], [*stored, weight], grads)]
+
+    torch.use_deterministic_algorithms(False)  # torch's own trilinear backward is not
+    names = ["y", "mean", "var", "grad of y", "grad", "grad of weight"]
+    for ours, torchs, exact, name in zip(
+        run(dtype, True), run(dtype, False), run(torch.float64, False), names, strict=False
+    ):
+        assert_no_worse_than_torch(ours.detach(), torchs.detach(), exact.detach(), name)
+
+
+def test_stem_statistics_equal_those_of_the_convolution():
+    torch.manual_seed(0)
+    image, weight = torch.randn(2, 2, 9, 6, 7, dtype=torch.float64) + 3, leaf(5, 2, 3, 3, 3)
+    expected = reference_conv(image, weight, None, (3, 3, 3), (1, 1, 1))[1:]
+    for slab in (None, 1, 500):
+        got = functional.stem_statistics(image, weight, slab_elements=slab)
+        for a, b in zip(got, expected, strict=True):
+            assert_exact(a, b)
+        grads = [torch.randn_like(t) for t in expected]
+        a, b = (torch.autograd.grad(o, weight, grads, retain_graph=True)[0] for o in (got, expected))
+        assert_exact(a, b)
+
+
+def test_stem_statistics_of_an_integer_image():
+    image = torch.randint(-1000, 1000, (1, 1, 8, 8, 8), dtype=torch.int16)
+    weight = torch.randn(4, 1, 3, 3, 3)
+    mean, var = functional.stem_statistics(image, weight)
+    _, exact_mean, exact_var = reference_conv(image.double(), weight.double(), None, (3, 3, 3), (1, 1, 1))
+    assert relative_error(mean, exact_mean) < 1e-5
+    assert relative_error(var, exact_var) < 1e-5
+
+
+def test_a_layer_keeps_only_its_raw_output():
+    """Between convolutions only y is stored: the input of the next layer is what the last one saved."""
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    x = torch.randn(1, 8, 16, 16, 16)
+    weights = [torch.randn(8, 8, 3, 3, 3, requires_grad=True) for _ in range(4)]
+    scale = torch.ones(1, 8)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        h, outputs = functional.plain(x), []
+        for w in weights:
+            y, mean, var = functional.conv3d(h, w)
+            outputs.append(y)
+            h = functional.raw(y, Normalisation(mean, torch.rsqrt(var + EPS), scale), 0.01)
+    features = [x, *outputs]
+    expected = sum(t.numel() * 4 for t in features)
+    small = sum(w.numel() * 4 for w in weights) + 4096
+    assert expected <= sum(saved.values()) <= expected + small
+
+
+def test_layouts_and_slices_are_taken_as_they_are():
+    torch.manual_seed(0)
+    big = torch.randn(2, 6, 9, 8, 7, dtype=torch.float64)
+    weight = torch.randn(4, 3, 3, 3, 3, dtype=torch.float64)
+    views = [big[:, ::2], big[:, ::2].contiguous(memory_format=LAST), big[:, ::2].transpose(2, 4).transpose(2, 4)]
+    expected = F.conv3d(views[0], weight, padding=1)
+    for view in views:
+        assert_exact(functional.conv3d(view, weight)[0], expected)
+
+
+def test_bad_arguments_are_named():
+    x, weight = torch.randn(1, 3, 4, 4, 4), torch.randn(2, 3, 3, 3, 3)
+    for call, message in [
+        (lambda: functional.conv3d(x[0], weight), "x: expected"),
+        (lambda: functional.conv3d(x, weight[:, :2]), "weight: expected"),
+        (lambda: functional.conv3d(x, torch.randn(2, 3, 2, 3, 3)), "kernel_size: expected odd"),
+        (lambda: functional.conv3d(x, weight, stride=0), "stride: expected"),
+        (lambda: functional.conv3d(x, weight, stride=(1, 2)), "stride: expected one number or three"),
+        (lambda: functional.stem_statistics(x[:, :, :0], weight), "image: expected"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()

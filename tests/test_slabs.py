@@ -1,0 +1,52 @@
+"""Slabs partition an axis, and a window's input rows are the ones a convolution reads."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effseg.slabs import MIN_SLAB_ELEMENTS, Window, rows_per_slab, slabs
+
+
+@given(st.integers(1, 700), st.integers(1, 2**24), st.one_of(st.none(), st.integers(1, 2**26)))
+def test_thickness_is_a_number_of_rows(rows, row_elements, slab_elements):
+    assert 1 <= rows_per_slab(rows, row_elements, slab_elements) <= rows
+
+
+@given(st.integers(1, 4), st.integers(1, 100), st.integers(1, 120))
+def test_slabs_partition_every_sample(samples, rows, thickness):
+    seen = [(n, row) for n, lo, hi in slabs(samples, rows, thickness) for row in range(lo, hi)]
+    assert seen == [(n, row) for n in range(samples) for row in range(rows)]
+
+
+def test_thickness_of_a_full_ct_is_a_small_share_of_it():
+    assert rows_per_slab(512, 16 * 512 * 512) == 16
+    assert rows_per_slab(128, 16 * 128 * 128) * 16 * 128 * 128 <= MIN_SLAB_ELEMENTS
+
+
+def test_slabs_are_of_about_equal_thickness():
+    """A rest of one row would be all halo."""
+    thickness = rows_per_slab(33, MIN_SLAB_ELEMENTS // 16)
+    assert 33 % thickness == 0 or 33 % thickness > thickness // 2
+
+
+@given(
+    kernel=st.sampled_from([1, 3, 5]),
+    stride=st.integers(1, 3),
+    rows=st.integers(1, 40),
+    data=st.data(),
+)
+def test_input_rows_are_those_that_the_taps_read(kernel, stride, rows, data):
+    window = Window((kernel,) * 3, (stride,) * 3)
+    out = window.output_size((rows, 1, 1))[0]
+    lo = data.draw(st.integers(0, out - 1))
+    hi = data.draw(st.integers(lo + 1, out))
+    taps = [stride * o + t - kernel // 2 for o in range(lo, hi) for t in range(kernel)]
+    first, last, (before, after) = window.input_rows(lo, hi, rows)
+    assert (first - before, last + after) == (min(taps), max(taps) + 1)
+    assert first == max(min(taps), 0)
+    assert last == min(max(taps) + 1, rows)
+
+
+@pytest.mark.parametrize(("size", "stride", "expected"), [(7, 1, 7), (7, 2, 4), (8, 2, 4), (1, 2, 1)])
+def test_output_size(size, stride, expected):
+    assert Window((3, 3, 3), (stride,) * 3).output_size((size,) * 3) == (expected,) * 3
