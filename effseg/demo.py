@@ -120,12 +120,12 @@ def run_demo(
 
 
 def affordable_steps(seconds: float, shape: tuple[int, int, int]) -> int:
-    """Training steps that fit into so many seconds here, by the fastest of a few; within the demo's limits."""
+    """Training steps that fit into so many seconds here, judged by a few; within the demo's limits."""
     model = build_model(MODEL, 1, len(phantom.NAMES))
     image = torch.randn(1, 1, *shape)
     labels = torch.randint(len(phantom.NAMES), (1, *shape), dtype=torch.uint8)
     times = []
-    for _ in range(5):
+    for _ in range(4):
         start = time.perf_counter()
         model.loss(image, labels).backward()
         times.append(time.perf_counter() - start)
