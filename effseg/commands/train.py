@@ -28,6 +28,9 @@ def run(args: argparse.Namespace) -> int:
 
     values = vars(args).copy()
     overwrite = values.pop("overwrite")
+    for name in ("patch_size", "spacing"):
+        if values[name] is not None and len(values[name]) == 1:
+            values[name] *= 3
     config = TrainingConfig.from_dict({name: values[name] for name in values if name != "run"})
     try:
         train(config, overwrite=overwrite, console=Console())
@@ -61,9 +64,9 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--spacing",
         type=float,
-        nargs=3,
+        nargs="+",
         metavar="MM",
-        help="voxel size in mm (right, anterior, superior axis) to resample to (default: each scan's own)",
+        help="voxel size in mm to resample to, one number or three (default: each scan's own)",
     )
     group.add_argument(
         "--crop", choices=("body", "none"), default="body", help="crop volumes to the body (default: body)"
@@ -74,9 +77,10 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--patch-size",
         type=int,
-        nargs=3,
+        nargs="+",
         metavar="VOXELS",
-        help="train on random patches and validate by a sliding window (default: whole volumes)",
+        help="train on random patches of this size, one number or three (right, anterior, superior axis), "
+        "and validate by a sliding window (default: whole volumes)",
     )
     group.add_argument(
         "--no-augment",

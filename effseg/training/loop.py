@@ -3,7 +3,6 @@
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +25,10 @@ from effseg.training.distributed import World, join_world
 from effseg.training.folder import open_run, write_config
 from effseg.training.optimizer import Stepper, uses_bf16
 from effseg.training.records import Records, mean_dice, read_rows
+from effseg.training.result import TrainingResult
 from effseg.training.sampling import Sampler
 from effseg.training.state import RunState
 from effseg.training.validation import validate
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run gave.
-
-    best, final: weight files; `best` is None without validation. best_dice, final_dice: organ -> mean Dice
-    over the validation cases, NaN for an organ in none of them; empty without validation.
-    losses: of every step since the start of the run. steps_per_second: of this call, without validation;
-    NaN when nothing was left to do. peak_memory: bytes, see `display.peak_memory`. skipped: steps whose
-    gradient was not finite.
-    """
-
-    final: Path
-    best: Path | None
-    best_step: int
-    best_dice: dict[str, float]
-    final_dice: dict[str, float]
-    losses: list[float]
-    steps_per_second: float
-    peak_memory: int
-    skipped: int
-
-    @property
-    def checkpoint(self) -> Path:
-        """The weights to use: the best ones, else the final ones."""
-        return self.best or self.final
 
 
 def train(
@@ -123,12 +96,11 @@ class _Run:
             config.patch_size,
             pin=device.type == "cuda",
         )
+        ahead = batches.ahead(state.step, self.steps, config.workers)
         spent, before = 0.0, state.seconds
         started = step_started = time.monotonic()
         self.model.train()
-        for step, (image, labels) in enumerate(
-            batches.ahead(state.step, self.steps, config.workers), start=state.step
-        ):
+        for step, (image, labels) in enumerate(ahead, start=state.step):
             image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             done = self.stepper(step, image, labels, state)
             if self.average is not None:

@@ -76,10 +76,10 @@ def test_trains_and_tells_about_it(phantoms, call, tmp_path):
 
 
 def test_the_baseline_trains_on_patches(phantoms, call, tmp_path):
-    options = ("--patch-size", "16", "16", "8", "--fold", "all", "--crop", "none", "--no-augment")
+    options = "--patch-size 8 --spacing 20 22 24 --fold all --crop none --no-augment".split()
     code, _, errors = call(phantoms, *options, "--model", "unet3d", steps=1)
     assert code == 0, errors
-    assert effseg.load(tmp_path / "run" / "final.safetensors").extra["training"]["patch_size"] == [16, 16, 8]
+    assert effseg.load(tmp_path / "run" / "final.safetensors").extra["training"]["patch_size"] == [8, 8, 8]
 
 
 def test_selected_organs_are_learnt(phantoms, call, tmp_path):
@@ -212,3 +212,8 @@ def test_a_full_disk_leaves_nothing_half_written(phantoms, refuse, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_of_several_processes_the_first_one_tells(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert call(tmp_path / "nowhere") == (2, "", "")

@@ -24,7 +24,7 @@ def call(command, folder, **values):
         model="effseg-tiny",
         crop="none",
         validation="phantom_000-phantom_002",
-        validation_interval=3,
+        validation_interval=2,
         seed=1,
         **values,
     )
@@ -47,8 +47,8 @@ def folder(tmp_path_factory):
 
 def test_two_processes_equal_one_with_the_whole_batch(folder):
     runs = [
-        call([sys.executable], folder, output=folder / "one", batch_size=2, steps=6),
-        call(TORCHRUN, folder, output=folder / "two", batch_size=1, steps=6),
+        call([sys.executable], folder, output=folder / "one", batch_size=2, steps=4),
+        call(TORCHRUN, folder, output=folder / "two", batch_size=1, steps=4),
     ]
     one, two = (read_rows(run / "progress.csv") for run in runs)
     for name in ("step", "epoch", "learning_rate", "dice_mean", "dice_liver"):
