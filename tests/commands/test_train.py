@@ -76,10 +76,10 @@ def test_trains_and_tells_about_it(phantoms, call, tmp_path):
 
 
 def test_the_baseline_trains_on_patches(phantoms, call, tmp_path):
-    options = "--patch-size 8 --spacing 20 22 24 --fold all --crop none --no-augment".split()
-    code, _, errors = call(phantoms, *options, "--model", "unet3d", steps=1)
+    options = ["--patch-size", "16", "--spacing", "15", "14", "13", "--crop", "none", "--no-augment"]
+    code, _, errors = call(phantoms, *options, "--model", "unet3d", "--fold", "all", steps=1)
     assert code == 0, errors
-    assert effseg.load(tmp_path / "run" / "final.safetensors").extra["training"]["patch_size"] == [8, 8, 8]
+    assert effseg.load(tmp_path / "run" / "final.safetensors").extra["training"]["patch_size"] == [16, 16, 16]
 
 
 def test_selected_organs_are_learnt(phantoms, call, tmp_path):
