@@ -103,6 +103,7 @@ def write_summary(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> N
 
 def summary_table(summary: Mapping[str, Any]) -> Any:
     """The means of a summary as a rich Table: a row an organ, the last one the mean over organs."""
+    from rich.markup import escape
     from rich.table import Table
 
     cases = summary["metric_per_case"]
@@ -113,7 +114,7 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
         table.add_column(heading, justify="right")
     for value, means in summary["mean"].items():  # a case counts where either of its files has the organ
         present = sum(not math.isnan(case["metrics"][value]["Dice"]) for case in cases)
-        table.add_row(summary["names"][value], *(_cell(name, means[name]) for name in columns), str(present))
+        table.add_row(escape(summary["names"][value]), *(_cell(name, means[name]) for name in columns), str(present))
     table.add_section()
     mean = summary["foreground_mean"]
     table.add_row("mean", *(_cell(name, mean[name]) for name in columns), "", style="bold")

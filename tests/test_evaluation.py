@@ -1,12 +1,14 @@
+import io
 import json
 
 import nibabel as nib
 import numpy as np
 import pytest
+from rich.console import Console
 
 from effseg.data.labels import LabelMap
 from effseg.errors import InputError
-from effseg.evaluation import evaluate_folders, pair_files, write_summary
+from effseg.evaluation import evaluate_folders, pair_files, summary_table, write_summary
 
 MAP = LabelMap(("background", "liver", "spleen", "gallbladder"), (0, 1, 5, 12))
 SHAPE = (12, 10, 8)
@@ -96,6 +98,21 @@ def test_ignored_voxels_and_organs_left_out(folders):
     assert set(metrics) == {"1"}
     assert metrics["1"]["Dice"] == 1
     assert metrics["1"]["TN"] == np.prod(SHAPE) - 72 - 24
+
+
+def test_table(folders):
+    """Names are printed as they are, whatever brackets they hold; what is not known is a dash."""
+    names = ("background", "lung [left]", "spleen", "gallbladder")
+    table = summary_table(evaluate_folders(*folders, LabelMap(names, MAP.values)))
+    screen = io.StringIO()
+    Console(file=screen, width=100).print(table)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in screen.getvalue().splitlines()]
+    rows = [row for row in rows if row]
+    assert rows[0][:2] == ["lung [left]", f"{(144 / 168 + 1) / 2:.3f}"]
+    assert rows[0][4] == "2"
+    assert rows[1] == ["spleen", "0.000", "0.000", "33.47", "1"]
+    assert rows[2] == ["gallbladder", "-", "-", "-", "0"]
+    assert rows[3][0] == "mean"
 
 
 def test_told_of_each_case(folders):
