@@ -114,7 +114,8 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
         table.add_column(heading, justify="right")
     for value, means in summary["mean"].items():  # a case counts where either of its files has the organ
         present = sum(not math.isnan(case["metrics"][value]["Dice"]) for case in cases)
-        table.add_row(escape(summary["names"][value]), *(_cell(name, means[name]) for name in columns), str(present))
+        scores = (_cell(name, means[name]) for name in columns)
+        table.add_row(escape(summary["names"][value]), *scores, str(present))
     table.add_section()
     mean = summary["foreground_mean"]
     table.add_row("mean", *(_cell(name, mean[name]) for name in columns), "", style="bold")
