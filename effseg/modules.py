@@ -69,9 +69,12 @@ def _batch_or_instance(
 
 @torch.no_grad()
 def _update_running(norm: nn.BatchNorm3d | nn.InstanceNorm3d, mean: Tensor, unbiased_var: Tensor) -> None:
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    momentum = norm.momentum or 0.0
+    if isinstance(norm, nn.BatchNorm3d):  # torch's instance normalisation neither counts nor averages evenly
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1 / float(norm.num_batches_tracked)
     for buffer, value in ((norm.running_mean, mean), (norm.running_var, unbiased_var)):
         assert buffer is not None
         buffer.lerp_(value.to(buffer.dtype), momentum)

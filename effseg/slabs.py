@@ -15,21 +15,27 @@ from dataclasses import dataclass
 # their pages cleared on every allocation: on a CPU that costs more than the arithmetic of an elementwise
 # pass (11 ms against 0.7 ms for 16 x 32 x 128 x 128 floats).
 MIN_SLAB_ELEMENTS = 2**22
-# Of a large tensor a slab holds this fraction at most, unless that is less than MIN_ROWS.
-MAX_SLAB_FRACTION = 1 / 32
+# Of a large tensor a slab holds this fraction, unless that is less than MIN_ROWS.
+SLAB_FRACTION = 1 / 32
 MIN_ROWS = 8
 
 
-def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None = None) -> int:
+def rows_per_slab(
+    rows: int,
+    row_elements: int,
+    slab_elements: int | None = None,
+    fraction: float = SLAB_FRACTION,
+    min_rows: int = MIN_ROWS,
+) -> int:
     """Rows in a slab of a tensor of `rows` rows with `row_elements` elements each.
 
     `slab_elements` asks for slabs of about so many elements and may give slabs of a single row; without
-    it the size follows from the tensor's (see the constants above).
+    it a slab holds `fraction` of the tensor, but at least MIN_SLAB_ELEMENTS and at least `min_rows`.
     """
     if slab_elements is not None:
         return max(1, min(rows, slab_elements // row_elements))
-    elements = max(MIN_SLAB_ELEMENTS, int(rows * row_elements * MAX_SLAB_FRACTION))
-    thickness = max(MIN_ROWS, elements // row_elements)
+    elements = max(MIN_SLAB_ELEMENTS, int(rows * row_elements * fraction))
+    thickness = max(min_rows, elements // row_elements)
     # Equal slabs: a thin rest would be all halo, and small float32 slabs fall out of oneDNN.
     return math.ceil(rows / math.ceil(rows / thickness))
 

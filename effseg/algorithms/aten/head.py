@@ -17,8 +17,9 @@ from effseg.algorithms.aten.pullback import Pullback, rows
 from effseg.deferred import Spec
 from effseg.slabs import rows_per_slab, slabs
 
-# The loss holds about this many arrays of (classes, voxels) at a time.
+# The loss holds about this many arrays of (classes, voxels) at a time, and has no halo: its slabs are thin.
 ARRAYS = 4
+SLAB_FRACTION = 1 / 128
 
 
 class Sums(NamedTuple):
@@ -39,7 +40,7 @@ class Sums(NamedTuple):
 
 def thickness(spec: Spec, classes: int, slab_elements: int | None) -> int:
     _, c, d, h, w = spec.shape
-    return rows_per_slab(d, max(c, ARRAYS * classes) * h * w, slab_elements)
+    return rows_per_slab(d, max(c, ARRAYS * classes) * h * w, slab_elements, SLAB_FRACTION, min_rows=1)
 
 
 def _matrix(a: Tensor) -> Tensor:

@@ -1,0 +1,214 @@
+"""EffSegNet against the same network in stock torch, and the figures it is made for."""
+
+import copy
+import statistics
+
+import pytest
+import torch
+from tolerances import ATOL, EXACT, relative_error
+
+import effseg
+from effseg import EffSegNet, UNet3D
+from effseg.memory import peak_training_memory
+from effseg.models.effsegnet import PRESETS
+from effseg.models.stock import StockEffSegNet
+
+ODD = (2, 1, 33, 47, 38)
+
+
+def pair(preset="base", norm="instance", channels=1, classes=5, dtype=torch.float64, seed=0):
+    """The network and its stock twin, with gamma and beta away from 1 and 0."""
+    torch.manual_seed(seed)
+    stock = StockEffSegNet(channels, classes, preset, norm).to(dtype)
+    with torch.no_grad():
+        for p in stock.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    ours = EffSegNet(channels, classes, preset, norm).to(dtype)
+    ours.load_state_dict(stock.state_dict())
+    return ours, stock
+
+
+def batch(shape, classes=5, dtype=torch.float64):
+    torch.manual_seed(1)
+    return torch.randn(shape, dtype=dtype) + 0.5, torch.randint(0, classes, (shape[0], *shape[2:]), dtype=torch.uint8)
+
+
+def gradients(model, image, labels, **options):
+    model.zero_grad()
+    loss = model.loss(image, labels, **options)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def assert_same_step(ours, stock, image, labels, **options):
+    names = ["loss", *(name for name, _ in ours.named_parameters())]
+    got, expected = (gradients(m, image, labels, **options) for m in (ours, stock))
+    for a, b, name in zip(got, expected, names, strict=True):
+        assert relative_error(a, b) <= EXACT, name
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "group"])
+def test_loss_and_gradients_on_odd_sizes(norm):
+    ours, stock = pair(norm=norm)
+    assert_same_step(ours, stock, *batch(ODD), class_weights=torch.rand(5).double() + 0.5)
+    for a, b in zip(ours.buffers(), stock.buffers(), strict=True):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset(preset):
+    ours, stock = pair(preset, channels=2)
+    assert_same_step(ours, stock, *batch((1, 2, 17, 37, 20)))
+
+
+@pytest.mark.parametrize("slab", [1, 5000, 10**9])
+def test_slabs_of_any_thickness(slab):
+    ours, stock = pair()
+    ours.slab_elements = slab
+    assert_same_step(ours, stock, *batch((1, 1, 21, 18, 39)))
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 7, 33), (40, 1, 2), (5, 64, 3)])
+def test_any_size(size):
+    ours, _ = pair()
+    image, labels = batch((1, 1, *size))
+    assert all(torch.isfinite(g).all() for g in gradients(ours, image, labels))
+    assert ours(image).shape == (1, 5, *size)
+    assert torch.equal(ours.segment(image).long(), ours(image).argmax(1))
+
+
+@pytest.mark.parametrize("preset", ["base", "tiny"])
+def test_logits_and_segmentation(preset):
+    ours, stock = pair(preset)
+    image, _ = batch((2, 1, 20, 17, 36))
+    logits = stock(image)
+    assert relative_error(ours(image), logits) <= EXACT
+    assert torch.equal(ours.segment(image).long(), logits.argmax(1))
+    grad = torch.randn_like(logits)
+    got, expected = (torch.autograd.grad(m(image), list(m.parameters()), grad) for m in (ours, stock))
+    assert all(relative_error(a, b) <= EXACT for a, b in zip(got, expected, strict=True))
+
+
+def test_evaluation_mode_uses_running_statistics():
+    ours, stock = pair(norm="batch")
+    image, labels = batch((2, 1, 16, 18, 40))
+    ours.loss(image, labels), stock.loss(image, labels)
+    ours.eval(), stock.eval()
+    assert relative_error(ours(image), stock(image)) <= EXACT
+    assert_same_step(ours, stock, image, labels)
+
+
+def test_two_runs_give_the_same_bits():
+    ours, _ = pair(dtype=torch.float32)
+    image, labels = batch((1, 1, 40, 33, 36), dtype=torch.float32)
+    runs = [gradients(ours, image, labels) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_step_in_low_precision(autocast):
+    """All gradients of the network together: no worse than twice torch's own error against float64.
+
+    The sign of a value near the kink of a leaky ReLU is a matter of rounding, and one that flips costs two
+    digits of the gradient, torch's or ours; so the median over several networks is compared.
+    """
+    errors = []
+    for seed in range(3):
+        ours, stock = pair(dtype=torch.float32, seed=seed)
+        image, labels = batch((1, 1, 34, 32, 36), dtype=torch.float32)
+        exact = gradients(copy.deepcopy(stock).double(), image.double(), labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            got, torchs = (gradients(m, image, labels) for m in (ours, stock))
+        ours, torchs, exact = (torch.cat([g.flatten() for g in grads]) for grads in (got, torchs, exact))
+        errors.append((relative_error(ours, exact), relative_error(torchs, exact)))
+    own, theirs = (statistics.median(e) for e in zip(*errors, strict=True))
+    assert own <= 2 * theirs + ATOL[torch.float32]
+
+
+def test_small_deepest_levels_train_in_bf16():
+    """64 x 32 x 64 voxels leave 2 x 1 x 2 at the deepest level, where oneDNN's bf16 kernel is wrong."""
+    ours, _ = pair(dtype=torch.float32)
+    image, labels = batch((1, 1, 64, 32, 64), dtype=torch.float32)
+    exact = gradients(ours, image, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(ours, image, labels)
+    for a, b, (name, _) in zip(got[1:], exact[1:], ours.named_parameters(), strict=True):
+        assert torch.isfinite(a).all(), name
+        assert float(a.norm()) < 3 * float(b.norm()) + 1e-3, name
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.float16, torch.float64])
+def test_images_are_taken_as_they_are(dtype):
+    ours, _ = pair(dtype=torch.float32)
+    image = torch.randint(-3, 4, (1, 1, 20, 24, 16)).to(dtype)
+    labels = torch.randint(0, 5, (1, 20, 24, 16), dtype=torch.int32)
+    expected = gradients(ours, image.float(), labels.to(torch.uint8))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(ours, image, labels), expected, strict=True))
+
+
+@pytest.mark.parametrize(("autocast", "bar"), [(True, 110), (False, 215)], ids=["bf16", "fp32"])
+def test_bytes_kept_for_backward(autocast, bar):
+    """Every storage that autograd keeps, parameters aside, counted once, per voxel of a 64^3 volume."""
+    model = EffSegNet(1, 15)
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes(), t)  # alive, so that no address is used twice
+        return t
+
+    image, labels = batch((1, 1, 64, 64, 64), 15, torch.float32)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        model.loss(image, labels)
+    per_voxel = sum(n for n, _ in kept.values()) / image.numel()
+    assert 0.9 * bar < per_voxel <= bar
+
+
+@pytest.mark.parametrize("depth", [128, pytest.param(512, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("dtype", "bar"), [("bf16", 200), ("fp32", 390)])
+def test_predicted_peak_of_a_full_ct(dtype, bar, depth):
+    """Dice + cross-entropy, AdamW, gradients, weights and batch included."""
+    report = peak_training_memory(EffSegNet(1, 15), (1, 1, depth, 512, 512), dtype=dtype)
+    assert 0.9 * bar < report.bytes_per_voxel <= bar
+
+
+def test_parameters_against_the_baseline():
+    count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
+    assert count(EffSegNet(1, 15)) <= 0.095 * count(UNet3D(1, 15))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_save_and_load(tmp_path, preset):
+    model = EffSegNet(2, 4, preset=preset, norm="group")
+    model.save(tmp_path / "model.safetensors", extra={"labels": ["a", "b"]})
+    loaded = effseg.load(tmp_path / "model.safetensors")
+    assert loaded.arguments == model.arguments
+    assert loaded.extra == {"labels": ["a", "b"]}
+    image = torch.randn(1, 2, 16, 12, 20)
+    assert torch.equal(loaded.eval()(image), model.eval()(image))
+
+
+def test_bad_arguments_are_named():
+    model = EffSegNet(1, 3)
+    for call, message in [
+        (lambda: EffSegNet(1, 3, preset="huge"), "preset: expected one of"),
+        (lambda: EffSegNet(1, 3, norm="layer"), "norm: expected one of"),
+        (lambda: EffSegNet(1, 3, memory="magic"), "memory: expected one of"),
+        (lambda: EffSegNet(1, 1), "num_classes: expected"),
+        (lambda: EffSegNet(0, 3), "in_channels: expected"),
+        (lambda: model(torch.randn(1, 2, 8, 8, 8)), "image: expected"),
+        (lambda: model(torch.randn(1, 8, 8, 8)), "image: expected"),
+        (lambda: model.loss(torch.randn(1, 1, 8, 8, 8), torch.zeros(1, 8, 8, 9, dtype=torch.uint8)), "labels"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_many_classes_on_a_thin_level_warn():
+    with pytest.warns(UserWarning, match="large-w32"):
+        EffSegNet(1, 118)

@@ -1,0 +1,125 @@
+"""Building blocks against the chains of torch modules that they replace."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_exact
+from torch import nn
+
+from effseg import ConvNormAct3d, ResidualBlock3d
+from effseg.modules import make_norm, normalisation
+
+NORMS = ["instance", "batch", "group"]
+
+
+def chain(unit: ConvNormAct3d) -> nn.Sequential:
+    return nn.Sequential(copy.deepcopy(unit.conv), copy.deepcopy(unit.norm), nn.LeakyReLU(unit.negative_slope))
+
+
+def randomise(module):
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return module
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2},
+        {"kernel_size": (1, 3, 3), "stride": (1, 2, 2)},
+        {"kernel_size": 1, "bias": True},
+        {"negative_slope": 0.0},
+        {"negative_slope": 1.0, "bias": True},
+        {"kernel_size": 5},
+    ],
+    ids=str,
+)
+def test_unit_is_a_drop_in(norm, options):
+    torch.manual_seed(0)
+    unit = randomise(ConvNormAct3d(3, 8, norm=norm, **options)).double()
+    stock = chain(unit)
+    x = torch.randn(2, 3, 9, 6, 7, dtype=torch.float64, requires_grad=True)
+    for train in (True, False):
+        unit.train(train), stock.train(train)
+        got, expected = unit(x), stock(x)
+        assert_exact(got, expected)
+        grad = torch.randn_like(expected)
+        grads = [torch.autograd.grad(y, [x, *m.parameters()], grad) for y, m in ((got, unit), (expected, stock))]
+        for a, b in zip(*grads, strict=True):
+            # a bias before a normalisation over its own channel has gradient 0, up to rounding
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+    for a, b in zip(unit.norm.buffers(), stock[1].buffers(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_of_instance_and_batch_norm(momentum):
+    torch.manual_seed(0)
+    y = torch.randn(3, 4, 5, 6, 7, dtype=torch.float64) * 2 + 1
+    for ours in (
+        nn.BatchNorm3d(4, momentum=momentum, dtype=torch.float64),
+        nn.InstanceNorm3d(4, momentum=momentum or 0.2, track_running_stats=True, dtype=torch.float64),
+    ):
+        stock = copy.deepcopy(ours)
+        for _ in range(3):
+            stock(y)
+            var, mean = torch.var_mean(y, (2, 3, 4), correction=0)
+            normalisation(ours, mean, var, y[0, 0].numel())
+        for a, b in zip(ours.buffers(), stock.buffers(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-12)
+        ours.eval()
+        terms = normalisation(ours, mean, var, y[0, 0].numel())
+        got = (y - terms.mean[..., None, None, None]) * terms.scale[..., None, None, None]
+        assert_exact(got, stock.eval()(y))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_residual_block(norm):
+    torch.manual_seed(0)
+    block = randomise(ResidualBlock3d(8, norm)).double()
+    x = torch.randn(2, 8, 5, 6, 7, dtype=torch.float64, requires_grad=True)
+    first, last = chain(block.unit), chain(block.last)[:2]
+    got, expected = block(x), F.leaky_relu(x + last(first(x)), 0.01)
+    assert_exact(got, expected)
+    grad = torch.randn_like(expected)
+    a, b = (torch.autograd.grad(y, x, grad)[0] for y in (got, expected))
+    assert_exact(a, b)
+
+
+def test_unit_is_an_ordinary_module():
+    unit = ConvNormAct3d(2, 8)
+    assert set(unit.state_dict()) == {"conv.weight", "norm.weight", "norm.bias"}
+    for clone in (copy.deepcopy(unit), pickle.loads(pickle.dumps(unit))):
+        x = torch.randn(1, 2, 8, 8, 8)
+        assert torch.equal(clone(x), unit(x))
+
+
+def test_autocast_sets_the_compute_dtype():
+    unit, x = ConvNormAct3d(2, 8), torch.randn(1, 2, 16, 16, 16)
+    assert unit(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        y = unit(x)
+        assert y.dtype == torch.bfloat16
+        assert unit.double()(x.double()).dtype == torch.float64
+    unit.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        unit(x).float().square().sum().backward()
+    assert unit.conv.weight.grad.dtype == torch.float32
+
+
+def test_bad_arguments_are_named():
+    for call, message in [
+        (lambda: ConvNormAct3d(1, 8, kernel_size=2), "kernel_size: expected odd"),
+        (lambda: ConvNormAct3d(1, 8, norm="layer"), "norm: expected one of"),
+        (lambda: ConvNormAct3d(1, 8, negative_slope=-1), "negative_slope: expected 0 or more"),
+        (lambda: ConvNormAct3d(1, 8)(torch.randn(1, 2, 4, 4, 4)), "weight: expected"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert make_norm("group", 12).num_groups == 1
