@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True)
 class KnownFault:
-    """A fault of torch with cuDNN: first good and last good versions around it; cuDNN from, to excluded."""
+    """A fault where torch_from <= torch < torch_before and cudnn_from <= cuDNN < cudnn_before."""
 
     url: str
     what: str

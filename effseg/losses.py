@@ -87,7 +87,8 @@ def mean_dice_of_sums(
     smooth: float,
     group: "GroupSum",
 ) -> torch.Tensor:
-    """Mean of (2 intersection + smooth) / (sum_p + sum_t + smooth), each (N, classes), as in `dice_cross_entropy`."""
+    """Mean of (2 intersection + smooth) / (sum_p + sum_t + smooth), sums of (N, classes), as in
+    `dice_cross_entropy`."""
     if batch_dice:
         intersection, sum_p, sum_t = (group.sum(x.sum(0)) for x in (intersection, sum_p, sum_t))
         return ((2 * intersection + smooth) / (sum_p + sum_t + smooth)).mean()

@@ -11,8 +11,8 @@ from effseg.memory.units import format_bytes, parse_bytes
 from effseg.models import MODEL_NAMES
 
 HELP = """Predict the GPU memory of a training step on a whole volume (forward, loss, backward, optimizer),
-without a GPU and without the memory, and find the largest volume that fits. Exit code 0 if the volume fits,
-1 if not."""
+without a GPU and without the memory, and find the largest volume that fits; takes about a minute. Exit code 0
+if the volume fits, 1 if not."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
