@@ -42,13 +42,12 @@ def finish(process):
     assert process.exitcode == 0
 
 
-def wait_for_a_step(process, checkpoints):
-    """Until the process has done a step more; False when it ended before."""
-    before = checkpoints.newest()
+def wait_for(process, condition):
+    """Until `condition` holds; False when the process ended before."""
     while process.is_alive():
-        if checkpoints.newest() != before:
+        if condition():
             return True
-        time.sleep(0.002)
+        time.sleep(0.001)
     return False
 
 
@@ -58,13 +57,19 @@ def check_kills(context, tmp_path, kills, steps, seed):
     finish(start(context, data, whole, steps))
     rng = random.Random(seed)
     checkpoints = Checkpoints(killed / "checkpoints")
-    for _ in range(kills):
+    for kill in range(kills):
+        before = checkpoints.newest()
         process = start(context, data, killed, steps)
-        assert wait_for_a_step(process, checkpoints)
-        time.sleep(rng.uniform(0.0, 0.25))
+        ended = "the run ended before its kill: give it more steps"
+        assert wait_for(process, lambda before=before: checkpoints.newest() != before), ended
+        if kill % 2 == 0:  # while a checkpoint is being written, or the older one removed
+            assert wait_for(process, lambda: len(list(checkpoints.folder.iterdir())) > 1), ended
+            time.sleep(rng.uniform(0.0, 0.02))
+        else:
+            time.sleep(rng.uniform(0.0, 0.25))
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL, "the run ended before its kill: give it more steps"
+        assert process.exitcode == -signal.SIGKILL, ended
         newest = checkpoints.newest()
         state = torch.load(newest / "state.pt", weights_only=True)
         assert state["run"]["step"] == int(newest.name.removeprefix("step-"))
