@@ -160,15 +160,22 @@ def segmentation_loss(
         raise ValueError(f"classes: expected 2 or more, background included, got {classes}")
     sums = nodes.head_sums(x, weight, bias, labels, class_weights, ignore_index, slab_elements)
     if not isinstance(sums.unknown, FakeTensor) and (unknown := int(sums.unknown.sum())):
-        raise ValueError(f"labels: expected 0 to {classes - 1} or ignore_index, {unknown} voxels have other values")
+        raise ValueError(
+            f"labels: expected 0 to {classes - 1} or ignore_index, {unknown} voxels have other values"
+        )
     group = GroupSum(process_group)
     first = 0 if include_background else 1
     dice = mean_dice_of_sums(
-        sums.intersection[:, first:], sums.probability[:, first:], sums.count[:, first:], batch_dice, smooth, group
+        sums.intersection[:, first:],
+        sums.probability[:, first:],
+        sums.voxels[:, first:],
+        batch_dice,
+        smooth,
+        group,
     )
     w = torch.ones(classes, device=x.device) if class_weights is None else class_weights
     total = (1 - label_smoothing) * sums.nll + label_smoothing / classes * sums.smooth_nll
-    ce = group.sum(total.sum()) / group.sum((sums.count @ w.double()).sum())
+    ce = group.sum(total.sum()) / group.sum((sums.voxels @ w.double()).sum())
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (dice_weight * (1 - dice) + ce_weight * ce).to(accumulate)
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from effseg import functional
 from effseg.deferred import Deferred, Normalisation, raw, residual
 
+Norm = nn.InstanceNorm3d | nn.BatchNorm3d | nn.GroupNorm
 NORMS = ("instance", "batch", "group")
 SLOPE = 0.01
 
 
-def make_norm(norm: str, channels: int) -> nn.Module:
+def make_norm(norm: str, channels: int) -> Norm:
     """Affine instance, batch or group normalisation (groups of 8 channels), torch's own modules."""
     if norm == "instance":
         return nn.InstanceNorm3d(channels, affine=True)
@@ -25,8 +26,8 @@ def make_norm(norm: str, channels: int) -> nn.Module:
     raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
 
 
-def normalisation(norm: nn.Module, mean: Tensor, var: Tensor, voxels: int) -> Normalisation:
-    """(mean, scale, beta), each (N, C), that `norm` applies, given mean and biased variance (N, C) over `voxels`.
+def normalisation(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> Normalisation:
+    """(mean, scale, beta), each (N, C), that `norm` applies, from mean and biased variance (N, C) over `voxels`.
 
     Instance normalisation takes them as they are; batch and group normalisation merge them over samples or
     over the channels of a group: the means' mean, and the mean of var + (mean - merged mean)^2. Running
@@ -38,12 +39,10 @@ def normalisation(norm: nn.Module, mean: Tensor, var: Tensor, voxels: int) -> No
         centre = grouped.mean(2, keepdim=True)
         spread = (var.unflatten(1, (norm.num_groups, -1)) + (grouped - centre).square()).mean(2, keepdim=True)
         mean, var = centre.expand_as(grouped).flatten(1), spread.expand_as(grouped).flatten(1)
-    elif isinstance(norm, nn.BatchNorm3d | nn.InstanceNorm3d):
-        mean, var = _batch_or_instance(norm, mean, var, voxels)
     else:
-        raise TypeError(f"norm: expected InstanceNorm3d, BatchNorm3d or GroupNorm, got {type(norm).__name__}")
+        mean, var = _batch_or_instance(norm, mean, var, voxels)
     scale = torch.rsqrt(var + norm.eps)
-    if norm.weight is None:
+    if not norm.affine:
         return Normalisation(mean, scale, torch.zeros_like(mean))
     return Normalisation(mean, scale * norm.weight, norm.bias.to(mean.dtype).expand_as(mean))
 
@@ -52,17 +51,16 @@ def _batch_or_instance(
     norm: nn.BatchNorm3d | nn.InstanceNorm3d, mean: Tensor, var: Tensor, voxels: int
 ) -> tuple[Tensor, Tensor]:
     samples = mean.shape[0]
-    running = norm.running_mean is not None and norm.running_var is not None
-    if running and not norm.training:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        return (t.to(mean.dtype).expand_as(mean) for t in (norm.running_mean, norm.running_var))  # type: ignore[return-value]
+    running_mean, running_var = norm.running_mean, norm.running_var
+    tracked = running_mean is not None and running_var is not None
+    if running_mean is not None and running_var is not None and not norm.training:
+        return running_mean.to(mean.dtype).expand_as(mean), running_var.to(var.dtype).expand_as(var)
     if isinstance(norm, nn.BatchNorm3d):
         centre = mean.mean(0)
         spread = (var + (mean - centre).square()).mean(0)
         voxels *= samples
         mean, var = centre.expand_as(mean), spread.expand_as(var)
-    if running:
+    if tracked:
         _update_running(norm, mean.detach().mean(0), var.detach().mean(0) * (voxels / max(1, voxels - 1)))
     return mean, var
 
@@ -105,13 +103,17 @@ class ConvNormAct3d(nn.Module):
     ) -> None:
         super().__init__()
         window = functional.convolution_window(kernel_size, stride)
-        self.conv = nn.Conv3d(in_channels, out_channels, window.kernel, window.stride, window.padding, bias=bias)
+        self.conv = nn.Conv3d(
+            in_channels, out_channels, window.kernel, window.stride, window.padding, bias=bias
+        )
         self.norm = make_norm(norm, out_channels)
         if not negative_slope >= 0:
             raise ValueError(f"negative_slope: expected 0 or more, got {negative_slope}")
         self.negative_slope = negative_slope
 
-    def normalised(self, x: Tensor | Deferred, slab_elements: int | None = None) -> tuple[Tensor, Normalisation]:
+    def normalised(
+        self, x: Tensor | Deferred, slab_elements: int | None = None
+    ) -> tuple[Tensor, Normalisation]:
         """The raw convolution output, stored, and what normalises it."""
         y, mean, var = functional.conv3d(
             x, self.conv.weight, self.conv.bias, self.conv.stride, slab_elements=slab_elements

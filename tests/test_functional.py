@@ -194,7 +194,12 @@ def test_conv3d_in_low_precision(dtype, kind, channels):
             for name in ("y", "y2", "coarse", "weight"):
                 rounded = getattr(case, name).detach().to(dtype).double()
                 setattr(case, name, rounded.requires_grad_())
-        weight = (0.1 * torch.randn(32, channels, 3, 3, 3, dtype=torch.float64)).to(dtype).to(like).requires_grad_()
+        weight = (
+            (0.1 * torch.randn(32, channels, 3, 3, 3, dtype=torch.float64))
+            .to(dtype)
+            .to(like)
+            .requires_grad_()
+        )
         if ours:
             y, mean, var = functional.conv3d(case.deferred(), weight, dtype=like)
         else:
@@ -263,7 +268,11 @@ def test_layouts_and_slices_are_taken_as_they_are():
     torch.manual_seed(0)
     big = torch.randn(2, 6, 9, 8, 7, dtype=torch.float64)
     weight = torch.randn(4, 3, 3, 3, 3, dtype=torch.float64)
-    views = [big[:, ::2], big[:, ::2].contiguous(memory_format=LAST), big[:, ::2].transpose(2, 4).transpose(2, 4)]
+    views = [
+        big[:, ::2],
+        big[:, ::2].contiguous(memory_format=LAST),
+        big[:, ::2].transpose(2, 4).transpose(2, 4),
+    ]
     expected = F.conv3d(views[0], weight, padding=1)
     for view in views:
         assert_exact(functional.conv3d(view, weight)[0], expected)

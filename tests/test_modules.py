@@ -16,7 +16,9 @@ NORMS = ["instance", "batch", "group"]
 
 
 def chain(unit: ConvNormAct3d) -> nn.Sequential:
-    return nn.Sequential(copy.deepcopy(unit.conv), copy.deepcopy(unit.norm), nn.LeakyReLU(unit.negative_slope))
+    return nn.Sequential(
+        copy.deepcopy(unit.conv), copy.deepcopy(unit.norm), nn.LeakyReLU(unit.negative_slope)
+    )
 
 
 def randomise(module):
@@ -50,7 +52,9 @@ def test_unit_is_a_drop_in(norm, options):
         got, expected = unit(x), stock(x)
         assert_exact(got, expected)
         grad = torch.randn_like(expected)
-        grads = [torch.autograd.grad(y, [x, *m.parameters()], grad) for y, m in ((got, unit), (expected, stock))]
+        grads = [
+            torch.autograd.grad(y, [x, *m.parameters()], grad) for y, m in ((got, unit), (expected, stock))
+        ]
         for a, b in zip(*grads, strict=True):
             # a bias before a normalisation over its own channel has gradient 0, up to rounding
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_exact, assert_no_worse_than_torch, relative_error
+from tolerances import assert_exact, assert_no_worse_than_torch
 from torch.profiler import ProfilerActivity, profile
 
 from effseg import functional
@@ -122,7 +122,9 @@ def test_low_precision(dtype):
             loss = dice_cross_entropy(F.conv3d(*leaves), labels)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
-    for ours, torchs, exact in zip(run(dtype, True), run(dtype, False), run(torch.float64, False), strict=True):
+    for ours, torchs, exact in zip(
+        run(dtype, True), run(dtype, False), run(torch.float64, False), strict=True
+    ):
         assert_no_worse_than_torch(ours, torchs, exact)
 
 
@@ -144,7 +146,10 @@ def test_unknown_labels_and_bad_shapes_are_named():
         (lambda: loss(features, labels[:, 1:], weight, bias), "labels: expected"),
         (lambda: loss(features, labels.float(), weight, bias), "labels: expected an integer type"),
         (lambda: loss(features, labels, weight[:, :2], bias), "weight: expected"),
-        (lambda: loss(features, labels, weight, bias, class_weights=torch.ones(4)), "class_weights: expected"),
+        (
+            lambda: loss(features, labels, weight, bias, class_weights=torch.ones(4)),
+            "class_weights: expected",
+        ),
         (lambda: loss(features[:, :1], labels), "classes: expected 2 or more"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -47,6 +47,7 @@ class EncoderLevel(nn.Module):
     def deferred(self, x: Tensor | Deferred, slab_elements: int | None) -> Deferred:
         h = self.enter.deferred(x, slab_elements)
         for block in self.blocks:
+            assert isinstance(block, ResidualBlock3d)
             h = block.deferred(h, slab_elements)
         return h
 
@@ -128,13 +129,14 @@ class EffSegNet(SegmentationModel):
     def features(self, image: Tensor) -> Deferred:
         """The last decoder level, deferred: (N, widths[0], D, H, W), half of that for ``tiny``."""
         check_image(image, self.arguments["in_channels"])
-        h: Tensor | Deferred = image
         levels: list[Deferred] = []
         for level in self.encoder:
-            h = level.deferred(h, self.slab_elements)
-            levels.append(h)
-        for decoder, skip in zip(reversed(self.decoder), reversed(levels[:-1]), strict=True):
-            h = decoder.deferred(skip, h, self.slab_elements)
+            assert isinstance(level, EncoderLevel)
+            levels.append(level.deferred(levels[-1] if levels else image, self.slab_elements))
+        h = levels.pop()
+        for decoder in reversed(self.decoder):
+            assert isinstance(decoder, DecoderLevel)
+            h = decoder.deferred(levels.pop(), h, self.slab_elements)
         return h
 
     def _head(self, image: Tensor) -> tuple[Deferred, Tensor | None, Tensor | None]:
@@ -144,7 +146,11 @@ class EffSegNet(SegmentationModel):
         if self.architecture.stem_stride == 1:
             return features, self.head.weight, self.head.bias
         d, h, w = image.shape[2:]
-        return functional.upsample_add(None, features, self.head.weight, self.head.bias, (d, h, w)), None, None
+        return (
+            functional.upsample_add(None, features, self.head.weight, self.head.bias, (d, h, w)),
+            None,
+            None,
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (N, K, D, H, W) in the compute dtype; `loss` and `segment` need far less memory."""

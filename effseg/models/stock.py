@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effseg.models.base import SegmentationModel, check_image
-from effseg.models.effsegnet import EffSegNet
+from effseg.models.effsegnet import DecoderLevel, EffSegNet, EncoderLevel
 from effseg.modules import ConvNormAct3d, ResidualBlock3d
 
 
@@ -24,12 +24,17 @@ class StockEffSegNet(EffSegNet):
         x = image if image.is_floating_point() else image.to(weight.dtype)
         skips = []
         for level in self.encoder:
+            assert isinstance(level, EncoderLevel)
             x = _unit(level.enter, x)
             for block in level.blocks:
+                assert isinstance(block, ResidualBlock3d)
                 x = _residual(block, x)
             skips.append(x)
-        for level, skip in zip(reversed(self.decoder), reversed(skips[:-1]), strict=True):
-            x = _unit(level.unit, skip + _upsample(level.lateral(x), skip.shape))
+        x = skips.pop()
+        for decoder in reversed(self.decoder):
+            assert isinstance(decoder, DecoderLevel)
+            skip = skips.pop()
+            x = _unit(decoder.unit, skip + _upsample(decoder.lateral(x), skip.shape))
         logits = self.head(x)
         return logits if self.architecture.stem_stride == 1 else _upsample(logits, image.shape)
 

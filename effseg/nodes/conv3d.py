@@ -22,7 +22,7 @@ class Conv3dFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[no-untyped-def]
         ctx: Any, spec, window, statistics, slab_elements, weight, bias, *tensors
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.algorithm = select("conv3d")
@@ -37,7 +37,7 @@ class Conv3dFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y, grad_mean, grad_var):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_y, grad_mean, grad_var):  # type: ignore[no-untyped-def]
         weight, y, mean, *tensors = ctx.saved_tensors
         need_weight, need_bias, *needed = ctx.needs_input_grad[4:]
         grad_weight, grad_bias, grads = ctx.algorithm.conv3d_backward(

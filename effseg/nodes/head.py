@@ -21,7 +21,7 @@ class HeadSumsFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[no-untyped-def]
         ctx: Any, spec, slab_elements, ignore_index, labels, class_weights, weight, bias, *tensors
     ) -> tuple[Tensor, ...]:
         ctx.algorithm = select("head")
@@ -30,12 +30,12 @@ class HeadSumsFunction(torch.autograd.Function):
         sums = ctx.algorithm.head_sums_forward(
             spec, tensors, weight, bias, labels, class_weights, ignore_index, slab_elements
         )
-        ctx.mark_non_differentiable(sums.count, sums.unknown)
+        ctx.mark_non_differentiable(sums.voxels, sums.unknown)
         return tuple(sums)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
         labels, class_weights, weight, bias, *tensors = ctx.saved_tensors
         grad_weight, grad_bias, grad_tensors = ctx.algorithm.head_sums_backward(
             ctx.spec, tensors, ctx.needs_input_grad[7:], weight, bias, labels, class_weights,

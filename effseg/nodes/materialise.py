@@ -16,7 +16,7 @@ class MaterialiseFunction(torch.autograd.Function):
     """y = the expression's value. Saved for backward: the expression's tensors."""
 
     @staticmethod
-    def forward(ctx: Any, spec, slab_elements, *tensors) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, spec, slab_elements, *tensors) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.algorithm = select("materialise")
         ctx.spec, ctx.slab_elements = spec, slab_elements
         ctx.save_for_backward(*tensors)
@@ -24,7 +24,7 @@ class MaterialiseFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         grads = ctx.algorithm.materialise_backward(
             ctx.spec, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, ctx.slab_elements
         )

@@ -20,7 +20,7 @@ class StemStatisticsFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, image, weight, window, dtype, slab_elements) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, image, weight, window, dtype, slab_elements) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
         mean, var, p, q = select("stem_statistics").stem_statistics_forward(
             image, weight, window, dtype, slab_elements
         )
@@ -32,7 +32,7 @@ class StemStatisticsFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_mean, grad_var):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_mean, grad_var):  # type: ignore[no-untyped-def]
         p, q = ctx.saved_tensors
         mean, var = (g.double()[..., None, None, None, None] for g in (grad_mean, grad_var))
         grad = ((mean * p + 2 * var * q) / ctx.voxels).sum(0)

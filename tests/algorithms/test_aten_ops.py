@@ -27,7 +27,9 @@ def test_upsampling_equals_interpolate(size, odd, data):
     lo = data.draw(st.integers(0, 2 * d - 1))
     hi = data.draw(st.integers(lo + 1, 2 * d))
     x = features(1, 3, *size).requires_grad_()
-    expected = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)[:, :, lo:hi, :height, :width]
+    expected = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)[
+        :, :, lo:hi, :height, :width
+    ]
     got = ops.upsample_x2(x, (lo, hi), height, width)
     assert_exact(got, expected)
     grad = torch.randn_like(expected)
@@ -100,7 +102,9 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 count = 0
 for dtype in (torch.bfloat16, torch.float16):
-    for kernel, stride, pads in ((3, 1, ((0, 0), (1, 0), (0, 1), (1, 1))), (3, 2, ((0, 0), (1, 1))), (1, 1, ((0, 0),))):
+    for kernel, stride, pads in (
+        (3, 1, ((0, 0), (1, 0), (0, 1), (1, 1))), (3, 2, ((0, 0), (1, 1))), (1, 1, ((0, 0),)),
+    ):
         for size in ((1, 1, 1), (2, 2, 2), (2, 16, 16), (3, 1, 16), (5, 16, 1), (7, 1, 16), (8, 9, 10)):
             for pad in pads:
                 if size[0] + sum(pad) < kernel:
@@ -123,6 +127,8 @@ print(count)
 def test_convolutions_of_thin_volumes_in_low_precision():
     """oneDNN's own weight gradient is wrong on some of these shapes and corrupts memory on others, so they
     run in a process of their own, which must also end well."""
-    done = subprocess.run([sys.executable, "-c", THIN], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", THIN], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) == 82

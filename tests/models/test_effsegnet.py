@@ -30,7 +30,9 @@ def pair(preset="base", norm="instance", channels=1, classes=5, dtype=torch.floa
 
 def batch(shape, classes=5, dtype=torch.float64):
     torch.manual_seed(1)
-    return torch.randn(shape, dtype=dtype) + 0.5, torch.randint(0, classes, (shape[0], *shape[2:]), dtype=torch.uint8)
+    return torch.randn(shape, dtype=dtype) + 0.5, torch.randint(
+        0, classes, (shape[0], *shape[2:]), dtype=torch.uint8
+    )
 
 
 def gradients(model, image, labels, **options):
@@ -203,7 +205,10 @@ def test_bad_arguments_are_named():
         (lambda: EffSegNet(0, 3), "in_channels: expected"),
         (lambda: model(torch.randn(1, 2, 8, 8, 8)), "image: expected"),
         (lambda: model(torch.randn(1, 8, 8, 8)), "image: expected"),
-        (lambda: model.loss(torch.randn(1, 1, 8, 8, 8), torch.zeros(1, 8, 8, 9, dtype=torch.uint8)), "labels"),
+        (
+            lambda: model.loss(torch.randn(1, 1, 8, 8, 8), torch.zeros(1, 8, 8, 9, dtype=torch.uint8)),
+            "labels",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -90,12 +90,12 @@ def conv3d_backward(
                 grad.add_(grad_y[sample : sample + 1, :, lo:hi])
         a = pullback.rows(sample, first, last)
         grad_a, grad_w = ops.convolution_backward(grad, a, low, window, pad, pullback.any, need_weight)
-        if grad_weight is not None:
+        if grad_weight is not None and grad_w is not None:
             grad_weight += grad_w
         if grad_bias is not None:
             grad_bias += grad.sum((0, 2, 3, 4), dtype=accumulate)
         del a, grad, grad_w
-        if pullback.any:
+        if grad_a is not None:
             pullback.pull(grad_a)
         del grad_a
     cast = [None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias)]

@@ -25,14 +25,14 @@ SLAB_FRACTION = 1 / 128
 class Sums(NamedTuple):
     """What Dice and cross-entropy need of a batch, float64, over the voxels that are not ignored.
 
-    intersection, probability, count: (N, K), the sums of p [label = k], p, and [label = k];
+    intersection, probability, voxels: (N, K), the sums of p [label = k], p, and [label = k];
     nll: (N,), the sum of w_label (-log p_label); smooth_nll: (N,), the sum over k of w_k (-log p_k);
     unknown: (N,), voxels whose label is neither a class nor ignored.
     """
 
     intersection: Tensor
     probability: Tensor
-    count: Tensor
+    voxels: Tensor
     nll: Tensor
     smooth_nll: Tensor
     unknown: Tensor
@@ -64,17 +64,17 @@ def _logits(a: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 class _Labels(NamedTuple):
-    index: Tensor  # (1, voxels) int64, 0 where ignored
+    target: Tensor  # (1, voxels) int64, 0 where ignored
     valid: Tensor  # (1, voxels) bool
     unknown: Tensor  # number of voxels that are neither
 
 
 def _labels(labels: Tensor, classes: int, ignore_index: int | None) -> _Labels:
-    index = labels.reshape(1, -1).long()
-    known = (index >= 0) & (index < classes)
-    ignored = torch.zeros_like(known) if ignore_index is None else index == ignore_index
+    target = labels.reshape(1, -1).long()
+    known = (target >= 0) & (target < classes)
+    ignored = torch.zeros_like(known) if ignore_index is None else target == ignore_index
     valid = known & ~ignored
-    return _Labels(index.masked_fill(~valid, 0), valid, (~(known | ignored)).sum())
+    return _Labels(target.masked_fill(~valid, 0), valid, (~(known | ignored)).sum())
 
 
 def head_sums_forward(
@@ -94,17 +94,17 @@ def head_sums_forward(
     classes = torch.arange(k, device=device)[:, None]
     for sample, lo, hi in slabs(n, spec.shape[2], thickness(spec, k, slab_elements)):
         logits = _logits(rows(spec, tensors, sample, lo, hi), weight, bias)
-        index, valid, unknown = _labels(labels[sample, lo:hi], k, ignore_index)
+        target, valid, unknown = _labels(labels[sample, lo:hi], k, ignore_index)
         sums.unknown[sample] += unknown
         log_p = logits.log_softmax(0)
         del logits
-        nll = log_p.gather(0, index).neg_().mul_(w[index]).mul_(valid)
+        nll = log_p.gather(0, target).neg_().mul_(w[target]).mul_(valid)
         sums.nll[sample] += nll.sum(dtype=torch.float64)
         sums.smooth_nll[sample] -= (w[None] @ log_p).mul_(valid).sum(dtype=torch.float64)
         p = log_p.exp_().mul_(valid)
         sums.probability[sample] += p.sum(1)
-        one_hot = (index == classes) & valid
-        sums.count[sample] += one_hot.sum(1)
+        one_hot = (target == classes) & valid
+        sums.voxels[sample] += one_hot.sum(1)
         sums.intersection[sample] += p.mul_(one_hot).sum(1)
         del p, log_p, one_hot
     return sums
@@ -112,7 +112,9 @@ def head_sums_forward(
 
 def _weights(class_weights: Tensor | None, classes: int, spec: Spec, device: torch.device) -> Tensor:
     dtype = ops.accumulation_dtype(spec.dtype)
-    return torch.ones(classes, dtype=dtype, device=device) if class_weights is None else class_weights.to(dtype)
+    return (
+        torch.ones(classes, dtype=dtype, device=device) if class_weights is None else class_weights.to(dtype)
+    )
 
 
 def head_sums_backward(
@@ -140,18 +142,19 @@ def head_sums_backward(
     pullback = Pullback(spec, tensors, needed)
     for sample, lo, hi in slabs(spec.shape[0], spec.shape[2], thickness(spec, k, slab_elements)):
         a = pullback.rows(sample, lo, hi)
-        index, valid, _ = _labels(labels[sample, lo:hi], k, ignore_index)
+        target, valid, _ = _labels(labels[sample, lo:hi], k, ignore_index)
         g_inter, g_prob, g_nll, g_smooth = (
-            g[sample].to(accumulate) for g in (grads.intersection, grads.probability, grads.nll, grads.smooth_nll)
+            g[sample].to(accumulate)
+            for g in (grads.intersection, grads.probability, grads.nll, grads.smooth_nll)
         )
         p = _logits(a, weight, bias).softmax(0)
-        c = w[index] * g_nll
-        picked = p.gather(0, index) * g_inter[index]
+        c = w[target] * g_nll
+        picked = p.gather(0, target) * g_inter[target]
         constant = (c + g_smooth * w.sum()).sub_(picked).sub_(g_prob[None] @ p)
         g = p.mul_(constant + g_prob[:, None])
-        g.scatter_(0, index, g.gather(0, index).add_(picked).sub_(c))
+        g.scatter_(0, target, g.gather(0, target).add_(picked).sub_(c))
         g.sub_((g_smooth * w)[:, None]).mul_(valid)
-        del p, c, picked, constant, index, valid
+        del p, c, picked, constant, target, valid
         if grad_bias is not None:
             grad_bias += g.sum(1)
         g = g.to(spec.dtype)
@@ -165,11 +168,19 @@ def head_sums_backward(
         del g
     if weight is not None and grad_weight is not None:
         grad_weight = grad_weight.view_as(weight).to(weight.dtype)
-    return grad_weight, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype), pullback.gradients()
+    return (
+        grad_weight,
+        None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
+        pullback.gradients(),
+    )
 
 
 def head_segment(
-    spec: Spec, tensors: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, slab_elements: int | None
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slab_elements: int | None,
 ) -> Tensor:
     """argmax over classes, (N, D, H, W) uint8, or int16 for more than 256 classes."""
     n, c, d, h, w = spec.shape

@@ -31,8 +31,9 @@ class Moments:
 
     @staticmethod
     def _merge(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        means, variances = (torch.stack([p[i].double() for p in parts]) for i in (1, 2))
-        voxels = sum(p[0] for p in parts)
-        share = torch.tensor([p[0] / voxels for p in parts], dtype=torch.float64, device=means.device)[:, None]
+        voxels = torch.tensor([p[0] for p in parts], dtype=torch.float64)
+        means = torch.stack([p[1] for p in parts]).double()
+        variances = torch.stack([p[2] for p in parts]).double()
+        share = (voxels / voxels.sum()).to(means.device)[:, None]
         mean = (share * means).sum(0)
         return mean, (share * (variances + (means - mean).square())).sum(0)

@@ -41,7 +41,13 @@ def _pad_rows(x: Tensor, window: Window, pad: tuple[int, int]) -> tuple[Tensor, 
 
 
 def convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, window: Window, pad: tuple[int, int], need_input: bool, need_weight: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    window: Window,
+    pad: tuple[int, int],
+    need_input: bool,
+    need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dgrad (of the rows of x, without the padding) and wgrad of `convolution`."""
     dtype = x.dtype
@@ -78,14 +84,17 @@ class _Convolution(torch.autograd.Function):
         return gx, gw, grad.sum((0, 2, 3, 4)) if need_bias else None, None, None
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int]) -> Tensor:
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int]
+) -> Tensor:
     """Convolution of a slab with `pad` rows of zeros before and after it; weight and bias in its type."""
     return _Convolution.apply(x, weight, bias, window, pad)
 
 
 # ---------------------------------------------------------------- statistics, normalisation, activation
 def _columns(y: Tensor) -> Tensor:
-    """(1, C, d, h, w) as (d * h, w * C, 1): every position along W is a channel. A view of channels-last memory.
+    """(1, C, d, h, w) as (d * h, w * C, 1): every position along W is a channel; a view of channels-last
+    memory.
 
     ATen's kernels add the voxels of a channel one by one in float32, which costs three digits on a slab of
     16 x 128 x 128 voxels; so they are given short columns, whose results are merged in float64.
@@ -153,7 +162,9 @@ class _NormAct(torch.autograd.Function):
         if need_y:
             dy = dy.view(1, d, h, w, c).permute(0, 4, 1, 2, 3)
         if need_terms:
-            dscale, dbeta = (t.double().view(w, c).sum(0, keepdim=True).to(mean.dtype) for t in (dscale, dbeta))
+            dscale, dbeta = (
+                t.double().view(w, c).sum(0, keepdim=True).to(mean.dtype) for t in (dscale, dbeta)
+            )
         dmean = -scale * dbeta if need_mean else None
         return dy, dmean, dscale, dbeta, dz if need_addend else None, None
 

@@ -43,6 +43,7 @@ def stem_statistics_forward(
             sums[sample] = torch.zeros_like(shaped, dtype=torch.float64)
         grads = torch.cat([y - reference[sample][:, None, None, None], torch.ones_like(y[:, :1])], 1)
         _, part = ops.convolution_backward(grads, x.to(accumulate), shaped, window, pad, False, True)
+        assert part is not None
         sums[sample] += part
         del x, y, grads
     mean, var = moments.merge()
