@@ -27,7 +27,7 @@ def make_norm(norm: str, channels: int) -> Norm:
 
 
 def normalisation(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> Normalisation:
-    """(mean, scale, beta), each (N, C), that `norm` applies, from mean and biased variance (N, C) over `voxels`.
+    """(mean, scale, beta), each (N, C), of `norm`, from mean and biased variance (N, C) over `voxels`.
 
     Instance normalisation takes them as they are; batch and group normalisation merge them over samples or
     over the channels of a group: the means' mean, and the mean of var + (mean - merged mean)^2. Running

@@ -128,6 +128,39 @@ def affine(y: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return aten.native_batch_norm(y, scale, shift, mean, one, False, 0.0, 0.0)[0]
 
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def norm_terms_backward(
+    dz: Tensor, y: Tensor, mean: Tensor, scale: Tensor, need_y: bool, need_terms: bool
+) -> Gradients:
+    """(dz * scale, sum dz (y - mean), sum dz): the gradients of y, scale and beta, sums over the slab."""
+    dy = dscale = dbeta = None
+    if need_y:
+        dy = torch.mul(dz, scale[..., None, None, None], out=torch.empty_like(dz))
+    if need_terms:
+        dbeta = dz.sum((2, 3, 4), dtype=mean.dtype)
+        dscale = (y - mean[..., None, None, None]).mul_(dz).sum((2, 3, 4))
+    return dy, dscale, dbeta
+
+
+def norm_terms_backward_cpu(
+    dz: Tensor, y: Tensor, mean: Tensor, scale: Tensor, need_y: bool, need_terms: bool
+) -> Gradients:
+    """`norm_terms_backward` in two passes, by batch normalisation's backward at unit variance."""
+    _, c, d, h, w = y.shape
+    wide_mean, wide_scale, one = mean[0].repeat(w), scale[0].repeat(w), torch.ones_like(mean[0]).repeat(w)
+    dy, dscale, dbeta = aten.native_batch_norm_backward(
+        _columns(dz), _columns(y), wide_scale, wide_mean, one, wide_mean, one, False, 0.0,
+        [need_y, need_terms, need_terms],
+    )  # fmt: skip
+    if need_y:
+        dy = dy.view(1, d, h, w, c).permute(0, 4, 1, 2, 3)
+    if need_terms:
+        dscale, dbeta = (t.double().view(w, c).sum(0, keepdim=True).to(mean.dtype) for t in (dscale, dbeta))
+    return dy, dscale, dbeta
+
+
 class _NormAct(torch.autograd.Function):
     """a = leaky_relu((y - mean) * scale + beta [+ addend]).
 
@@ -152,20 +185,9 @@ class _NormAct(torch.autograd.Function):
         y, mean, scale, a = ctx.saved_tensors
         dz = grad if ctx.slope == 1.0 else aten.leaky_relu_backward(grad, a, ctx.slope, True)
         need_y, need_mean, need_scale, need_beta, need_addend, _ = ctx.needs_input_grad
-        need_terms = need_scale or need_beta or need_mean
-        _, c, d, h, w = y.shape
-        wide_mean, wide_scale, one = mean[0].repeat(w), scale[0].repeat(w), torch.ones_like(mean[0]).repeat(w)
-        dy, dscale, dbeta = aten.native_batch_norm_backward(
-            _columns(dz), _columns(y), wide_scale, wide_mean, one, wide_mean, one, False, 0.0,
-            [need_y, need_terms, need_terms],
-        )  # fmt: skip
-        if need_y:
-            dy = dy.view(1, d, h, w, c).permute(0, 4, 1, 2, 3)
-        if need_terms:
-            dscale, dbeta = (
-                t.double().view(w, c).sum(0, keepdim=True).to(mean.dtype) for t in (dscale, dbeta)
-            )
-        dmean = -scale * dbeta if need_mean else None
+        terms = norm_terms_backward_cpu if y.device.type == "cpu" else norm_terms_backward
+        dy, dscale, dbeta = terms(dz, y, mean, scale, need_y, need_scale or need_beta or need_mean)
+        dmean = -scale * dbeta if dbeta is not None and need_mean else None
         return dy, dmean, dscale, dbeta, dz if need_addend else None, None
 
 
