@@ -6,6 +6,7 @@ Needs torch and numpy alone; data, training and evaluation import nibabel, MONAI
 from effseg import functional
 from effseg.algorithms import algorithm
 from effseg.errors import InputError
+from effseg.memory import MemoryReport, peak_training_memory
 from effseg.models.checkpoint import load
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.unet3d import UNet3D
@@ -16,10 +17,12 @@ __all__ = [
     "ConvNormAct3d",
     "EffSegNet",
     "InputError",
+    "MemoryReport",
     "ResidualBlock3d",
     "UNet3D",
     "__version__",
     "algorithm",
     "functional",
     "load",
+    "peak_training_memory",
 ]
