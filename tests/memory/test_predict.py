@@ -60,7 +60,7 @@ def test_stock_networks_need_what_is_known(make, dtype, bytes_per_voxel):
 @pytest.mark.parametrize(("dtype", "bar"), [("bf16", 200), pytest.param("fp32", 390, marks=pytest.mark.slow)])
 def test_effsegnet_stays_under_its_bar(dtype, bar):
     report = peak_training_memory(lambda: EffSegNet(1, 15), (1, 1, 512, 512, 512), dtype=dtype)
-    assert report.bytes_per_voxel <= bar
+    assert 0.9 * bar < report.bytes_per_voxel <= bar
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

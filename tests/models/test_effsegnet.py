@@ -9,7 +9,6 @@ from tolerances import ATOL, EXACT, relative_error
 
 import effseg
 from effseg import EffSegNet, UNet3D
-from effseg.memory import peak_training_memory
 from effseg.models.effsegnet import PRESETS
 from effseg.models.stock import StockEffSegNet
 
@@ -169,14 +168,6 @@ def test_bytes_kept_for_backward(autocast, bar):
         model.loss(image, labels)
     per_voxel = sum(n for n, _ in kept.values()) / image.numel()
     assert 0.9 * bar < per_voxel <= bar
-
-
-@pytest.mark.parametrize("depth", [128, pytest.param(512, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("dtype", "bar"), [("bf16", 200), ("fp32", 390)])
-def test_predicted_peak_of_a_full_ct(dtype, bar, depth):
-    """Dice + cross-entropy, AdamW, gradients, weights and batch included."""
-    report = peak_training_memory(EffSegNet(1, 15), (1, 1, depth, 512, 512), dtype=dtype)
-    assert 0.9 * bar < report.bytes_per_voxel <= bar
 
 
 def test_parameters_against_the_baseline():
