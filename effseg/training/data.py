@@ -132,9 +132,7 @@ def _prepare(
         if time.monotonic() - said > SAY_EVERY:
             said = time.monotonic()
             say(f"prepared {number} of {len(mine)} cases")
-    errors = world.gather(errors)
-    if errors:  # one process's error ends all of them
-        raise InputError(errors[0])
+    world.fail_together(errors)
     return [prepare_case(case, preprocessing, label_map, folder) for case in cases]
 
 

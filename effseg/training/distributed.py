@@ -1,7 +1,7 @@
 """One process, or one of several that torchrun started."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -48,9 +48,25 @@ class World:
         longest = max(map(len, parts))
         return [part[place] for place in range(longest) for part in parts if place < len(part)]
 
+    def fail_together(self, errors: list[str]) -> None:
+        """Raise InputError in every process, with the first message, when any process has one."""
+        every = self.gather(errors)
+        if every:
+            raise InputError(every[0])
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Let the first process do `action` while the others wait; its InputError is raised in all."""
+        errors = []
+        if self.is_main:
+            try:
+                action()
+            except InputError as error:
+                errors.append(str(error))
+        self.fail_together(errors)
+
     def barrier(self) -> None:
         if self.several:
-            dist.barrier()
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
 @contextmanager
@@ -61,16 +77,15 @@ def join_world(device: str) -> Iterator[World]:
     GPU each. Raises InputError for a device that is not there.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield World(0, 1, _device(device, 0))
-        return
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    chosen = _device(device, local)
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield World(rank, size, chosen)
+        yield World(int(os.environ["RANK"]), size, chosen)
     finally:
         dist.destroy_process_group()
 

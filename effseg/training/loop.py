@@ -41,9 +41,7 @@ def train(
     Raises InputError for a configuration, data or run folder that cannot be used, and for a diverged run.
     """
     with join_world(config.device) as world:
-        if world.is_main:
-            open_run(config, overwrite)
-        world.barrier()
+        world.on_main(lambda: open_run(config, overwrite))
         return _Run(config, world, console if world.is_main else None).go()
 
 

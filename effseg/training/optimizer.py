@@ -40,8 +40,8 @@ class Stepper:
 
     loss_options: keywords of ``model.loss``. With several processes the gradients are averaged and the
     loss's sums are taken over all of them, so that a step equals one process's step on the whole batch;
-    batch norm's running statistics are the exception: every process keeps those of its own cases, and the
-    first process's are validated and saved.
+    batch norm is the exception: every process normalises by the statistics of its own cases, and the running
+    statistics that are validated and saved are the first process's.
     """
 
     def __init__(
@@ -56,9 +56,7 @@ class Stepper:
         loss: nn.Module = _Loss(model, loss_options | {"process_group": True if world.several else None})
         if world.several:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            loss = DistributedDataParallel(
-                loss, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            loss = DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True)
         self.loss = loss
 
     def __call__(self, step: int, image: torch.Tensor, labels: torch.Tensor, state: RunState) -> StepResult:

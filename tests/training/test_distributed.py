@@ -82,3 +82,17 @@ def test_a_missing_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="finds no CUDA GPU"), join_world("cuda"):
         pass
+
+
+def test_an_error_of_the_first_process_is_everyones(monkeypatch):
+    def fail():
+        raise InputError("no good")
+
+    sent = []
+    monkeypatch.setattr(World, "gather", lambda self, errors: [*errors, *sent])
+    first, second = (World(rank, 2, torch.device("cpu")) for rank in range(2))
+    with pytest.raises(InputError, match="no good"):
+        first.on_main(fail)
+    sent.append("no good")
+    with pytest.raises(InputError, match="no good"):
+        second.on_main(lambda: pytest.fail("only the first process acts"))
