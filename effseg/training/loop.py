@@ -18,7 +18,7 @@ from effseg.models.effsegnet import EffSegNet
 from effseg.training.average import WeightAverage
 from effseg.training.batches import Batches
 from effseg.training.checkpoint import Checkpoints, load_checkpoint, writing
-from effseg.training.config import TrainingConfig
+from effseg.training.config import FREE_ON_RESUME, TrainingConfig
 from effseg.training.data import TrainingData, load_training_data
 from effseg.training.display import Display, duration, peak_memory
 from effseg.training.distributed import World, join_world
@@ -205,7 +205,8 @@ class _Run:
         return {
             "preprocessing": self.data.preprocessing.to_dict(),
             "labels": self.data.label_map.to_dict(),
-            "training": self.config.to_dict()
+            # without the folders and the device of one machine: weights travel
+            "training": {k: v for k, v in self.config.to_dict().items() if k not in FREE_ON_RESUME}
             | {
                 "step": self.state.step,
                 "dice": {

@@ -81,6 +81,7 @@ def test_saved_networks_say_how_they_are_to_be_used(config):
         assert extra["labels"]["names"] == list(phantom.NAMES)
         assert extra["preprocessing"]["window"] == [-200.0, 400.0]
         assert extra["training"]["seed"] == 0
+        assert str(config.output) not in json.dumps(extra)  # weights travel, folders do not
     assert effseg.load(result.final).extra["training"]["step"] == 4
 
 
