@@ -10,7 +10,7 @@ kind       value                                                   stored
 `Plain`    x                                                       x
 `Raw`      leaky_relu(norm(y))                                     y
 `Residual` leaky_relu(inner + norm(y))                             what inner stores, y
-`Stem`     leaky_relu(norm(conv(image, w)))                        the image
+`Conv`     leaky_relu(norm(conv(inner, w)))                        what inner stores
 `UpAdd`    skip + upsample_x2(conv1x1(coarse, w))                  what skip and coarse store
 ========== ======================================================= =================================
 
@@ -135,19 +135,20 @@ class Residual(Spec):
 
 
 @dataclass(frozen=True)
-class Stem(Spec):
+class Conv(Spec):
     slope: float
+    inner: Spec
     window: Window
-    image_rows: int
 
     def uses(self, lo: int, hi: int) -> list[Use]:
-        first, last, _ = self.window.input_rows(lo, hi, self.image_rows)
-        return [Use((first, last)), SHARED, *TERMS]
+        first, last, _ = self.window.input_rows(lo, hi, self.inner.shape[2])
+        return [*self.inner.uses(first, last), SHARED, *TERMS]
 
     def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
-        image, weight, mean, scale, beta = tensors
-        _, _, pad = self.window.input_rows(lo, hi, self.image_rows)
-        y = ops.convolution(image.to(self.dtype), weight.to(self.dtype), None, self.window, pad)
+        *inner, weight, mean, scale, beta = tensors
+        first, last, pad = self.window.input_rows(lo, hi, self.inner.shape[2])
+        a = self.inner.rows(first, last, inner)
+        y = ops.convolution(a, weight.to(self.dtype), None, self.window, pad)
         return ops.norm_act(y, mean, scale, beta, self.slope)
 
 
@@ -194,13 +195,11 @@ def residual(inner: Deferred, y: Tensor, norm: Normalisation, slope: float) -> D
     return Deferred(Residual(tuple(y.shape), y.dtype, slope, inner.spec), (*inner.tensors, y, *norm))
 
 
-def stem(
-    image: Tensor, weight: Tensor, window: Window, norm: Normalisation, slope: float, dtype: torch.dtype
-) -> Deferred:
-    """leaky_relu(norm(conv(image, weight)), slope) with only the image stored."""
-    d, h, w = (int(s) for s in image.shape[2:])
-    shape = (image.shape[0], weight.shape[0], *window.output_size((d, h, w)))
-    return Deferred(Stem(shape, dtype, slope, window, d), (image, weight, *norm))
+def convolved(inner: Deferred, weight: Tensor, window: Window, norm: Normalisation, slope: float) -> Deferred:
+    """leaky_relu(norm(conv(inner, weight)), slope): a layer whose raw output is made again where it is used."""
+    d, h, w = inner.shape[2:]
+    shape = (inner.shape[0], weight.shape[0], *window.output_size((d, h, w)))
+    return Deferred(Conv(shape, inner.dtype, slope, inner.spec, window), (*inner.tensors, weight, *norm))
 
 
 def upsample_add(

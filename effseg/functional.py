@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from effseg import nodes
-from effseg.deferred import Deferred, Normalisation, plain, raw, residual, stem, upsample_add
+from effseg.deferred import Deferred, Normalisation, convolved, plain, raw, residual, upsample_add
 from effseg.losses import GroupSum, mean_dice_of_sums
 from effseg.slabs import Window
 
@@ -26,13 +26,13 @@ __all__ = [
     "compute_dtype",
     "conv3d",
     "convolution_window",
+    "convolved",
     "materialise",
     "plain",
     "raw",
     "residual",
     "segment",
     "segmentation_loss",
-    "stem",
     "stem_statistics",
     "upsample_add",
 ]

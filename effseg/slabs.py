@@ -20,22 +20,16 @@ SLAB_FRACTION = 1 / 32
 MIN_ROWS = 8
 
 
-def rows_per_slab(
-    rows: int,
-    row_elements: int,
-    slab_elements: int | None = None,
-    fraction: float = SLAB_FRACTION,
-    min_rows: int = MIN_ROWS,
-) -> int:
+def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None = None) -> int:
     """Rows in a slab of a tensor of `rows` rows with `row_elements` elements each.
 
     `slab_elements` asks for slabs of about so many elements and may give slabs of a single row; without
-    it a slab holds `fraction` of the tensor, but at least MIN_SLAB_ELEMENTS and at least `min_rows`.
+    it a slab holds SLAB_FRACTION of the tensor, but at least MIN_SLAB_ELEMENTS and MIN_ROWS.
     """
     if slab_elements is not None:
         return max(1, min(rows, slab_elements // row_elements))
-    elements = max(MIN_SLAB_ELEMENTS, int(rows * row_elements * fraction))
-    thickness = max(min_rows, elements // row_elements)
+    elements = max(MIN_SLAB_ELEMENTS, int(rows * row_elements * SLAB_FRACTION))
+    thickness = max(MIN_ROWS, elements // row_elements)
     # Equal slabs: a thin rest would be all halo, and small float32 slabs fall out of oneDNN.
     return math.ceil(rows / math.ceil(rows / thickness))
 

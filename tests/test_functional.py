@@ -43,6 +43,7 @@ class Case:
         self.y, self.y2 = leaf(n, c, *size, dtype=dtype), leaf(n, c, *size, dtype=dtype)
         self.coarse, self.weight, self.bias = leaf(n, 4, *half, dtype=dtype), leaf(c, 4, 1, 1, 1), leaf(c)
         self.image, self.kernel = torch.randn(n, 2, *size), leaf(c, 2, 3, 3, 3)
+        self.square = leaf(c, c, 3, 3, 3)
         accumulate = torch.float64 if dtype == torch.float64 else torch.float32
         self.terms = [Normalisation(*(leaf(n, c, dtype=accumulate) for _ in range(3))) for _ in range(2)]
 
@@ -57,7 +58,9 @@ class Case:
             return f.residual(raw, self.y2, self.terms[1], 0.01)
         if self.kind == "stem":
             window = f.convolution_window(3)
-            return f.stem(self.image, self.kernel, window, self.terms[0], 0.01, y.dtype)
+            return f.convolved(f.plain(self.image, y.dtype), self.kernel, window, self.terms[0], 0.01)
+        if self.kind == "conv":
+            return f.convolved(raw, self.square, f.convolution_window(3), self.terms[1], 0.01)
         if self.kind == "up":
             return f.upsample_add(None, f.plain(self.coarse), self.weight, self.bias, tuple(y.shape[2:]))
         return f.upsample_add(raw, f.plain(self.coarse), self.weight)
@@ -75,6 +78,9 @@ class Case:
             z = F.conv3d(self.image.to(y.dtype), self.kernel.to(y.dtype), padding=1)
             return F.leaky_relu(plain_norm(z, *self.terms[0]), 0.01)
         bias = self.bias.to(y.dtype) if self.kind == "up" else None
+        if self.kind == "conv":
+            z = F.conv3d(raw, self.square.to(y.dtype), padding=1)
+            return F.leaky_relu(plain_norm(z, *self.terms[1]), 0.01)
         up = F.conv3d(self.coarse, self.weight.to(y.dtype), bias)
         d, h, w = y.shape[2:]
         up = F.interpolate(up, scale_factor=2, mode="trilinear", align_corners=False)[:, :, :d, :h, :w]
@@ -86,12 +92,13 @@ class Case:
             "raw": [self.y, *self.terms[0]],
             "residual": [self.y, *self.terms[0], self.y2, *self.terms[1]],
             "stem": [self.kernel, *self.terms[0]],
+            "conv": [self.y, *self.terms[0], self.square, *self.terms[1]],
             "up": [self.coarse, self.weight, self.bias],
             "up_add": [self.y, *self.terms[0], self.coarse, self.weight],
         }[self.kind]
 
 
-KINDS = ("plain", "raw", "residual", "stem", "up", "up_add")
+KINDS = ("plain", "raw", "residual", "stem", "conv", "up", "up_add")
 
 
 def check_gradients(got, expected, leaves):

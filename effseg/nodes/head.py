@@ -27,9 +27,8 @@ class HeadSumsFunction(torch.autograd.Function):
         ctx.algorithm = select("head")
         ctx.spec, ctx.slab_elements, ctx.ignore_index = spec, slab_elements, ignore_index
         ctx.save_for_backward(labels, class_weights, weight, bias, *tensors)
-        sums = ctx.algorithm.head_sums_forward(
-            spec, tensors, weight, bias, labels, class_weights, ignore_index, slab_elements
-        )
+        head = ctx.algorithm.Head(spec, weight, bias, tensors[0].device, class_weights, ignore_index)
+        sums = ctx.algorithm.head_sums_forward(spec, tensors, head, labels, slab_elements)
         ctx.mark_non_differentiable(sums.voxels, sums.unknown)
         return tuple(sums)
 
@@ -37,11 +36,21 @@ class HeadSumsFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
         labels, class_weights, weight, bias, *tensors = ctx.saved_tensors
-        grad_weight, grad_bias, grad_tensors = ctx.algorithm.head_sums_backward(
-            ctx.spec, tensors, ctx.needs_input_grad[7:], weight, bias, labels, class_weights,
-            ctx.ignore_index, Sums(*grads), ctx.slab_elements,
-        )  # fmt: skip
-        return None, None, None, None, None, grad_weight, grad_bias, *grad_tensors
+        head = ctx.algorithm.Head(ctx.spec, weight, bias, tensors[0].device, class_weights, ctx.ignore_index)
+        grad_tensors = ctx.algorithm.head_sums_backward(
+            ctx.spec, tensors, ctx.needs_input_grad[7:], head, labels, Sums(*grads), ctx.slab_elements
+        )
+        return None, None, None, None, None, *head_gradients(head, weight, bias), *grad_tensors
+
+
+def head_gradients(
+    head: Any, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The head's gradients in the shapes and types of its parameters."""
+    return (
+        None if weight is None else head.grad_weight.view_as(weight).to(weight.dtype),
+        None if bias is None else head.grad_bias.to(bias.dtype),
+    )
 
 
 def head_sums(
@@ -68,4 +77,6 @@ def segment(
 ) -> Tensor:
     """See `effseg.functional.segment`."""
     with torch.autocast(x.device.type, enabled=False):
-        return select("head").head_segment(x.spec, x.tensors, weight, bias, slab_elements)
+        algorithm = select("head")
+        head = algorithm.Head(x.spec, weight, bias, x.device)
+        return algorithm.head_segment(x.spec, x.tensors, head, slab_elements)
