@@ -63,7 +63,7 @@ def test_the_unseen_phantom_neither_trains_nor_validates(quick, tmp_path, monkey
 def test_steps_that_fit(monkeypatch):
     clock = iter(np.arange(0, 100, 0.4))
     monkeypatch.setattr(demo.time, "perf_counter", lambda: float(next(clock)))
-    assert demo.affordable_steps(180, (16, 16, 16)) == 300  # at 1.5 x 0.4 s a step
+    assert demo.affordable_steps(100, (16, 16, 16)) == 250  # at 0.4 s a step
     assert demo.affordable_steps(3600, (16, 16, 16)) == demo.MOST_STEPS
     assert demo.affordable_steps(1, (16, 16, 16)) == demo.FEWEST_STEPS
 
