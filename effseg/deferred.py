@@ -196,7 +196,7 @@ def residual(inner: Deferred, y: Tensor, norm: Normalisation, slope: float) -> D
 
 
 def convolved(inner: Deferred, weight: Tensor, window: Window, norm: Normalisation, slope: float) -> Deferred:
-    """leaky_relu(norm(conv(inner, weight)), slope): a layer whose raw output is made again where it is used."""
+    """leaky_relu(norm(conv(inner, weight)), slope): a layer whose output is made again where it is used."""
     d, h, w = inner.shape[2:]
     shape = (inner.shape[0], weight.shape[0], *window.output_size((d, h, w)))
     return Deferred(Conv(shape, inner.dtype, slope, inner.spec, window), (*inner.tensors, weight, *norm))

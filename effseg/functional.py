@@ -8,6 +8,7 @@ by default follows from the size. Internally memory is channels last; other layo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from effseg import nodes
+from effseg.algorithms.aten.head import Sums
 from effseg.deferred import Deferred, Normalisation, convolved, plain, raw, residual, upsample_add
 from effseg.losses import GroupSum, mean_dice_of_sums
+from effseg.normalisation import Norm, track
 from effseg.slabs import Window
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "segment",
     "segmentation_loss",
     "stem_statistics",
+    "tail_segmentation_loss",
     "upsample_add",
 ]
 
@@ -150,20 +154,68 @@ def segmentation_loss(
     """
     like = weight if weight is not None else x if isinstance(x, Tensor) else x.tensors[0]
     x = _deferred("x", x, like, None)
-    classes = x.shape[1] if weight is None else weight.shape[0]
-    labels = _check_labels(labels, x)
-    if weight is not None and weight[0].numel() != x.shape[1]:
-        raise ValueError(f"weight: expected (K, {x.shape[1]}, 1, 1, 1), got {tuple(weight.shape)}")
-    if class_weights is not None and class_weights.shape != (classes,):
-        raise ValueError(f"class_weights: expected ({classes},), got {tuple(class_weights.shape)}")
-    if classes < 2:
-        raise ValueError(f"classes: expected 2 or more, background included, got {classes}")
+    labels = _check_head(labels, x, x.shape[1], weight, class_weights)
     sums = nodes.head_sums(x, weight, bias, labels, class_weights, ignore_index, slab_elements)
-    if not isinstance(sums.unknown, FakeTensor) and (unknown := int(sums.unknown.sum())):
-        raise ValueError(
-            f"labels: expected 0 to {classes - 1} or ignore_index, {unknown} voxels have other values"
-        )
+    _check_unknown(sums, sums.voxels.shape[1])
+    return _loss_of_sums(
+        sums, class_weights, include_background, batch_dice, label_smoothing, dice_weight, ce_weight, smooth,
+        process_group,
+    ).to(_accumulate(x))  # fmt: skip
+
+
+def tail_segmentation_loss(
+    x: Deferred,
+    labels: Tensor,
+    layer: tuple[Tensor, Norm, float],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weights: Tensor | None = None,
+    ignore_index: int | None = None,
+    include_background: bool = False,
+    batch_dice: bool = False,
+    label_smoothing: float = 0.0,
+    dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    smooth: float = 1e-5,
+    process_group: Any = None,
+    slab_elements: int | None = None,
+) -> Tensor:
+    """`segmentation_loss` of leaky_relu(norm(conv(x, w)), slope), whose output is not stored either.
+
+    layer: (w, norm, slope) with w (C', C, kd, kh, kw), stride 1, and one of torch's norms, whose running
+    statistics are updated. Head and options as in `segmentation_loss`.
+    Memory kept for backward: what x stores, and the labels as given. The convolution runs twice in forward
+    (statistics, sums) and twice more in backward (sums of the normalisation's gradient, gradients).
+    """
+    kernel, norm, slope = layer
+    window = convolution_window(kernel.shape[2:])
+    labels = _check_head(labels, x, kernel.shape[0], weight, class_weights)
+    sums, mean, var = nodes.tail_sums(
+        x, kernel, window, norm, slope, weight, bias, labels, class_weights, ignore_index, slab_elements
+    )
+    track(norm, mean, var, math.prod(x.shape[2:]))
+    _check_unknown(sums, weight.shape[0])
+    return _loss_of_sums(
+        sums, class_weights, include_background, batch_dice, label_smoothing, dice_weight, ce_weight, smooth,
+        process_group,
+    ).to(_accumulate(x))  # fmt: skip
+
+
+def _loss_of_sums(
+    sums: Sums,
+    class_weights: Tensor | None,
+    include_background: bool,
+    batch_dice: bool,
+    label_smoothing: float,
+    dice_weight: float,
+    ce_weight: float,
+    smooth: float,
+    process_group: Any,
+) -> Tensor:
+    """The loss, float64, from the sums of the batch."""
     group = GroupSum(process_group)
+    classes = sums.voxels.shape[1]
     first = 0 if include_background else 1
     dice = mean_dice_of_sums(
         sums.intersection[:, first:],
@@ -173,11 +225,10 @@ def segmentation_loss(
         smooth,
         group,
     )
-    w = torch.ones(classes, device=x.device) if class_weights is None else class_weights
+    w = torch.ones_like(sums.voxels[0]) if class_weights is None else class_weights.double()
     total = (1 - label_smoothing) * sums.nll + label_smoothing / classes * sums.smooth_nll
-    ce = group.sum(total.sum()) / group.sum((sums.voxels @ w.double()).sum())
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (dice_weight * (1 - dice) + ce_weight * ce).to(accumulate)
+    ce = group.sum(total.sum()) / group.sum((sums.voxels @ w).sum())
+    return dice_weight * (1 - dice) + ce_weight * ce
 
 
 def segment(
@@ -205,7 +256,11 @@ def _check_features(name: str, shape: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected (N, C, D, H, W), none of them 0, got {tuple(shape)}")
 
 
-def _check_labels(labels: Tensor, x: Deferred) -> Tensor:
+def _check_head(
+    labels: Tensor, x: Deferred, channels: int, weight: Tensor | None, class_weights: Tensor | None
+) -> Tensor:
+    """Labels as (N, D, H, W), once everything that meets in the head fits."""
+    classes = channels if weight is None else weight.shape[0]
     if labels.dtype not in INTEGER_DTYPES:
         raise ValueError(f"labels: expected an integer type, got {labels.dtype}")
     expected = (x.shape[0], *x.shape[2:])
@@ -213,7 +268,24 @@ def _check_labels(labels: Tensor, x: Deferred) -> Tensor:
         labels = labels[:, 0]
     if tuple(labels.shape) != expected:
         raise ValueError(f"labels: expected {expected}, got {tuple(labels.shape)}")
+    if weight is not None and weight[0].numel() != channels:
+        raise ValueError(f"weight: expected (K, {channels}, 1, 1, 1), got {tuple(weight.shape)}")
+    if class_weights is not None and class_weights.shape != (classes,):
+        raise ValueError(f"class_weights: expected ({classes},), got {tuple(class_weights.shape)}")
+    if classes < 2:
+        raise ValueError(f"classes: expected 2 or more, background included, got {classes}")
     return labels
+
+
+def _check_unknown(sums: Sums, classes: int) -> None:
+    if not isinstance(sums.unknown, FakeTensor) and (unknown := int(sums.unknown.sum())):
+        raise ValueError(
+            f"labels: expected 0 to {classes - 1} or ignore_index, {unknown} voxels have other values"
+        )
+
+
+def _accumulate(x: Deferred) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _three(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:

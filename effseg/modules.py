@@ -2,80 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from effseg import functional
-from effseg.deferred import Deferred, Normalisation, raw, residual
+from effseg import functional, nodes
+from effseg.deferred import Deferred, Normalisation, convolved, plain, raw, residual
+from effseg.normalisation import frozen_running_statistics, make_norm, normalisation
 
-Norm = nn.InstanceNorm3d | nn.BatchNorm3d | nn.GroupNorm
-NORMS = ("instance", "batch", "group")
 SLOPE = 0.01
-
-
-def make_norm(norm: str, channels: int) -> Norm:
-    """Affine instance, batch or group normalisation (groups of 8 channels), torch's own modules."""
-    if norm == "instance":
-        return nn.InstanceNorm3d(channels, affine=True)
-    if norm == "batch":
-        return nn.BatchNorm3d(channels)
-    if norm == "group":
-        return nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)
-    raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
-
-
-def normalisation(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> Normalisation:
-    """(mean, scale, beta), each (N, C), of `norm`, from mean and biased variance (N, C) over `voxels`.
-
-    Instance normalisation takes them as they are; batch and group normalisation merge them over samples or
-    over the channels of a group: the means' mean, and the mean of var + (mean - merged mean)^2. Running
-    statistics are updated in training and used in evaluation as torch does. All of it is ordinary torch
-    on a few numbers, so autograd differentiates the normalisation.
-    """
-    if isinstance(norm, nn.GroupNorm):
-        grouped = mean.unflatten(1, (norm.num_groups, -1))
-        centre = grouped.mean(2, keepdim=True)
-        spread = (var.unflatten(1, (norm.num_groups, -1)) + (grouped - centre).square()).mean(2, keepdim=True)
-        mean, var = centre.expand_as(grouped).flatten(1), spread.expand_as(grouped).flatten(1)
-    else:
-        mean, var = _batch_or_instance(norm, mean, var, voxels)
-    scale = torch.rsqrt(var + norm.eps)
-    if not norm.affine:
-        return Normalisation(mean, scale, torch.zeros_like(mean))
-    return Normalisation(mean, scale * norm.weight, norm.bias.to(mean.dtype).expand_as(mean))
-
-
-def _batch_or_instance(
-    norm: nn.BatchNorm3d | nn.InstanceNorm3d, mean: Tensor, var: Tensor, voxels: int
-) -> tuple[Tensor, Tensor]:
-    samples = mean.shape[0]
-    running_mean, running_var = norm.running_mean, norm.running_var
-    tracked = running_mean is not None and running_var is not None
-    if running_mean is not None and running_var is not None and not norm.training:
-        return running_mean.to(mean.dtype).expand_as(mean), running_var.to(var.dtype).expand_as(var)
-    if isinstance(norm, nn.BatchNorm3d):
-        centre = mean.mean(0)
-        spread = (var + (mean - centre).square()).mean(0)
-        voxels *= samples
-        mean, var = centre.expand_as(mean), spread.expand_as(var)
-    if tracked:
-        _update_running(norm, mean.detach().mean(0), var.detach().mean(0) * (voxels / max(1, voxels - 1)))
-    return mean, var
-
-
-@torch.no_grad()
-def _update_running(norm: nn.BatchNorm3d | nn.InstanceNorm3d, mean: Tensor, unbiased_var: Tensor) -> None:
-    momentum = norm.momentum or 0.0
-    if isinstance(norm, nn.BatchNorm3d):  # torch's instance normalisation neither counts nor averages evenly
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1 / float(norm.num_batches_tracked)
-    for buffer, value in ((norm.running_mean, mean), (norm.running_var, unbiased_var)):
-        assert buffer is not None
-        buffer.lerp_(value.to(buffer.dtype), momentum)
 
 
 class ConvNormAct3d(nn.Module):
@@ -125,6 +63,27 @@ class ConvNormAct3d(nn.Module):
     def deferred(self, x: Tensor | Deferred, slab_elements: int | None = None) -> Deferred:
         return raw(*self.normalised(x, slab_elements), self.negative_slope)
 
+    def streamed_layer(self, x: Deferred, slab_elements: int | None = None) -> Deferred:
+        """The same without a gradient, storing nothing: a sweep for the statistics, and the output is made
+        again where it is used."""
+        window = functional.convolution_window(self.conv.kernel_size, self.conv.stride)
+        mean, var = nodes.layer_statistics(x, self.conv.weight, window, slab_elements)
+        voxels = math.prod(window.output_size((x.shape[2], x.shape[3], x.shape[4])))
+        norm = normalisation(self.norm, mean, var, voxels)
+        return convolved(x, self.conv.weight, window, norm, self.negative_slope)
+
+    def streamed(self, image: Tensor, slab_elements: int | None = None) -> Deferred:
+        """The same of an image (which gets no gradient), storing nothing: the output is made again where it
+        is used, from the image and statistics that one sweep collects."""
+        dtype = functional.compute_dtype(image.device, self.conv.weight)
+        window = functional.convolution_window(self.conv.kernel_size, self.conv.stride)
+        mean, var = functional.stem_statistics(
+            image, self.conv.weight, self.conv.stride, dtype=dtype, slab_elements=slab_elements
+        )
+        d, h, w = image.shape[2:]
+        norm = normalisation(self.norm, mean, var, math.prod(window.output_size((d, h, w))))
+        return convolved(plain(image, dtype), self.conv.weight, window, norm, self.negative_slope)
+
     def forward(self, x: Tensor) -> Tensor:
         return functional.materialise(self.deferred(x))
 
@@ -144,6 +103,21 @@ class ResidualBlock3d(nn.Module):
     def deferred(self, x: Deferred, slab_elements: int | None = None) -> Deferred:
         inner = self.unit.deferred(x, slab_elements)
         return residual(x, *self.last.normalised(inner, slab_elements), self.negative_slope)
+
+    def recomputed(self, x: Deferred, slab_elements: int | None = None) -> Deferred:
+        """The same with one tensor kept, the block's output; the inside is run again in backward."""
+
+        def run(*tensors: Tensor) -> Tensor:
+            block = self.deferred(Deferred(x.spec, tensors), slab_elements)
+            return functional.materialise(block, slab_elements=slab_elements)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), frozen_running_statistics()
+
+        value = checkpoint(
+            run, *x.tensors, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
+        return plain(value, x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = functional.compute_dtype(x.device, self.unit.conv.weight)

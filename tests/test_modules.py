@@ -10,7 +10,7 @@ from tolerances import assert_exact
 from torch import nn
 
 from effseg import ConvNormAct3d, ResidualBlock3d
-from effseg.modules import make_norm, normalisation
+from effseg.normalisation import make_norm, normalisation
 
 NORMS = ["instance", "batch", "group"]
 

@@ -13,9 +13,10 @@ from effseg import functional
 from effseg.deferred import Deferred
 from effseg.errors import InputError
 from effseg.models.base import SegmentationModel, check_image, check_sizes
-from effseg.modules import NORMS, ConvNormAct3d, ResidualBlock3d
+from effseg.modules import ConvNormAct3d, ResidualBlock3d
+from effseg.normalisation import NORMS
 
-MEMORY_MODES = ("raw",)
+MEMORY_MODES = ("raw", "stream")
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class EncoderLevel(nn.Module):
         self.enter = ConvNormAct3d(in_channels, channels, stride=stride, norm=norm)
         self.blocks = nn.ModuleList(ResidualBlock3d(channels, norm) for _ in range(blocks))
 
-    def deferred(self, x: Tensor | Deferred, slab_elements: int | None) -> Deferred:
+    def deferred(self, x: Tensor | Deferred, slab_elements: int | None, recompute: bool = False) -> Deferred:
         h = self.enter.deferred(x, slab_elements)
         for block in self.blocks:
             assert isinstance(block, ResidualBlock3d)
-            h = block.deferred(h, slab_elements)
+            h = block.recomputed(h, slab_elements) if recompute else block.deferred(h, slab_elements)
         return h
 
 
@@ -60,8 +61,11 @@ class DecoderLevel(nn.Module):
         self.lateral = nn.Conv3d(coarse_channels, channels, 1, bias=False)
         self.unit = ConvNormAct3d(channels, channels, norm=norm)
 
+    def joined(self, skip: Deferred, coarse: Deferred) -> Deferred:
+        return functional.upsample_add(skip, coarse, self.lateral.weight)
+
     def deferred(self, skip: Deferred, coarse: Deferred, slab_elements: int | None) -> Deferred:
-        return self.unit.deferred(functional.upsample_add(skip, coarse, self.lateral.weight), slab_elements)
+        return self.unit.deferred(self.joined(skip, coarse), slab_elements)
 
 
 class EffSegNet(SegmentationModel):
@@ -110,6 +114,7 @@ class EffSegNet(SegmentationModel):
         )
         self.architecture = PRESETS[preset]
         self.slab_elements: int | None = None
+        self.recompute_levels = 0
         widths, blocks = self.architecture.widths, self.architecture.blocks
         if num_classes > 2 * widths[0]:
             warnings.warn(
@@ -126,23 +131,70 @@ class EffSegNet(SegmentationModel):
         )
         self.head = nn.Conv3d(widths[0], num_classes, 1)
 
-    def features(self, image: Tensor) -> Deferred:
-        """The last decoder level, deferred: (N, widths[0], D, H, W), half of that for ``tiny``."""
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (N, K, D, H, W) in the compute dtype; `loss` and `segment` need far less memory."""
+        x, weight, bias = self._head(self._features(image, streamed=False), image)
+        if weight is None:
+            return functional.materialise(x, slab_elements=self.slab_elements)
+        return functional.conv3d(x, weight, bias, statistics=False, slab_elements=self.slab_elements)[0]
+
+    def loss(self, image: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """Dice + cross-entropy without full-size logits: `effseg.functional.segmentation_loss`'s options."""
+        options["slab_elements"] = self.slab_elements
+        if not self._streams:
+            x, weight, bias = self._head(self._features(image, streamed=False), image)
+            return functional.segmentation_loss(x, labels, weight, bias, **options)
+        tail, unit = self._tail(image)
+        layer = (unit.conv.weight, unit.norm, unit.negative_slope)
+        return functional.tail_segmentation_loss(
+            tail, labels, layer, self.head.weight, self.head.bias, **options
+        )
+
+    @torch.no_grad()
+    def segment(self, image: Tensor) -> Tensor:
+        features = self._features(image, streamed=self._streams)
+        return functional.segment(*self._head(features, image), slab_elements=self.slab_elements)
+
+    @property
+    def _streams(self) -> bool:
+        """Without full-resolution features there is nothing to stream but the logits, which always are."""
+        return self.arguments["memory"] == "stream" and self.architecture.stem_stride == 1
+
+    def _trunk(self, image: Tensor, streamed: bool) -> tuple[Deferred, Deferred]:
+        """The skip of the last decoder level, and the coarse features that it gets."""
         check_image(image, self.arguments["in_channels"])
         levels: list[Deferred] = []
-        for level in self.encoder:
+        for i, level in enumerate(self.encoder):
             assert isinstance(level, EncoderLevel)
-            levels.append(level.deferred(levels[-1] if levels else image, self.slab_elements))
+            if i == 0 and streamed:
+                levels.append(level.enter.streamed(image, self.slab_elements))
+            else:
+                recompute = 0 < i <= self.recompute_levels
+                levels.append(level.deferred(levels[-1] if levels else image, self.slab_elements, recompute))
         h = levels.pop()
-        for decoder in reversed(self.decoder):
+        for decoder in reversed(self.decoder[1:]):
             assert isinstance(decoder, DecoderLevel)
             h = decoder.deferred(levels.pop(), h, self.slab_elements)
-        return h
+        return levels.pop(), h
 
-    def _head(self, image: Tensor) -> tuple[Deferred, Tensor | None, Tensor | None]:
+    def _tail(self, image: Tensor) -> tuple[Deferred, ConvNormAct3d]:
+        """The streamed input of the last layer, and that layer."""
+        last = self.decoder[0]
+        assert isinstance(last, DecoderLevel)
+        return last.joined(*self._trunk(image, streamed=True)), last.unit
+
+    def _features(self, image: Tensor, streamed: bool) -> Deferred:
+        """The last decoder level: (N, widths[0], D, H, W), half of that for ``tiny``."""
+        if not streamed:
+            last = self.decoder[0]
+            assert isinstance(last, DecoderLevel)
+            return last.deferred(*self._trunk(image, streamed=False), self.slab_elements)
+        tail, unit = self._tail(image)
+        return unit.streamed_layer(tail, self.slab_elements)
+
+    def _head(self, features: Deferred, image: Tensor) -> tuple[Deferred, Tensor | None, Tensor | None]:
         """What the head operators take. Without full-resolution features the 1x1x1 convolution runs on the
         coarse grid and the expression itself is the upsampled logits."""
-        features = self.features(image)
         if self.architecture.stem_stride == 1:
             return features, self.head.weight, self.head.bias
         d, h, w = image.shape[2:]
@@ -151,22 +203,3 @@ class EffSegNet(SegmentationModel):
             None,
             None,
         )
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits (N, K, D, H, W) in the compute dtype; `loss` and `segment` need far less memory."""
-        x, weight, bias = self._head(image)
-        if weight is None:
-            return functional.materialise(x, slab_elements=self.slab_elements)
-        return functional.conv3d(x, weight, bias, statistics=False, slab_elements=self.slab_elements)[0]
-
-    def loss(self, image: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        """Dice + cross-entropy without full-size logits: `effseg.functional.segmentation_loss`'s options."""
-        x, weight, bias = self._head(image)
-        return functional.segmentation_loss(
-            x, labels, weight, bias, slab_elements=self.slab_elements, **options
-        )
-
-    @torch.no_grad()
-    def segment(self, image: Tensor) -> Tensor:
-        x, weight, bias = self._head(image)
-        return functional.segment(x, weight, bias, slab_elements=self.slab_elements)

@@ -8,5 +8,14 @@ from effseg.nodes.conv3d import conv3d
 from effseg.nodes.head import head_sums, segment
 from effseg.nodes.materialise import materialise
 from effseg.nodes.stem_statistics import stem_statistics
+from effseg.nodes.tail import layer_statistics, tail_sums
 
-__all__ = ["conv3d", "head_sums", "materialise", "segment", "stem_statistics"]
+__all__ = [
+    "conv3d",
+    "head_sums",
+    "layer_statistics",
+    "materialise",
+    "segment",
+    "stem_statistics",
+    "tail_sums",
+]

@@ -7,7 +7,7 @@ matrix of (classes, voxels), so that softmax and sums run along contiguous voxel
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +46,16 @@ class Sums(NamedTuple):
         return cls(zeros(classes), zeros(classes), zeros(classes), zeros(), zeros(), zeros())
 
 
+class Features(Protocol):
+    """What the head needs to know of its input: shape (N, C, D, H, W) and type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
 class _Labels(NamedTuple):
     target: Tensor  # (1, voxels) int64, 0 where ignored
     valid: Tensor  # (1, voxels) bool
@@ -60,17 +70,17 @@ class Head:
 
     def __init__(
         self,
-        spec: Spec,
+        features: Features,
         weight: Tensor | None,
         bias: Tensor | None,
         device: torch.device,
         class_weights: Tensor | None = None,
         ignore_index: int | None = None,
     ) -> None:
-        dtype = ops.accumulation_dtype(spec.dtype)
-        self.classes = spec.shape[1] if weight is None else weight.shape[0]
-        self.weight = None if weight is None else weight.flatten(1).to(spec.dtype)
-        self.bias = None if bias is None else bias.to(spec.dtype)[:, None]
+        dtype = ops.accumulation_dtype(features.dtype)
+        self.classes = features.shape[1] if weight is None else weight.shape[0]
+        self.weight = None if weight is None else weight.flatten(1).to(features.dtype)
+        self.bias = None if bias is None else bias.to(features.dtype)[:, None]
         self.grad_weight = (
             None if weight is None else torch.zeros(weight.shape[:2], dtype=dtype, device=device)
         )

@@ -161,6 +161,14 @@ def norm_terms_backward_cpu(
     return dy, dscale, dbeta
 
 
+def norm_terms_gradients(
+    dz: Tensor, y: Tensor, mean: Tensor, scale: Tensor, need_y: bool, need_terms: bool
+) -> Gradients:
+    """`norm_terms_backward` by what suits the device."""
+    function = norm_terms_backward_cpu if y.device.type == "cpu" else norm_terms_backward
+    return function(dz, y, mean, scale, need_y, need_terms)
+
+
 class _NormAct(torch.autograd.Function):
     """a = leaky_relu((y - mean) * scale + beta [+ addend]).
 
@@ -185,8 +193,8 @@ class _NormAct(torch.autograd.Function):
         y, mean, scale, a = ctx.saved_tensors
         dz = grad if ctx.slope == 1.0 else aten.leaky_relu_backward(grad, a, ctx.slope, True)
         need_y, need_mean, need_scale, need_beta, need_addend, _ = ctx.needs_input_grad
-        terms = norm_terms_backward_cpu if y.device.type == "cpu" else norm_terms_backward
-        dy, dscale, dbeta = terms(dz, y, mean, scale, need_y, need_scale or need_beta or need_mean)
+        need_terms = need_scale or need_beta or need_mean
+        dy, dscale, dbeta = norm_terms_gradients(dz, y, mean, scale, need_y, need_terms)
         dmean = -scale * dbeta if dbeta is not None and need_mean else None
         return dy, dmean, dscale, dbeta, dz if need_addend else None, None
 

@@ -1,0 +1,156 @@
+"""The last layer and the head in one: convolution, normalisation, activation, 1x1x1 head, loss sums.
+
+Nothing of the layer is stored, so its output is made again in every sweep:
+
+    F3  mean and variance of the convolution
+    F4  the sums of the loss
+    B1  S0 = sum dz and S1 = sum dz (y - mean), the gradients of beta and scale
+    B2  with them, the gradient of y voxel by voxel, and from it everything else
+
+with dz the gradient at the normalised output. F3 and F4 are forward, B1 and B2 backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effseg.algorithms.aten import ops
+from effseg.algorithms.aten.conv3d import thickness
+from effseg.algorithms.aten.head import Head, Sums
+from effseg.algorithms.aten.moments import Moments
+from effseg.algorithms.aten.pullback import Pullback, rows
+from effseg.deferred import Normalisation, Spec
+from effseg.slabs import Window, slabs
+
+aten = torch.ops.aten
+
+
+class Layer(NamedTuple):
+    """leaky_relu(norm(conv(expression, weight)), slope), its convolution in the expression's type."""
+
+    spec: Spec
+    tensors: Sequence[Tensor]
+    weight: Tensor
+    window: Window
+    slope: float
+    slab_elements: int | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        d, h, w = self.spec.shape[2:]
+        return (self.spec.shape[0], self.weight.shape[0], *self.window.output_size((d, h, w)))
+
+    def slabs(self) -> Iterator[tuple[int, int, int]]:
+        return slabs(
+            self.shape[0], self.shape[2], thickness(self.spec, self.shape, self.window, self.slab_elements)
+        )
+
+    def raw(self, sample: int, lo: int, hi: int) -> Tensor:
+        """Rows of the convolution's output."""
+        first, last, pad = self.window.input_rows(lo, hi, self.spec.shape[2])
+        a = rows(self.spec, self.tensors, sample, first, last)
+        return ops.convolution(a, self.weight.to(self.spec.dtype), None, self.window, pad)
+
+    def activated(self, y: Tensor, sample: int, norm: Normalisation) -> Tensor:
+        mean, scale, beta = (t[sample : sample + 1] for t in norm)
+        with torch.no_grad():
+            return ops.norm_act(y, mean, scale, beta, self.slope)
+
+
+def layer_statistics(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Sweep F3: mean and biased variance (N, C)."""
+    moments = Moments(layer.shape[0])
+    for sample, lo, hi in layer.slabs():
+        moments.add(sample, layer.raw(sample, lo, hi))
+    return moments.merge()
+
+
+def tail_sums_forward(layer: Layer, norm: Normalisation, head: Head, labels: Tensor) -> Sums:
+    """Sweep F4."""
+    sums = Sums.zeros(layer.shape[0], head.classes, labels.device)
+    for sample, lo, hi in layer.slabs():
+        y = layer.raw(sample, lo, hi)
+        head.add_sums(sums, sample, layer.activated(y, sample, norm), labels[sample, lo:hi])
+    return sums
+
+
+def tail_sums_backward(
+    layer: Layer,
+    needed: Sequence[bool],
+    mean: Tensor,
+    norm: Normalisation,
+    norm_backward: Callable[[Normalisation], tuple[Tensor | None, Tensor | None]],
+    head: Head,
+    labels: Tensor,
+    grads: Sums,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of the layer's weight and of the expression's tensors; the head's add up in `head`.
+
+    mean: of the convolution, (N, C); norm_backward takes the gradients of (mean, scale, beta) and gives
+    those of the convolution's mean and variance (it also takes care of the norm's weight and bias).
+    """
+    grad_mean, grad_var = norm_backward(_term_gradients(layer, norm, head, labels, grads))
+    spec, window = layer.spec, layer.window
+    voxels = layer.shape[2] * layer.shape[3] * layer.shape[4]
+    low = layer.weight.to(spec.dtype)
+    grad_weight = torch.zeros_like(layer.weight, dtype=mean.dtype)
+    pullback = Pullback(spec, layer.tensors, needed)
+    for sample, lo, hi in layer.slabs():
+        first, last, pad = window.input_rows(lo, hi, spec.shape[2])
+        a = pullback.rows(sample, first, last)
+        with torch.no_grad():
+            y = ops.convolution(a, low, None, window, pad)
+        z = layer.activated(y, sample, norm)
+        grad = head.pull(grads, sample, z, labels[sample, lo:hi])
+        dz = _activation_backward(grad, z, layer.slope)
+        del z, grad
+        one = slice(sample, sample + 1)
+        grad_y, _, _ = ops.norm_terms_gradients(dz, y, norm.mean[one], norm.scale[one], True, False)
+        assert grad_y is not None
+        del dz
+        if grad_mean is not None and grad_var is not None:
+            grad_y.add_(
+                ops.affine(y, mean[sample], grad_var[sample] * (2 / voxels), grad_mean[sample] / voxels)
+            )
+        del y
+        grad_a, grad_w = ops.convolution_backward(grad_y, a, low, window, pad, pullback.any, True)
+        assert grad_w is not None
+        grad_weight += grad_w
+        del a, grad_y, grad_w
+        if grad_a is not None:
+            pullback.pull(grad_a)
+        del grad_a
+    return grad_weight.to(layer.weight.dtype), pullback.gradients()
+
+
+def _term_gradients(
+    layer: Layer, norm: Normalisation, head: Head, labels: Tensor, grads: Sums
+) -> Normalisation:
+    """Sweep B1: gradients of (mean, scale, beta)."""
+    scale, beta = (torch.zeros_like(norm.mean, dtype=torch.float64) for _ in range(2))
+    for sample, lo, hi in layer.slabs():
+        one = slice(sample, sample + 1)
+        y = layer.raw(sample, lo, hi)
+        z = layer.activated(y, sample, norm)
+        grad = head.pull(grads, sample, z, labels[sample, lo:hi], parameters=False)
+        dz = _activation_backward(grad, z, layer.slope)
+        _, dscale, dbeta = ops.norm_terms_gradients(dz, y, norm.mean[one], norm.scale[one], False, True)
+        assert dscale is not None
+        assert dbeta is not None
+        scale[one] += dscale
+        beta[one] += dbeta
+    dtype = norm.mean.dtype
+    return Normalisation((-norm.scale * beta).to(dtype), scale.to(dtype), beta.to(dtype))
+
+
+def _activation_backward(grad: Tensor, a: Tensor, slope: float) -> Tensor:
+    """Its sign is that of the activated value."""
+    return grad if slope == 1.0 else aten.leaky_relu_backward(grad, a, slope, True)

@@ -1,0 +1,95 @@
+"""Normalisation as three small tensors: (mean, scale, beta) per sample and channel, for any of torch's norms.
+
+A convolution node gives mean and biased variance of its output per (n, c). Instance normalisation takes them
+as they are; batch and group normalisation merge them over samples or over the channels of a group: the mean
+of the means, and the mean of var + (mean - merged mean)^2. All of it is ordinary torch on a few numbers, so
+autograd differentiates the normalisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from effseg.deferred import Normalisation
+
+Norm = nn.InstanceNorm3d | nn.BatchNorm3d | nn.GroupNorm
+NORMS = ("instance", "batch", "group")
+
+_frozen: ContextVar[bool] = ContextVar("effseg_frozen_running_statistics", default=False)
+
+
+def make_norm(norm: str, channels: int) -> Norm:
+    """Affine instance, batch or group normalisation (groups of 8 channels), torch's own modules."""
+    if norm == "instance":
+        return nn.InstanceNorm3d(channels, affine=True)
+    if norm == "batch":
+        return nn.BatchNorm3d(channels)
+    if norm == "group":
+        return nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)
+    raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+
+
+def normalisation(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> Normalisation:
+    """What `norm` does to values of mean and biased variance (N, C) over `voxels`; running statistics are
+    updated in training and used in evaluation, as torch does."""
+    track(norm, mean, var, voxels)
+    return terms(norm, mean, var, norm.weight, norm.bias)
+
+
+def terms(norm: Norm, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Normalisation:
+    """(mean, scale, beta), each (N, C), with `norm`'s settings but the weight and bias that are given.
+
+    scale = weight / sqrt(var + eps), beta = bias. Changes nothing.
+    """
+    if isinstance(norm, nn.GroupNorm):
+        grouped = mean.unflatten(1, (norm.num_groups, -1))
+        centre = grouped.mean(2, keepdim=True)
+        spread = (var.unflatten(1, (norm.num_groups, -1)) + (grouped - centre).square()).mean(2, keepdim=True)
+        mean, var = centre.expand_as(grouped).flatten(1), spread.expand_as(grouped).flatten(1)
+    elif norm.running_mean is not None and norm.running_var is not None and not norm.training:
+        mean, var = (t.to(mean.dtype).expand_as(mean) for t in (norm.running_mean, norm.running_var))
+    elif isinstance(norm, nn.BatchNorm3d):
+        centre = mean.mean(0)
+        mean, var = centre.expand_as(mean), (var + (mean - centre).square()).mean(0).expand_as(var)
+    scale = torch.rsqrt(var + norm.eps)
+    return Normalisation(
+        mean,
+        scale if weight is None else scale * weight,
+        torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean),
+    )
+
+
+@torch.no_grad()
+def track(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> None:
+    """Update the running statistics as torch does: unbiased variance; batch norm merges the samples first."""
+    if isinstance(norm, nn.GroupNorm) or norm.running_mean is None or norm.running_var is None:
+        return
+    if not norm.training or _frozen.get():
+        return
+    momentum = norm.momentum or 0.0
+    if isinstance(norm, nn.BatchNorm3d):
+        var = var + (mean - mean.mean(0)).square()
+        voxels *= mean.shape[0]
+        # torch's instance normalisation neither counts nor averages evenly
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1 / float(norm.num_batches_tracked)
+    unbiased = var.mean(0) * (voxels / max(1, voxels - 1))
+    norm.running_mean.lerp_(mean.mean(0).to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+
+
+@contextmanager
+def frozen_running_statistics() -> Iterator[None]:
+    """A forward pass that is run again, for recomputation, must not be tracked twice."""
+    token = _frozen.set(True)
+    try:
+        yield
+    finally:
+        _frozen.reset(token)
