@@ -34,17 +34,19 @@ class TailSumsFunction(torch.autograd.Function):
         layer = ctx.algorithm.Layer(spec, tensors, weight, window, slope, slab_elements)
         mean, var = ctx.algorithm.layer_statistics(layer)
         head = ctx.algorithm.Head(layer, head_weight, head_bias, labels.device, class_weights, ignore_index)
-        sums = ctx.algorithm.tail_sums_forward(layer, terms(norm, mean, var, gamma, beta), head, labels)
-        ctx.save_for_backward(
-            labels, class_weights, weight, gamma, beta, head_weight, head_bias, mean, var, *tensors
+        sums, collected = ctx.algorithm.tail_sums_forward(
+            layer, terms(norm, mean, var, gamma, beta), head, labels
         )
+        ctx.save_for_backward(
+            labels, class_weights, weight, gamma, beta, head_weight, head_bias, mean, var, collected, *tensors
+        )  # fmt: skip
         ctx.mark_non_differentiable(sums.voxels, sums.unknown, mean, var)
         return (*sums, mean, var)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
-        labels, class_weights, weight, gamma, beta, head_weight, head_bias, mean, var, *tensors = (
+        labels, class_weights, weight, gamma, beta, head_weight, head_bias, mean, var, collected, *tensors = (
             ctx.saved_tensors
         )
         spec, window, slope, slab_elements, ignore_index = ctx.arguments
@@ -52,7 +54,15 @@ class TailSumsFunction(torch.autograd.Function):
         head = ctx.algorithm.Head(layer, head_weight, head_bias, labels.device, class_weights, ignore_index)
         norm = _NormBackward(ctx.norm, mean, var, gamma, beta)
         grad_weight, grad_tensors = ctx.algorithm.tail_sums_backward(
-            layer, ctx.needs_input_grad[13:], mean, norm.terms, norm, head, labels, Sums(*grads[:6])
+            layer,
+            ctx.needs_input_grad[13:],
+            mean,
+            norm.terms,
+            norm,
+            head,
+            labels,
+            Sums(*grads[:6]),
+            collected,
         )
         return (
             *[None] * 8, grad_weight, norm.grad_gamma, norm.grad_beta,

@@ -6,7 +6,7 @@ matrix of (classes, voxels), so that softmax and sums run along contiguous voxel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from effseg.slabs import slabs
 
 # The loss holds about this many arrays of (classes, voxels) at a time; together they have so many elements.
 ARRAYS = 4
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
 
 class Sums(NamedTuple):
@@ -54,6 +54,9 @@ class Features(Protocol):
 
     @property
     def dtype(self) -> torch.dtype: ...
+
+
+VoxelSums = Callable[[slice, Tensor, Tensor], None]
 
 
 class _Labels(NamedTuple):
@@ -90,8 +93,11 @@ class Head:
         self.indices = torch.arange(self.classes, device=device)[:, None]
         self.ignore_index = ignore_index
 
-    def add_sums(self, sums: Sums, sample: int, a: Tensor, labels: Tensor) -> None:
-        """Add what the slab `a` with its labels (d, h, w) contributes to a sample's sums."""
+    def add_sums(
+        self, sums: Sums, sample: int, a: Tensor, labels: Tensor, also: VoxelSums | None = None
+    ) -> None:
+        """Add what the slab `a` with its labels (d, h, w) contributes to a sample's sums; `also` is shown
+        the voxels' probabilities, (K, voxels) and 0 where ignored, and one-hot labels, bool, part by part."""
         for part in self._chunks(a):
             log_p = self._logits(a[:, :, part]).log_softmax(0)
             target, valid, unknown = self._labels(labels[part])
@@ -103,6 +109,8 @@ class Head:
             p = log_p.exp_().mul_(valid)
             sums.probability[sample] += p.sum(1)
             one_hot = (target == self.indices) & valid
+            if also is not None:
+                also(part, p, one_hot)
             sums.voxels[sample] += one_hot.sum(1)
             sums.intersection[sample] += p.mul_(one_hot).sum(1)
 
@@ -138,14 +146,14 @@ class Head:
         g = g.to(a.dtype)
         if self.weight is not None:
             if parameters and self.grad_weight is not None:
-                self.grad_weight += g @ _matrix(a).t()
+                self.grad_weight += g @ matrix(a).t()
             g = self.weight.t() @ g
         _, _, d, h, w = a.shape
         return g.t().contiguous().view(1, d, h, w, -1).permute(0, 4, 1, 2, 3)
 
     def _logits(self, a: Tensor) -> Tensor:
         """(K, voxels) in the accumulation type; the product runs in the type of a."""
-        x = _matrix(a)
+        x = matrix(a)
         if self.weight is not None:
             x = self.weight @ x if self.bias is None else torch.addmm(self.bias, self.weight, x)
         return x.to(ops.accumulation_dtype(a.dtype))
@@ -165,7 +173,7 @@ class Head:
         return (slice(lo, min(lo + step, d)) for lo in range(0, d, step))
 
 
-def _matrix(a: Tensor) -> Tensor:
+def matrix(a: Tensor) -> Tensor:
     """(1, C, d, h, w) as (C, voxels): a transposed view of channels-last memory."""
     return a.permute(0, 2, 3, 4, 1).reshape(-1, a.shape[1]).t()
 

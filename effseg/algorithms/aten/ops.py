@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from effseg.slabs import Window
@@ -35,9 +36,34 @@ def _pad_rows(x: Tensor, window: Window, pad: tuple[int, int]) -> tuple[Tensor, 
     """x with its rows of zeros, and the padding left to the convolution. Equal rows on both sides need
     no copy."""
     _, ph, pw = window.padding
-    if pad[0] == pad[1]:
-        return x, [pad[0], ph, pw]
-    return F.pad(x, (0, 0, 0, 0, *pad)), [0, ph, pw]
+    if pad[0] != pad[1]:
+        return _channels_last(F.pad(x, (0, 0, 0, 0, *pad))), [0, ph, pw]
+    return _channels_last(x), [pad[0], ph, pw]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x with strides that say channels last; a single channel's strides may say either, and a convolution
+    answers in the layout that it reads there."""
+    if x.shape[1] == 1 and x.is_contiguous():
+        _, _, d, h, w = x.shape
+        return x.as_strided(x.shape, (d * h * w, 1, h * w, w, 1))
+    return x
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int]) -> Tensor:
+    padded, padding = _pad_rows(x, window, pad)
+    weight = weight.contiguous(memory_format=CHANNELS_LAST)
+    if _avoids_onednn(padded):
+        return aten.mkldnn_convolution(padded, weight, bias, padding, window.stride, [1] * 3, 1)
+    return aten.convolution(padded, weight, bias, window.stride, padding, [1] * 3, False, [0] * 3, 1)
+
+
+def _avoids_onednn(x: Tensor) -> bool:
+    """ATen sends one small float32 sample to its im2col kernel, which is five times slower than oneDNN; so
+    that is called by name. (Fake tensors know only the general operator.)"""
+    small = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[:4].numel() <= 20480
+    onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return small and onednn and not isinstance(x, FakeTensor)
 
 
 def convolution_backward(
@@ -71,9 +97,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, bias, window, pad):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.window, ctx.pad = window, pad
-        padded, padding = _pad_rows(x, window, pad)
-        weight = weight.contiguous(memory_format=CHANNELS_LAST)
-        return aten.convolution(padded, weight, bias, window.stride, padding, [1] * 3, False, [0] * 3, 1)
+        return _convolve(x, weight, bias, window, pad)
 
     @staticmethod
     @once_differentiable

@@ -7,7 +7,8 @@ Nothing of the layer is stored, so its output is made again in every sweep:
     B1  S0 = sum dz and S1 = sum dz (y - mean), the gradients of beta and scale
     B2  with them, the gradient of y voxel by voxel, and from it everything else
 
-with dz the gradient at the normalised output. F3 and F4 are forward, B1 and B2 backward.
+with dz the gradient at the normalised output. F3 and F4 are forward, B1 and B2 backward. Where there are
+few classes F4 collects what B1 would (`effseg.algorithms.aten.norm_sums`), and B1 is not run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from effseg.algorithms.aten import ops
 from effseg.algorithms.aten.conv3d import thickness
 from effseg.algorithms.aten.head import Head, Sums
 from effseg.algorithms.aten.moments import Moments
+from effseg.algorithms.aten.norm_sums import NormSums, terms_from_sums
 from effseg.algorithms.aten.pullback import Pullback, rows
 from effseg.deferred import Normalisation, Spec
 from effseg.slabs import Window, slabs
@@ -73,13 +75,18 @@ def layer_statistics(layer: Layer) -> tuple[Tensor, Tensor]:
     return moments.merge()
 
 
-def tail_sums_forward(layer: Layer, norm: Normalisation, head: Head, labels: Tensor) -> Sums:
-    """Sweep F4."""
+def tail_sums_forward(
+    layer: Layer, norm: Normalisation, head: Head, labels: Tensor
+) -> tuple[Sums, Tensor | None]:
+    """Sweep F4: the sums, and what stands in for sweep B1 where that is cheaper, (N, 3, K, 4, C)."""
     sums = Sums.zeros(layer.shape[0], head.classes, labels.device)
+    collected = NormSums(layer.shape[0], head) if NormSums.pays(layer.weight, head.classes) else None
     for sample, lo, hi in layer.slabs():
         y = layer.raw(sample, lo, hi)
-        head.add_sums(sums, sample, layer.activated(y, sample, norm), labels[sample, lo:hi])
-    return sums
+        z = layer.activated(y, sample, norm)
+        also = None if collected is None else collected.slab(sample, y, z, norm.mean[sample], layer.slope)
+        head.add_sums(sums, sample, z, labels[sample, lo:hi], also)
+    return sums, None if collected is None else collected.total
 
 
 def tail_sums_backward(
@@ -91,13 +98,20 @@ def tail_sums_backward(
     head: Head,
     labels: Tensor,
     grads: Sums,
+    collected: Tensor | None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients of the layer's weight and of the expression's tensors; the head's add up in `head`.
 
     mean: of the convolution, (N, C); norm_backward takes the gradients of (mean, scale, beta) and gives
-    those of the convolution's mean and variance (it also takes care of the norm's weight and bias).
+    those of the convolution's mean and variance (it also takes care of the norm's weight and bias);
+    collected: as given by the forward sweep.
     """
-    grad_mean, grad_var = norm_backward(_term_gradients(layer, norm, head, labels, grads))
+    if collected is None:
+        scale, beta = _sweep_terms(layer, norm, head, labels, grads)
+    else:
+        scale, beta = terms_from_sums(collected, head, grads)
+    scale, beta = scale.to(mean.dtype), beta.to(mean.dtype)
+    grad_mean, grad_var = norm_backward(Normalisation(-norm.scale * beta, scale, beta))
     spec, window = layer.spec, layer.window
     voxels = layer.shape[2] * layer.shape[3] * layer.shape[4]
     low = layer.weight.to(spec.dtype)
@@ -131,10 +145,10 @@ def tail_sums_backward(
     return grad_weight.to(layer.weight.dtype), pullback.gradients()
 
 
-def _term_gradients(
+def _sweep_terms(
     layer: Layer, norm: Normalisation, head: Head, labels: Tensor, grads: Sums
-) -> Normalisation:
-    """Sweep B1: gradients of (mean, scale, beta)."""
+) -> tuple[Tensor, Tensor]:
+    """Sweep B1: gradients of scale and beta, float64."""
     scale, beta = (torch.zeros_like(norm.mean, dtype=torch.float64) for _ in range(2))
     for sample, lo, hi in layer.slabs():
         one = slice(sample, sample + 1)
@@ -147,8 +161,7 @@ def _term_gradients(
         assert dbeta is not None
         scale[one] += dscale
         beta[one] += dbeta
-    dtype = norm.mean.dtype
-    return Normalisation((-norm.scale * beta).to(dtype), scale.to(dtype), beta.to(dtype))
+    return scale, beta
 
 
 def _activation_backward(grad: Tensor, a: Tensor, slope: float) -> Tensor:
