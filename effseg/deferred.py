@@ -181,17 +181,23 @@ class UpAdd(Spec):
 
 
 def plain(x: Tensor, dtype: torch.dtype | None = None) -> Deferred:
-    """x itself, (N, C, D, H, W), converted to `dtype` slab by slab."""
-    return Deferred(Plain(tuple(x.shape), dtype or x.dtype), (x,))
+    """x itself, (N, C, D, H, W), converted to `dtype` slab by slab. Raises `ValueError` for other shapes."""
+    _expect("x", x.dim() == 5, "(N, C, D, H, W)", tuple(x.shape))
+    dtype = dtype or x.dtype
+    _expect("dtype", dtype.is_floating_point, "a floating-point type", dtype)
+    return Deferred(Plain(tuple(x.shape), dtype), (x,))
 
 
 def raw(y: Tensor, norm: Normalisation, slope: float) -> Deferred:
-    """leaky_relu((y - mean) * scale + beta, slope) of a raw convolution output y."""
+    """leaky_relu((y - mean) * scale + beta, slope) of a raw convolution output y (N, C, D, H, W)."""
+    _check_layer(tuple(y.shape), norm, slope)
     return Deferred(Raw(tuple(y.shape), y.dtype, slope), (y, *norm))
 
 
 def residual(inner: Deferred, y: Tensor, norm: Normalisation, slope: float) -> Deferred:
-    """leaky_relu(inner + (y - mean) * scale + beta, slope)."""
+    """leaky_relu(inner + (y - mean) * scale + beta, slope), inner and y of one shape."""
+    _check_layer(tuple(y.shape), norm, slope)
+    _expect("inner", inner.shape == tuple(y.shape), tuple(y.shape), inner.shape)
     return Deferred(Residual(tuple(y.shape), y.dtype, slope, inner.spec), (*inner.tensors, y, *norm))
 
 
@@ -199,6 +205,9 @@ def convolved(inner: Deferred, weight: Tensor, window: Window, norm: Normalisati
     """leaky_relu(norm(conv(inner, weight)), slope): a layer whose output is made again where it is used."""
     d, h, w = inner.shape[2:]
     shape = (inner.shape[0], weight.shape[0], *window.output_size((d, h, w)))
+    _check_layer(shape, norm, slope)
+    expected = (weight.shape[0], inner.shape[1], *window.kernel)
+    _expect("weight", tuple(weight.shape) == expected, expected, tuple(weight.shape))
     return Deferred(Conv(shape, inner.dtype, slope, inner.spec, window), (*inner.tensors, weight, *norm))
 
 
@@ -211,12 +220,30 @@ def upsample_add(
 ) -> Deferred:
     """skip + crop(upsample_x2(conv1x1(coarse, weight, bias))), trilinear, align_corners=False.
 
-    Without a skip, `size` is the fine grid's (D, H, W): 2n or 2n - 1 per axis.
+    weight: (C, Cc, 1, 1, 1). Without a skip, `size` is the fine grid's (D, H, W): 2n or 2n - 1 per axis.
     """
     if skip is not None:
         size = (skip.shape[2], skip.shape[3], skip.shape[4])
-    assert size is not None
+    if size is None:
+        raise ValueError("size: expected (D, H, W) where there is no skip, got None")
+    expected = (weight.shape[0], coarse.shape[1], 1, 1, 1)
+    _expect("weight", tuple(weight.shape) == expected, expected, tuple(weight.shape))
+    halved = tuple((s + 1) // 2 for s in size)
+    _expect("coarse", coarse.shape[2:] == halved, f"(D, H, W) = {halved} for {size}", coarse.shape[2:])
     shape = (coarse.shape[0], weight.shape[0], *size)
+    _expect("skip", skip is None or skip.shape == shape, shape, skip and skip.shape)
     before = skip.tensors if skip else ()
     spec = UpAdd(shape, coarse.dtype, skip.spec if skip else None, coarse.spec, len(before), bias is not None)
     return Deferred(spec, (*before, *coarse.tensors, weight, *(() if bias is None else (bias,))))
+
+
+def _check_layer(shape: tuple[int, ...], norm: Normalisation, slope: float) -> None:
+    _expect("y", len(shape) == 5, "(N, C, D, H, W)", shape)
+    for name, term in zip(norm._fields, norm, strict=True):
+        _expect(name, tuple(term.shape) == shape[:2], f"(N, C) = {shape[:2]}", tuple(term.shape))
+    _expect("slope", slope >= 0, "0 or more", slope)
+
+
+def _expect(name: str, fits: bool, expected: object, got: object) -> None:
+    if not fits:
+        raise ValueError(f"{name}: expected {expected}, got {got}")

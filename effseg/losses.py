@@ -1,6 +1,7 @@
 """Soft Dice + cross-entropy in plain torch: the baseline's loss, and what fused losses must equal."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,67 @@ import torch.nn.functional as F
 from effseg.errors import InputError
 
 SPACE = (2, 3, 4)
+
+
+class ClassSums(Protocol):
+    """Sums over the voxels that are not ignored: intersection, probability, voxels (N, K); nll and smooth_nll
+    (N,)."""
+
+    @property
+    def intersection(self) -> torch.Tensor: ...
+    @property
+    def probability(self) -> torch.Tensor: ...
+    @property
+    def voxels(self) -> torch.Tensor: ...
+    @property
+    def nll(self) -> torch.Tensor: ...
+    @property
+    def smooth_nll(self) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of `dice_cross_entropy`, checked. Raises `InputError` (a `ValueError`) or `TypeError`."""
+
+    class_weights: torch.Tensor | None = None
+    ignore_index: int | None = None
+    include_background: bool = False
+    batch_dice: bool = False
+    label_smoothing: float = 0.0
+    dice_weight: float = 1.0
+    ce_weight: float = 1.0
+    smooth: float = 1e-5
+    process_group: Any = None
+
+    def __post_init__(self) -> None:
+        weights = self.class_weights
+        if weights is not None and not isinstance(weights, torch.Tensor):
+            raise TypeError(f"class_weights: expected a tensor (K,) or None, got {type(weights).__name__}")
+        if weights is not None and weights.requires_grad:
+            raise InputError("class_weights: expected a tensor without gradient, got one that requires it")
+        if not 0 <= self.label_smoothing <= 1:
+            raise InputError(f"label_smoothing: expected 0 to 1, got {self.label_smoothing}")
+
+    def of_sums(self, sums: ClassSums) -> torch.Tensor:
+        """The loss, float64: it depends on a batch through these sums alone."""
+        group = GroupSum(self.process_group)
+        classes = sums.voxels.shape[1]
+        first = 0 if self.include_background else 1
+        dice = mean_dice_of_sums(
+            sums.intersection[:, first:],
+            sums.probability[:, first:],
+            sums.voxels[:, first:],
+            self.batch_dice,
+            self.smooth,
+            group,
+        )
+        weights = self.class_weights
+        w = torch.ones_like(sums.voxels[0]) if weights is None else weights.double()
+        total = sums.nll
+        if self.label_smoothing:  # classes ruled out by a logit of -inf have an infinite sum here
+            total = (1 - self.label_smoothing) * total + self.label_smoothing / classes * sums.smooth_nll
+        ce = group.sum(total.sum()) / group.sum((sums.voxels @ w).sum())
+        return self.dice_weight * (1 - dice) + self.ce_weight * ce
 
 
 def dice_cross_entropy(

@@ -53,6 +53,7 @@ class ConvNormAct3d(nn.Module):
         self, x: Tensor | Deferred, slab_elements: int | None = None
     ) -> tuple[Tensor, Normalisation]:
         """The raw convolution output, stored, and what normalises it."""
+        self._refuse_hooks()
         y, mean, var = functional.conv3d(
             x, self.conv.weight, self.conv.bias, self.conv.stride, slab_elements=slab_elements
         )
@@ -66,6 +67,7 @@ class ConvNormAct3d(nn.Module):
     def streamed_layer(self, x: Deferred, slab_elements: int | None = None) -> Deferred:
         """The same without a gradient, storing nothing: a sweep for the statistics, and the output is made
         again where it is used."""
+        self._refuse_hooks()
         window = functional.convolution_window(self.conv.kernel_size, self.conv.stride)
         mean, var = nodes.layer_statistics(x, self.conv.weight, window, slab_elements)
         voxels = math.prod(window.output_size((x.shape[2], x.shape[3], x.shape[4])))
@@ -75,6 +77,7 @@ class ConvNormAct3d(nn.Module):
     def streamed(self, image: Tensor, slab_elements: int | None = None) -> Deferred:
         """The same of an image (which gets no gradient), storing nothing: the output is made again where it
         is used, from the image and statistics that one sweep collects."""
+        self._refuse_hooks()
         dtype = functional.compute_dtype(image.device, self.conv.weight)
         window = functional.convolution_window(self.conv.kernel_size, self.conv.stride)
         mean, var = functional.stem_statistics(
@@ -83,6 +86,16 @@ class ConvNormAct3d(nn.Module):
         d, h, w = image.shape[2:]
         norm = normalisation(self.norm, mean, var, math.prod(window.output_size((d, h, w))))
         return convolved(plain(image, dtype), self.conv.weight, window, norm, self.negative_slope)
+
+    def _refuse_hooks(self) -> None:
+        """The convolution and the norm are not called as modules; a hook would be left out silently."""
+        for name, module in self.named_children():
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise ValueError(
+                    f"{name}: expected no forward hooks (pruning and spectral_norm add some; "
+                    f"torch.nn.utils.parametrizations do not), got {len(module._forward_hooks)} and "
+                    f"{len(module._forward_pre_hooks)} pre-hooks"
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.materialise(self.deferred(x))

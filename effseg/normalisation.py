@@ -36,9 +36,14 @@ def make_norm(norm: str, channels: int) -> Norm:
 
 def normalisation(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> Normalisation:
     """What `norm` does to values of mean and biased variance (N, C) over `voxels`; running statistics are
-    updated in training and used in evaluation, as torch does."""
+    updated in training and used in evaluation, as torch does. One voxel per channel, where torch raises, is
+    normalised to beta: whole volumes may be that small on the deepest level. Raises `TypeError` for others.
+    """
+    if type(norm) not in (nn.InstanceNorm3d, nn.BatchNorm3d, nn.GroupNorm):
+        raise TypeError(f"norm: expected InstanceNorm3d, BatchNorm3d or GroupNorm, got {type(norm).__name__}")
+    made = terms(norm, mean, var, norm.weight, norm.bias)
     track(norm, mean, var, voxels)
-    return terms(norm, mean, var, norm.weight, norm.bias)
+    return made
 
 
 def terms(norm: Norm, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Normalisation:

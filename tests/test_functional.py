@@ -292,8 +292,65 @@ def test_bad_arguments_are_named():
         (lambda: functional.conv3d(x, weight[:, :2]), "weight: expected"),
         (lambda: functional.conv3d(x, torch.randn(2, 3, 2, 3, 3)), "kernel_size: expected odd"),
         (lambda: functional.conv3d(x, weight, stride=0), "stride: expected"),
-        (lambda: functional.conv3d(x, weight, stride=(1, 2)), "stride: expected one number or three"),
+        (lambda: functional.conv3d(x, weight, stride=(1, 2)), "stride: expected one whole number or three"),
+        (lambda: functional.conv3d(x, weight, stride=(2.5, 1, 1)), "stride: expected one whole number"),
+        (lambda: functional.conv3d(x, weight, torch.zeros(3)), "bias: expected"),
+        (lambda: functional.conv3d(x.cfloat(), weight), "x: expected real numbers"),
+        (lambda: functional.conv3d(functional.plain(x), weight, dtype=torch.float64), "dtype: expected"),
+        (lambda: functional.plain(x.short()), "dtype: expected a floating-point type"),
         (lambda: functional.stem_statistics(x[:, :, :0], weight), "image: expected"),
+        (lambda: functional.stem_statistics(x[:, :1], weight), "weight: expected"),
+        (
+            lambda: functional.stem_statistics(x.requires_grad_(), weight),
+            "image: expected one without gradient",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_expressions_that_do_not_fit_are_named():
+    """What a builder lets through, an operator would read out of bounds."""
+    x, small = torch.randn(1, 3, 8, 6, 4), torch.randn(1, 2, 4, 3, 2)
+    terms = Normalisation(*torch.zeros(3, 1, 3))
+    weight, window = torch.randn(3, 2, 1, 1, 1), functional.convolution_window(3)
+    f, fine, coarse = functional, functional.plain(x), functional.plain(small)
+    for call, message in [
+        (lambda: f.raw(x, Normalisation(*torch.zeros(3, 1, 2)), 0.1), "mean: expected"),
+        (lambda: f.raw(x, terms, -1.0), "slope: expected 0 or more"),
+        (lambda: f.residual(coarse, x, terms, 0.1), "inner: expected"),
+        (lambda: f.convolved(fine, torch.randn(3, 2, 3, 3, 3), window, terms, 0.1), "weight: expected"),
+        (lambda: f.upsample_add(fine, fine, torch.randn(3, 3, 1, 1, 1)), "coarse: expected"),
+        (lambda: f.upsample_add(fine, coarse, torch.randn(1, 2, 1, 1, 1)), "skip: expected"),
+        (lambda: f.upsample_add(fine, coarse, weight[:, :1]), "weight: expected"),
+        (lambda: f.upsample_add(None, coarse, weight), "size: expected"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="x: expected a tensor"):
+        f.conv3d(x.numpy(), weight)
+
+
+def test_backward_does_not_follow_autocast():
+    x, weight = torch.randn(1, 3, 8, 8, 8), torch.randn(4, 3, 3, 3, 3, requires_grad=True)
+    grads = []
+    for enabled in (False, True):
+        case = Case("up_add", dtype=torch.float32)
+        y, mean, var = functional.conv3d(case.deferred(), weight)
+        loss = y.square().sum() + mean.sum() + var.sum() + functional.materialise(functional.plain(x)).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(loss, [weight, *case.leaves()]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_gradients_of_shared_weights_do_not_fade_over_many_slabs():
+    """A sum of 512 slabs in bfloat16 would lose a fifth."""
+    torch.manual_seed(0)
+    coarse = torch.rand(1, 4, 128, 4, 4, dtype=torch.bfloat16)
+    weight = torch.randn(3, 4, 1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    grads = []
+    for slab in (1, None):
+        up = functional.upsample_add(None, functional.plain(coarse), weight, size=(256, 8, 8))
+        value = functional.materialise(up, slab_elements=slab)
+        grads.append(torch.autograd.grad(value, weight, torch.ones_like(value))[0])
+    assert relative_error(*grads) < 0.01

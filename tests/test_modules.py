@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_exact
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from effseg import ConvNormAct3d, ResidualBlock3d
 from effseg.normalisation import make_norm, normalisation
@@ -127,3 +128,20 @@ def test_bad_arguments_are_named():
         with pytest.raises(ValueError, match=message):
             call()
     assert make_norm("group", 12).num_groups == 1
+
+
+def test_what_would_be_left_out_silently_is_refused():
+    x = torch.randn(2, 1, 4, 4, 4)
+    for norm in (nn.Identity(), nn.SyncBatchNorm(8)):
+        unit = ConvNormAct3d(1, 8)
+        unit.norm = norm
+        with pytest.raises(TypeError, match="norm: expected InstanceNorm3d"):
+            unit(x)
+    unit = ConvNormAct3d(1, 8)
+    prune.l1_unstructured(unit.conv, "weight", 0.5)
+    with pytest.raises(ValueError, match="conv: expected no forward hooks"):
+        unit(x)
+    unit = ConvNormAct3d(1, 8)
+    parametrizations.weight_norm(unit.conv)
+    unit(x).square().sum().backward()
+    assert unit.conv.parametrizations.weight.original0.grad is not None

@@ -150,6 +150,14 @@ def test_unknown_labels_and_bad_shapes_are_named():
             lambda: loss(features, labels, weight, bias, class_weights=torch.ones(4)),
             "class_weights: expected",
         ),
+        (lambda: loss(features, labels, weight, bias[:1]), "bias: expected"),
+        (
+            lambda: loss(features, labels, weight, bias, class_weights=torch.ones(5, requires_grad=True)),
+            "class_w",
+        ),
+        (lambda: loss(features, labels, weight, bias, label_smoothing=2.0), "label_smoothing: expected"),
+        (lambda: loss(features, labels, bias=bias), "bias: expected None"),
+        (lambda: functional.segment(features, weight[:, :2]), "weight: expected"),
         (lambda: loss(features[:, :1], labels), "classes: expected 2 or more"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -197,3 +205,37 @@ def test_memory_does_not_grow_with_the_classes(k):
     gradient = features.numel() * 4
     assert gradient <= step <= gradient + 40 * voxels
     assert peak_bytes(lambda: functional.segment(features, weight, bias)) <= 40 * voxels
+
+
+def test_wrong_types_are_named():
+    features, weight, bias, labels = problem()
+    for call, message in [
+        (
+            lambda: functional.segmentation_loss(features, labels.numpy(), weight, bias),
+            "labels: expected a tensor",
+        ),
+        (
+            lambda: functional.segmentation_loss(features, labels, weight, bias, class_weights=[1.0]),
+            "class_weights",
+        ),
+        (lambda: functional.segmentation_loss(features, labels, weight, bias, speed=2), "speed"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_logits_keep_their_precision_under_autocast():
+    """They are what a network gave; only a product with a weight would run in the autocast type."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(1, 4, 8, 8, 8) + 50, torch.randint(0, 4, (1, 8, 8, 8))
+    expected = functional.segmentation_loss(logits, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(functional.segmentation_loss(logits, labels), expected)
+        assert torch.equal(functional.segment(logits).long(), logits.argmax(1))
+
+
+def test_classes_ruled_out_by_an_infinite_logit():
+    logits = torch.randn(1, 3, 4, 4, 4, dtype=torch.float64)
+    logits[:, 1] = -torch.inf
+    labels = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
+    assert_exact(functional.segmentation_loss(logits, labels), dice_cross_entropy(logits, labels))

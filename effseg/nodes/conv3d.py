@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from effseg.algorithms import select
 from effseg.deferred import Deferred
+from effseg.nodes.backward import backward as node_backward
 from effseg.slabs import Window
 
 
@@ -26,6 +26,7 @@ class Conv3dFunction(torch.autograd.Function):
         ctx: Any, spec, window, statistics, slab_elements, weight, bias, *tensors
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.algorithm = select("conv3d")
+        ctx.device_type = weight.device.type
         ctx.spec, ctx.window, ctx.slab_elements, ctx.has_bias = spec, window, slab_elements, bias is not None
         ctx.set_materialize_grads(False)
         y, mean, var = ctx.algorithm.conv3d_forward(
@@ -36,7 +37,7 @@ class Conv3dFunction(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @once_differentiable
+    @node_backward
     def backward(ctx: Any, grad_y, grad_mean, grad_var):  # type: ignore[no-untyped-def]
         weight, y, mean, *tensors = ctx.saved_tensors
         need_weight, need_bias, *needed = ctx.needs_input_grad[4:]

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from effseg.algorithms import select
 from effseg.algorithms.aten.head import Sums
 from effseg.deferred import Deferred
+from effseg.nodes.backward import backward as node_backward
 
 
 class HeadSumsFunction(torch.autograd.Function):
@@ -25,6 +25,7 @@ class HeadSumsFunction(torch.autograd.Function):
         ctx: Any, spec, slab_elements, ignore_index, labels, class_weights, weight, bias, *tensors
     ) -> tuple[Tensor, ...]:
         ctx.algorithm = select("head")
+        ctx.device_type = labels.device.type
         ctx.spec, ctx.slab_elements, ctx.ignore_index = spec, slab_elements, ignore_index
         ctx.save_for_backward(labels, class_weights, weight, bias, *tensors)
         head = ctx.algorithm.Head(spec, weight, bias, tensors[0].device, class_weights, ignore_index)
@@ -33,7 +34,7 @@ class HeadSumsFunction(torch.autograd.Function):
         return tuple(sums)
 
     @staticmethod
-    @once_differentiable
+    @node_backward
     def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
         labels, class_weights, weight, bias, *tensors = ctx.saved_tensors
         head = ctx.algorithm.Head(ctx.spec, weight, bias, tensors[0].device, class_weights, ctx.ignore_index)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from effseg.algorithms import select
 from effseg.deferred import Deferred
+from effseg.nodes.backward import backward as node_backward
 
 
 class MaterialiseFunction(torch.autograd.Function):
@@ -18,12 +18,13 @@ class MaterialiseFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec, slab_elements, *tensors) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.algorithm = select("materialise")
+        ctx.device_type = tensors[0].device.type
         ctx.spec, ctx.slab_elements = spec, slab_elements
         ctx.save_for_backward(*tensors)
         return ctx.algorithm.materialise_forward(spec, tensors, slab_elements)
 
     @staticmethod
-    @once_differentiable
+    @node_backward
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         grads = ctx.algorithm.materialise_backward(
             ctx.spec, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, ctx.slab_elements

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from effseg.algorithms import select
+from effseg.nodes.backward import backward as node_backward
 from effseg.slabs import Window
 
 
@@ -24,6 +24,7 @@ class StemStatisticsFunction(torch.autograd.Function):
         mean, var, p, q = select("stem_statistics").stem_statistics_forward(
             image, weight, window, dtype, slab_elements
         )
+        ctx.device_type = image.device.type
         ctx.save_for_backward(p, q)
         d, h, w = image.shape[2:]
         out = window.output_size((d, h, w))
@@ -31,7 +32,7 @@ class StemStatisticsFunction(torch.autograd.Function):
         return mean, var
 
     @staticmethod
-    @once_differentiable
+    @node_backward
     def backward(ctx: Any, grad_mean, grad_var):  # type: ignore[no-untyped-def]
         p, q = ctx.saved_tensors
         mean, var = (g.double()[..., None, None, None, None] for g in (grad_mean, grad_var))

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from effseg.algorithms import select
 from effseg.algorithms.aten.head import Sums
 from effseg.deferred import Deferred, Normalisation
+from effseg.nodes.backward import backward as node_backward
 from effseg.nodes.head import head_gradients
 from effseg.normalisation import Norm, terms
 from effseg.slabs import Window
@@ -29,6 +29,7 @@ class TailSumsFunction(torch.autograd.Function):
         weight, gamma, beta, head_weight, head_bias, *tensors,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.algorithm = select("tail")
+        ctx.device_type = labels.device.type
         ctx.arguments = spec, window, slope, slab_elements, ignore_index
         ctx.norm = norm
         layer = ctx.algorithm.Layer(spec, tensors, weight, window, slope, slab_elements)
@@ -44,7 +45,7 @@ class TailSumsFunction(torch.autograd.Function):
         return (*sums, mean, var)
 
     @staticmethod
-    @once_differentiable
+    @node_backward
     def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
         labels, class_weights, weight, gamma, beta, head_weight, head_bias, mean, var, collected, *tensors = (
             ctx.saved_tensors

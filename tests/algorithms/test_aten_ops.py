@@ -122,8 +122,11 @@ count = 0
 for dtype in (torch.bfloat16, torch.float16):
     for kernel, stride, pads in (
         (3, 1, ((0, 0), (1, 0), (0, 1), (1, 1))), (3, 2, ((0, 0), (1, 1))), (1, 1, ((0, 0),)),
+        (5, 1, ((2, 2), (2, 0))), (7, 1, ((3, 3),)), (5, 2, ((2, 2),)),
     ):
-        for size in ((1, 1, 1), (2, 2, 2), (2, 16, 16), (3, 1, 16), (5, 16, 1), (7, 1, 16), (8, 9, 10)):
+        for size in (
+            (1, 1, 1), (2, 2, 2), (2, 16, 16), (3, 1, 16), (5, 16, 1), (7, 1, 16), (8, 9, 10), (4, 5, 6),
+        ):
             for pad in pads:
                 if size[0] + sum(pad) < kernel:
                     continue
@@ -149,4 +152,4 @@ def test_convolutions_of_thin_volumes_in_low_precision():
         [sys.executable, "-c", THIN], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) == 82
+    assert int(done.stdout) == 154

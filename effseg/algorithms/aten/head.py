@@ -116,10 +116,10 @@ class Head:
 
     def pull(self, grads: Sums, sample: int, a: Tensor, labels: Tensor, parameters: bool = True) -> Tensor:
         """The gradient of the slab from those of the sums; adds the parameters' where asked to."""
-        parts = [
-            self._pull(grads, sample, a[:, :, part], labels[part], parameters) for part in self._chunks(a)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        grad = torch.empty_like(a, memory_format=ops.CHANNELS_LAST)
+        for part in self._chunks(a):
+            grad[:, :, part] = self._pull(grads, sample, a[:, :, part], labels[part], parameters)
+        return grad
 
     def segment(self, a: Tensor) -> Tensor:
         """argmax over classes, (d, h, w) int64."""

@@ -25,11 +25,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 # ---------------------------------------------------------------- convolution
-def _wgrad_is_broken(x: Tensor) -> bool:
-    """oneDNN's low-precision weight gradient is wrong, or writes past its buffers, where the first axis has
-    two planes and padding (any height and width), and with stride 2 where height or width is one voxel. Slabs
-    as thin as that are rare and small, so they take float32."""
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and min(x.shape[2:]) <= 2
+def _wgrad_is_broken(x: Tensor, window: Window) -> bool:
+    """oneDNN's low-precision weight gradient is wrong, or writes past its buffers, where the first axis is
+    shorter than the kernel, and with a stride where height or width is one voxel. Slabs as thin as that are
+    rare and small, so they take float32."""
+    thin = any(size < max(3, kernel) for size, kernel in zip(x.shape[2:], window.kernel, strict=True))
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and thin
 
 
 def _pad_rows(x: Tensor, window: Window, pad: tuple[int, int]) -> tuple[Tensor, list[int]]:
@@ -77,7 +78,7 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dgrad (of the rows of x, without the padding) and wgrad of `convolution`."""
     dtype = x.dtype
-    if need_weight and _wgrad_is_broken(x):
+    if need_weight and _wgrad_is_broken(x, window):
         grad, x, weight = grad.float(), x.float(), weight.float()
     padded, padding = _pad_rows(x, window, pad)
     weight = weight.contiguous(memory_format=CHANNELS_LAST)
@@ -164,7 +165,9 @@ def norm_terms_backward(
         dy = torch.mul(dz, scale[..., None, None, None], out=torch.empty_like(dz))
     if need_terms:
         dbeta = dz.sum((2, 3, 4), dtype=mean.dtype)
-        dscale = (y - mean[..., None, None, None]).mul_(dz).sum((2, 3, 4))
+        # plane by plane: y - mean is wide
+        planes = zip(y.unbind(2), dz.unbind(2), strict=True)
+        dscale = torch.stack([(a - mean[..., None, None]).mul_(b).sum((2, 3)) for a, b in planes]).sum(0)
     return dy, dscale, dbeta
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effseg.algorithms.aten.ops import accumulation_dtype
 from effseg.deferred import Spec, Use
 
 
@@ -24,8 +25,9 @@ class _Accumulator:
 
     def add(self, use: Use, sample: int, part: Tensor) -> None:
         if use.rows is None:
-            if self.grad is None:
-                self.grad = torch.zeros_like(self.tensor)
+            if self.grad is None:  # many slabs add to it
+                wide = accumulation_dtype(self.tensor.dtype)
+                self.grad = torch.zeros_like(self.tensor, dtype=wide)
             use.cut(self.grad, sample).add_(part)
             return
         if self.grad is None and part.shape == self.tensor.shape:
@@ -47,7 +49,7 @@ class _Accumulator:
         for sample, done in enumerate(self.written):
             if self.tensor.dim() == 5 and done:
                 self.grad[sample, :, done:].zero_()
-        return self.grad
+        return self.grad.to(self.tensor.dtype)
 
 
 class Pullback:
@@ -69,8 +71,10 @@ class Pullback:
             for use, t, s in zip(self.uses, self.tensors, self.sums, strict=True)
         ]
         with torch.set_grad_enabled(self.any):
-            self.value = self.spec.rows(lo, hi, self.leaves)
-        return self.value.detach()
+            value = self.spec.rows(lo, hi, self.leaves)
+        if self.any:
+            self.value = value
+        return value.detach()
 
     def pull(self, grad: Tensor) -> None:
         """Add the gradients that `grad`, the gradient of the latest rows, gives the stored tensors."""
