@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
+from effseg.algorithms.aten.head import CHUNK_ELEMENTS
 from effseg.errors import InputError
 from effseg.memory.autocast import CudaAutocast
 from effseg.memory.report import KINDS, LiveTensor, MemoryReport
 from effseg.memory.step import DTYPES, Loss, follows_autocast, label_dtype_for, make_optimizer, training_loss
 from effseg.memory.tracker import LiveStorages
+from effseg.slabs import abridged
 
 
 def peak_training_memory(
@@ -28,6 +30,7 @@ def peak_training_memory(
     optimizer: str = "adamw",
     image_dtype: torch.dtype = torch.float32,
     label_dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> MemoryReport:
     """Predict the peak of one training step: forward, loss, backward, optimizer step.
 
@@ -39,20 +42,24 @@ def peak_training_memory(
         :func:`effseg.losses.dice_cross_entropy`.
     optimizer: ``adamw`` or ``sgd``; its state exists already, as in every step but the first.
     label_dtype: None: uint8 for networks of this package, int64 for those in stock torch.
+    device: ``cpu`` or ``cuda``: where the head of this package's networks would run, which works on more
+        voxels at a time on a GPU. No GPU is needed.
 
     The step runs on fake tensors (shapes and dtypes, no numbers) through the real autograd engine, while
-    every storage's birth and death is followed: exact for the bytes of tensors. It cannot see what an
-    operator allocates inside, such as convolution workspace. Raises InputError for unknown options.
+    every storage's birth and death is followed: exact for the bytes of tensors. Of a sweep's equal slabs a
+    few stand for all. It cannot see what an operator allocates inside, such as convolution workspace. Raises InputError for unknown options.
     """
     if len(shape) != 5 or min(shape) < 1:
         raise InputError(f"shape: expected (N, C, D, H, W), each 1 or more, got {tuple(shape)}")
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if device not in CHUNK_ELEMENTS:
+        raise InputError(f"device: expected one of {', '.join(CHUNK_ELEMENTS)}, got {device!r}")
     n, _, *size = shape
     gc.collect()  # cycles of earlier steps would be freed in the middle of this one
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), abridged() as abridgement, _chunks_of(device):
         network = _fake_copy(model)
-        tracker = LiveStorages()
+        tracker = LiveStorages(abridgement)
         steps = make_optimizer(optimizer, network.parameters())
         _make_state(steps, network)
         tracker.add([*network.parameters(), *network.buffers()], "parameters")
@@ -92,6 +99,17 @@ def _step(
         tracker.start_phase("optimizer")
         optimizer.step()
         tracker.start_phase("done")
+
+
+@contextlib.contextmanager
+def _chunks_of(device: str) -> Iterator[None]:
+    """Fake tensors are on the CPU: the head works on them in chunks of another device's size."""
+    own = CHUNK_ELEMENTS["cpu"]
+    CHUNK_ELEMENTS["cpu"] = CHUNK_ELEMENTS[device]
+    try:
+        yield
+    finally:
+        CHUNK_ELEMENTS["cpu"] = own
 
 
 def _fake_copy(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -138,5 +156,6 @@ def _report(network: nn.Module, tracker: LiveStorages, shape: tuple[int, ...], d
         phase=tracker.peak_phase,
         voxels=shape[0] * shape[2] * shape[3] * shape[4],
         parameters=sum(p.numel() for p in network.parameters()),
+        macs=tracker.macs,
         largest=largest,
     )

@@ -38,7 +38,8 @@ class MemoryReport:
 
     split: bytes at the peak by KINDS, their sum is `peak`; after_forward: bytes live once the loss is known;
     phase, operator, node: where the peak is, node being the graph's in the backward phase; voxels: N * D * H
-    * W of the image; parameters: how many; largest: the largest tensors at the peak, largest first.
+    * W of the image; parameters: how many; macs: multiply-accumulates of convolutions and matrix products in
+    the step; largest: the largest tensors at the peak, largest first.
     """
 
     model: str
@@ -52,6 +53,7 @@ class MemoryReport:
     phase: str
     voxels: int
     parameters: int
+    macs: int
     largest: tuple[LiveTensor, ...]
 
     @property

@@ -8,6 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from effseg.memory.arithmetic import multiply_accumulates
+from effseg.slabs import Abridgement
+
 aten = torch.ops.aten
 prim = torch.ops.prim
 
@@ -44,11 +47,15 @@ class LiveStorages(TorchDispatchMode):
     """Follows the live storages of all tensors made while it is active, and remembers their peak.
 
     Exact in tensor bytes, since it sees the real order of operators under the real autograd engine and the
-    real ends of life. It does not see what operators allocate inside (convolution workspace).
+    real ends of life. It does not see what operators allocate inside (convolution workspace). Counts the
+    multiply-accumulates of convolutions and matrix products on the way, for all the slabs that a visited one
+    stands for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, abridgement: Abridgement | None = None) -> None:
         super().__init__()
+        self.abridgement = abridgement or Abridgement()
+        self.macs = 0
         self.phase = "setup"
         self.now = 0
         self.peak = 0
@@ -89,6 +96,7 @@ class LiveStorages(TorchDispatchMode):
                 return inside
             self._pending = name  # count the sum only once its dead inputs are gone
         out = func(*args, **(kwargs or {}))
+        self.macs += multiply_accumulates(func, args, out) * self.abridgement.alike
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor, None, name)
