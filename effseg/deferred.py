@@ -155,15 +155,19 @@ class Conv(Spec):
 @dataclass(frozen=True)
 class UpAdd(Spec):
     """Optional skip, coarse and its 1x1x1 convolution (which commutes with the upsampling, so it runs on
-    the coarse grid). The fine size is 2n or 2n - 1 per axis: the last plane of an odd axis is cut off."""
+    the coarse grid). Where the factor is 2 the fine size is 2n or 2n - 1: the last plane of an odd axis is
+    cut off."""
 
     skip: Spec | None
     coarse: Spec
     skip_tensors: int
     has_bias: bool
+    factors: tuple[int, int, int]
 
     def coarse_rows(self, lo: int, hi: int) -> Rows:
         """A row of halo on each side: what the slab's border clamp spoils is cut off afterwards."""
+        if self.factors[0] == 1:
+            return lo, hi
         return max(lo // 2 - 1, 0), min((hi - 1) // 2 + 2, self.coarse.shape[2])
 
     def uses(self, lo: int, hi: int) -> list[Use]:
@@ -176,7 +180,8 @@ class UpAdd(Spec):
         coarse = self.coarse.rows(first, last, tensors[self.skip_tensors : end])
         bias = tensors[-1].to(self.dtype) if self.has_bias else None
         projected = ops.convolution(coarse, tensors[end].to(self.dtype), bias, Window((1, 1, 1)), (0, 0))
-        fine = ops.upsample_x2(projected, (lo - 2 * first, hi - 2 * first), self.shape[3], self.shape[4])
+        wanted = lo - 2 * first, hi - 2 * first
+        fine = ops.upsample_x2(projected, wanted, self.shape[3], self.shape[4], self.factors)
         return fine.add_(self.skip.rows(lo, hi, tensors[: self.skip_tensors])) if self.skip else fine
 
 
@@ -217,10 +222,12 @@ def upsample_add(
     weight: Tensor,
     bias: Tensor | None = None,
     size: tuple[int, int, int] | None = None,
+    factors: tuple[int, int, int] = (2, 2, 2),
 ) -> Deferred:
-    """skip + crop(upsample_x2(conv1x1(coarse, weight, bias))), trilinear, align_corners=False.
+    """skip + crop(upsample(conv1x1(coarse, weight, bias))), trilinear, align_corners=False.
 
-    weight: (C, Cc, 1, 1, 1). Without a skip, `size` is the fine grid's (D, H, W): 2n or 2n - 1 per axis.
+    weight: (C, Cc, 1, 1, 1); factors: 2 or 1 per axis. Without a skip, `size` is the fine grid's (D, H, W):
+    2n or 2n - 1 along an axis of factor 2, n along one of factor 1.
     """
     if skip is not None:
         size = (skip.shape[2], skip.shape[3], skip.shape[4])
@@ -228,13 +235,17 @@ def upsample_add(
         raise ValueError("size: expected (D, H, W) where there is no skip, got None")
     expected = (weight.shape[0], coarse.shape[1], 1, 1, 1)
     _expect("weight", tuple(weight.shape) == expected, expected, tuple(weight.shape))
-    halved = tuple((s + 1) // 2 for s in size)
+    _expect("factors", set(factors) <= {1, 2}, "1 or 2 per axis", factors)
+    halved = tuple(-(-s // f) for s, f in zip(size, factors, strict=True))
     _expect("coarse", coarse.shape[2:] == halved, f"(D, H, W) = {halved} for {size}", coarse.shape[2:])
     shape = (coarse.shape[0], weight.shape[0], *size)
     _expect("skip", skip is None or skip.shape == shape, shape, skip and skip.shape)
     before = skip.tensors if skip else ()
-    spec = UpAdd(shape, coarse.dtype, skip.spec if skip else None, coarse.spec, len(before), bias is not None)
-    return Deferred(spec, (*before, *coarse.tensors, weight, *(() if bias is None else (bias,))))
+    after = (weight,) if bias is None else (weight, bias)
+    spec = UpAdd(
+        shape, coarse.dtype, skip.spec if skip else None, coarse.spec, len(before), bias is not None, factors
+    )
+    return Deferred(spec, (*before, *coarse.tensors, *after))
 
 
 def _check_layer(shape: tuple[int, ...], norm: Normalisation, slope: float) -> None:

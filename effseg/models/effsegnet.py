@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,81 +12,53 @@ from effseg import functional
 from effseg.deferred import Deferred
 from effseg.errors import InputError
 from effseg.models.base import SegmentationModel, check_image, check_sizes
-from effseg.modules import ConvNormAct3d, ResidualBlock3d
+from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, Triple
 from effseg.normalisation import NORMS
 
 MEMORY_MODES = ("raw", "stream")
+AUXILIARY_WEIGHTS = (1.0, 0.5, 0.25)  # of the loss at strides 1, 2 and 4, divided by their sum
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """widths: channels per level, level i + 1 at half the resolution of level i; blocks: residual blocks
-    per level; stem_stride: 2 for a network without full-resolution features, whose logits are upsampled."""
+class Trunk(NamedTuple):
+    """What the last decoder level gets, and the decoder's levels that carry auxiliary heads, finest first."""
 
-    widths: tuple[int, ...]
-    blocks: tuple[int, ...]
-    stem_stride: int = 1
-
-
-PRESETS = {
-    "base": Architecture((16, 32, 48, 64, 64, 64), (0, 1, 1, 1, 1, 2)),
-    "large": Architecture((16, 32, 64, 96, 128, 128), (0, 1, 1, 1, 1, 2)),
-    "large-w32": Architecture((32, 48, 64, 96, 128, 128), (0, 1, 1, 1, 1, 2)),
-    "tiny": Architecture((32, 48, 64, 64, 64), (1, 1, 1, 1, 2), stem_stride=2),
-}
-
-
-class EncoderLevel(nn.Module):
-    """The unit that enters a level (with its stride), then residual blocks."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int, blocks: int, norm: str) -> None:
-        super().__init__()
-        self.enter = ConvNormAct3d(in_channels, channels, stride=stride, norm=norm)
-        self.blocks = nn.ModuleList(ResidualBlock3d(channels, norm) for _ in range(blocks))
-
-    def deferred(self, x: Tensor | Deferred, slab_elements: int | None, recompute: bool = False) -> Deferred:
-        h = self.enter.deferred(x, slab_elements)
-        for block in self.blocks:
-            assert isinstance(block, ResidualBlock3d)
-            h = block.recomputed(h, slab_elements) if recompute else block.deferred(h, slab_elements)
-        return h
-
-
-class DecoderLevel(nn.Module):
-    """unit(skip + upsample_x2(conv1x1(coarse)))."""
-
-    def __init__(self, coarse_channels: int, channels: int, norm: str) -> None:
-        super().__init__()
-        self.lateral = nn.Conv3d(coarse_channels, channels, 1, bias=False)
-        self.unit = ConvNormAct3d(channels, channels, norm=norm)
-
-    def joined(self, skip: Deferred, coarse: Deferred) -> Deferred:
-        return functional.upsample_add(skip, coarse, self.lateral.weight)
-
-    def deferred(self, skip: Deferred, coarse: Deferred, slab_elements: int | None) -> Deferred:
-        return self.unit.deferred(self.joined(skip, coarse), slab_elements)
+    skip: Deferred
+    coarse: Deferred
+    auxiliary: list[Deferred]
 
 
 class EffSegNet(SegmentationModel):
-    """A segmentation network for whole CT volumes that keeps one raw convolution output per layer.
+    """A segmentation network for whole CT volumes that stores next to nothing.
 
     Our reading of Wang, Oda and Mori 2020 (arXiv 2003.10690), of which only the abstract is known to us: six
     levels (five for ``tiny``) of 3x3x3 convolutions without bias, normalisation and leaky ReLU 0.01;
     residual blocks in the encoder; in the decoder a 1x1x1 convolution on the coarse grid, trilinear x2
     upsampling, addition of the skip and one convolution. 1.76 M parameters (``base``, 15 classes).
 
-    in_channels, num_classes (background included); preset: ``base`` (widths 16, 32, 48, 64, 64, 64),
-    ``large`` (16, 32, 64, 96, 128, 128), ``large-w32`` (32, 48, 64, 96, 128, 128; for many classes) or
-    ``tiny`` (no full-resolution features, logits upsampled; for voxels of 1 mm or less); norm: ``instance``,
-    ``batch`` or ``group``; memory: ``raw`` (one raw output per convolution is kept for backward).
+    in_channels, num_classes: background included.
+    preset: ``base`` (widths 16, 32, 48, 64, 64, 64), ``large`` (16, 32, 64, 96, 128, 128), ``large-w32`` (32,
+        48, 64, 96, 128, 128; for many classes) or ``tiny`` (no full-resolution features, logits upsampled;
+        for voxels of 1 mm or less).
+    norm: ``instance``, ``batch`` or ``group``.
+    memory: what `loss` keeps for backward. ``raw``: one raw output per convolution. ``stream``: nothing of
+        full resolution; the first and the last layer, the head and the loss run slab by slab from the image,
+        the labels and half-resolution tensors, in forward and again in backward (``tiny`` has no such
+        layers: both are the same). The gradients are the same to rounding.
+    recompute: number of levels, from half resolution down, whose residual blocks keep only their output and
+        run again in backward.
+    auxiliary: also train heads on the decoder's levels at strides 2 and 4, against every second and fourth
+        label, weighted 1/2 and 1/4; they serve the loss alone.
+    thick_axis: 0, 1 or 2 (D, H, W): the axis along which voxels are much longer than along the others. The
+        full-resolution layers do not look across it (kernels such as (1, 3, 3)), and the first stride
+        leaves it alone.
 
     Any volume size works, odd ones too: upsampled tensors are cut to the skip's size. Images are of any
     float dtype or int16, labels of any integer dtype; both are read slab by slab as they are. Compute and
     storage follow ``torch.autocast`` of the image's device, else the weights' dtype; statistics and the
     loss are float32 (float64 for float64).
 
-    Memory of a training step on 1x1x512x512x512 with 15 classes: see ``effseg plan``. Raises `InputError`
-    (a `ValueError`) for unknown options and for shapes that do not fit.
+    Memory of a training step: see ``effseg plan``. Raises `InputError` (a `ValueError`) for unknown options
+    and for shapes that do not fit.
     """
 
     follows_autocast = True
@@ -99,69 +70,113 @@ class EffSegNet(SegmentationModel):
         preset: str = "base",
         norm: str = "instance",
         memory: str = "raw",
+        recompute: int = 0,
+        auxiliary: bool = False,
+        thick_axis: int | None = None,
     ) -> None:
         check_sizes(in_channels, num_classes)
         for option, value, known in (
             ("preset", preset, PRESETS),
             ("norm", norm, NORMS),
             ("memory", memory, MEMORY_MODES),
+            ("thick_axis", thick_axis, (None, 0, 1, 2)),
         ):
             if value not in known:
-                raise InputError(f"{option}: expected one of {', '.join(known)}, got {value!r}")
+                raise InputError(f"{option}: expected one of {', '.join(map(str, known))}, got {value!r}")
+        if recompute < 0:
+            raise InputError(f"recompute: expected 0 or more levels, got {recompute}")
         super().__init__(
             f"effseg-{preset}",
-            dict(in_channels=in_channels, num_classes=num_classes, preset=preset, norm=norm, memory=memory),
-        )
+            dict(
+                in_channels=in_channels, num_classes=num_classes, preset=preset, norm=norm, memory=memory,
+                recompute=recompute, auxiliary=auxiliary, thick_axis=thick_axis,
+            ),
+        )  # fmt: skip
         self.architecture = PRESETS[preset]
+        self.memory = memory
+        self.recompute_levels = recompute
         self.slab_elements: int | None = None
-        self.recompute_levels = 0
-        widths, blocks = self.architecture.widths, self.architecture.blocks
+        widths, blocks, full = (
+            self.architecture.widths,
+            self.architecture.blocks,
+            self.architecture.stem_stride == 1,
+        )
         if num_classes > 2 * widths[0]:
             warnings.warn(
                 f"{num_classes} classes are read from {widths[0]} features a voxel: a preset with a wider "
                 f"first level (large-w32) will tell them apart better",
                 stacklevel=2,
             )
-        inputs, strides = (in_channels, *widths), (self.architecture.stem_stride, *[2] * (len(widths) - 1))
+        flat = _per_axis(3, 1, thick_axis)  # the kernel at full resolution
+        self.first_stride = _per_axis(2, 1, thick_axis)
+        twice: Triple = (2, 2, 2)
+        kernels = [flat, *[(3, 3, 3)] * (len(widths) - 1)]
+        strides = [(1, 1, 1), self.first_stride] if full else [self.first_stride, twice]
+        strides += [twice] * (len(widths) - 2)
+        inputs = (in_channels, *widths)
         self.encoder = nn.ModuleList(
-            EncoderLevel(inputs[i], widths[i], strides[i], blocks[i], norm) for i in range(len(widths))
+            EncoderLevel(inputs[i], widths[i], blocks[i], norm, kernels[i], strides[i])
+            for i in range(len(widths))
         )
         self.decoder = nn.ModuleList(
-            DecoderLevel(widths[i + 1], widths[i], norm) for i in range(len(widths) - 1)
+            DecoderLevel(widths[i + 1], widths[i], norm, kernels[i] if full else (3, 3, 3), strides[i + 1])
+            for i in range(len(widths) - 1)
         )
         self.head = nn.Conv3d(widths[0], num_classes, 1)
+        levels = (1, 2) if full else (1,)  # those at strides 2 and 4 that are not the last one
+        self.auxiliary_heads = nn.ModuleList(
+            nn.Conv3d(widths[i], num_classes, 1) for i in (levels if auxiliary else ())
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (N, K, D, H, W) in the compute dtype; `loss` and `segment` need far less memory."""
-        x, weight, bias = self._head(self._features(image, streamed=False), image)
+        features = self._last(self._trunk(image, streamed=False))
+        x, weight, bias = self._head(features, image)
         if weight is None:
             return functional.materialise(x, slab_elements=self.slab_elements)
         return functional.conv3d(x, weight, bias, statistics=False, slab_elements=self.slab_elements)[0]
 
     def loss(self, image: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Dice + cross-entropy without full-size logits: `effseg.functional.segmentation_loss`'s options."""
-        options["slab_elements"] = self.slab_elements
-        if not self._streams:
-            x, weight, bias = self._head(self._features(image, streamed=False), image)
-            return functional.segmentation_loss(x, labels, weight, bias, **options)
-        tail, unit = self._tail(image)
-        layer = (unit.conv.weight, unit.norm, unit.negative_slope)
-        return functional.tail_segmentation_loss(
-            tail, labels, layer, self.head.weight, self.head.bias, **options
-        )
+        slab_options = {**options, "slab_elements": self.slab_elements}
+        trunk = self._trunk(image, self.streams)
+        if self.streams:
+            unit = self._level(0).unit
+            loss = functional.tail_segmentation_loss(
+                self._level(0).joined(trunk.skip, trunk.coarse), labels,
+                (unit.conv.weight, unit.norm, unit.negative_slope),
+                self.head.weight, self.head.bias, **slab_options,
+            )  # fmt: skip
+        else:
+            x, weight, bias = self._head(self._last(trunk), image)
+            loss = functional.segmentation_loss(x, labels, weight, bias, **slab_options)
+        if not self.auxiliary_heads:
+            return loss
+        losses = [loss, *self._auxiliary_losses(trunk, labels, slab_options)]
+        weights = AUXILIARY_WEIGHTS[: len(losses)]
+        return torch.stack([w * value for w, value in zip(weights, losses, strict=True)]).sum() / sum(weights)
 
     @torch.no_grad()
     def segment(self, image: Tensor) -> Tensor:
-        features = self._features(image, streamed=self._streams)
+        """The most probable class of every voxel, (N, D, H, W), uint8 (int16 for more than 256 classes).
+
+        With ``memory="stream"`` no full-resolution feature map exists.
+        """
+        trunk = self._trunk(image, self.streams)
+        if self.streams:
+            joined = self._level(0).joined(trunk.skip, trunk.coarse)
+            features = self._level(0).unit.streamed_layer(joined, self.slab_elements)
+        else:
+            features = self._last(trunk)
         return functional.segment(*self._head(features, image), slab_elements=self.slab_elements)
 
     @property
-    def _streams(self) -> bool:
+    def streams(self) -> bool:
         """Without full-resolution features there is nothing to stream but the logits, which always are."""
-        return self.arguments["memory"] == "stream" and self.architecture.stem_stride == 1
+        return self.memory == "stream" and self.architecture.stem_stride == 1
 
-    def _trunk(self, image: Tensor, streamed: bool) -> tuple[Deferred, Deferred]:
-        """The skip of the last decoder level, and the coarse features that it gets."""
+    def _trunk(self, image: Tensor, streamed: bool) -> Trunk:
+        """Everything but the last decoder level; streamed: the first layer is not stored."""
         check_image(image, self.arguments["in_channels"])
         levels: list[Deferred] = []
         for i, level in enumerate(self.encoder):
@@ -172,25 +187,18 @@ class EffSegNet(SegmentationModel):
                 recompute = 0 < i <= self.recompute_levels
                 levels.append(level.deferred(levels[-1] if levels else image, self.slab_elements, recompute))
         h = levels.pop()
-        for decoder in reversed(self.decoder[1:]):
-            assert isinstance(decoder, DecoderLevel)
-            h = decoder.deferred(levels.pop(), h, self.slab_elements)
-        return levels.pop(), h
+        auxiliary: list[Deferred] = []
+        for i in reversed(range(1, len(self.decoder))):
+            h = self._level(i).deferred(levels.pop(), h, self.slab_elements)
+            auxiliary.insert(0, h)
+        return Trunk(levels.pop(), h, auxiliary[: len(self.auxiliary_heads)])
 
-    def _tail(self, image: Tensor) -> tuple[Deferred, ConvNormAct3d]:
-        """The streamed input of the last layer, and that layer."""
-        last = self.decoder[0]
-        assert isinstance(last, DecoderLevel)
-        return last.joined(*self._trunk(image, streamed=True)), last.unit
+    def _last(self, trunk: Trunk) -> Deferred:
+        """The last decoder level, stored: (N, widths[0], D, H, W), half of that for ``tiny``."""
+        return self._level(0).deferred(trunk.skip, trunk.coarse, self.slab_elements)
 
-    def _features(self, image: Tensor, streamed: bool) -> Deferred:
-        """The last decoder level: (N, widths[0], D, H, W), half of that for ``tiny``."""
-        if not streamed:
-            last = self.decoder[0]
-            assert isinstance(last, DecoderLevel)
-            return last.deferred(*self._trunk(image, streamed=False), self.slab_elements)
-        tail, unit = self._tail(image)
-        return unit.streamed_layer(tail, self.slab_elements)
+    def _level(self, i: int) -> DecoderLevel:
+        return cast(DecoderLevel, self.decoder[i])
 
     def _head(self, features: Deferred, image: Tensor) -> tuple[Deferred, Tensor | None, Tensor | None]:
         """What the head operators take. Without full-resolution features the 1x1x1 convolution runs on the
@@ -198,8 +206,23 @@ class EffSegNet(SegmentationModel):
         if self.architecture.stem_stride == 1:
             return features, self.head.weight, self.head.bias
         d, h, w = image.shape[2:]
-        return (
-            functional.upsample_add(None, features, self.head.weight, self.head.bias, (d, h, w)),
-            None,
-            None,
+        logits = functional.upsample_add(
+            None, features, self.head.weight, self.head.bias, (d, h, w), self.first_stride
         )
+        return logits, None, None
+
+    def _auxiliary_losses(self, trunk: Trunk, labels: Tensor, options: dict[str, Any]) -> list[Tensor]:
+        if labels.dim() == 5:
+            labels = labels[:, 0]
+        losses = []
+        for x, head in zip(trunk.auxiliary, self.auxiliary_heads, strict=True):
+            assert isinstance(head, nn.Conv3d)
+            d, h, w = (-(-full // part) for full, part in zip(labels.shape[1:], x.shape[2:], strict=True))
+            coarse = labels[:, ::d, ::h, ::w]
+            losses.append(functional.segmentation_loss(x, coarse, head.weight, head.bias, **options))
+        return losses
+
+
+def _per_axis(value: int, thick: int, thick_axis: int | None) -> Triple:
+    d, h, w = (thick if axis == thick_axis else value for axis in range(3))
+    return d, h, w

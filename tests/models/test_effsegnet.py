@@ -9,7 +9,7 @@ from tolerances import ATOL, EXACT, relative_error
 
 import effseg
 from effseg import EffSegNet, UNet3D
-from effseg.models.effsegnet import PRESETS
+from effseg.models.levels import PRESETS
 from effseg.models.stock import StockEffSegNet
 
 ODD = (2, 1, 33, 47, 38)
@@ -60,6 +60,24 @@ def test_loss_and_gradients_on_odd_sizes(norm):
 def test_every_preset(preset):
     ours, stock = pair(preset, channels=2)
     assert_same_step(ours, stock, *batch((1, 2, 17, 37, 20)))
+
+
+@pytest.mark.parametrize("memory", ["raw", "stream"])
+@pytest.mark.parametrize("preset", ["base", "tiny"])
+@pytest.mark.parametrize(
+    "options",
+    [{"auxiliary": True}, {"thick_axis": 0}, {"thick_axis": 1, "auxiliary": True}, {"thick_axis": 2}],
+    ids=str,
+)
+def test_auxiliary_heads_and_thick_slices(preset, options, memory):
+    torch.manual_seed(0)
+    stock = StockEffSegNet(1, 5, preset, **options).double()
+    ours = EffSegNet(1, 5, preset, memory=memory, **options).double()
+    ours.load_state_dict(stock.state_dict())
+    ours.slab_elements = 4000
+    image, labels = batch((1, 1, 19, 41, 38))
+    assert_same_step(ours, stock, image, labels)
+    assert torch.equal(ours.segment(image), stock.segment(image))
 
 
 @pytest.mark.parametrize("slab", [1, 5000, 10**9])
@@ -192,6 +210,8 @@ def test_bad_arguments_are_named():
         (lambda: EffSegNet(1, 3, preset="huge"), "preset: expected one of"),
         (lambda: EffSegNet(1, 3, norm="layer"), "norm: expected one of"),
         (lambda: EffSegNet(1, 3, memory="magic"), "memory: expected one of"),
+        (lambda: EffSegNet(1, 3, thick_axis=3), "thick_axis: expected"),
+        (lambda: EffSegNet(1, 3, recompute=-1), "recompute: expected"),
         (lambda: EffSegNet(1, 1), "num_classes: expected"),
         (lambda: EffSegNet(0, 3), "in_channels: expected"),
         (lambda: model(torch.randn(1, 2, 8, 8, 8)), "image: expected"),

@@ -269,27 +269,42 @@ def _halve(g: Tensor, dim: int) -> Tensor:
 
 
 class _UpsampleX2(torch.autograd.Function):
-    """Trilinear x2, axis by axis (the coarsest first). Saved: nothing."""
+    """Linear x2 along one axis after the other (D first). Saved: nothing."""
 
     @staticmethod
-    def forward(ctx, x, rows, height, width):  # type: ignore[no-untyped-def]
-        ctx.coarse_rows, ctx.fine_rows = x.shape[2], rows
-        fine = _double(x, 2, 2 * x.shape[2])[:, :, rows[0] : rows[1]]
-        return _double(_double(fine, 3, height), 4, width)
+    def forward(ctx, x, rows, height, width, factors):  # type: ignore[no-untyped-def]
+        ctx.coarse_rows, ctx.fine_rows, ctx.factors = x.shape[2], rows, factors
+        if factors[0] == 2:
+            x = _double(x, 2, 2 * x.shape[2])[:, :, rows[0] : rows[1]]
+        if factors[1] == 2:
+            x = _double(x, 3, height)
+        return _double(x, 4, width) if factors[2] == 2 else x.contiguous(memory_format=CHANNELS_LAST)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        lo, hi = ctx.fine_rows
-        grad = _halve(_halve(grad, 4), 3)
-        grad = F.pad(grad, (0, 0, 0, 0, lo, 2 * ctx.coarse_rows - hi))
-        return _halve(grad, 2), None, None, None
+        if ctx.factors[2] == 2:
+            grad = _halve(grad, 4)
+        if ctx.factors[1] == 2:
+            grad = _halve(grad, 3)
+        if ctx.factors[0] == 2:
+            lo, hi = ctx.fine_rows
+            grad = _halve(F.pad(grad, (0, 0, 0, 0, lo, 2 * ctx.coarse_rows - hi)), 2)
+        return grad, None, None, None, None
 
 
-def upsample_x2(x: Tensor, rows: tuple[int, int], height: int, width: int) -> Tensor:
+def upsample_x2(
+    x: Tensor,
+    rows: tuple[int, int],
+    height: int,
+    width: int,
+    factors: tuple[int, int, int] = (2, 2, 2),
+) -> Tensor:
     """Fine rows [rows[0], rows[1]) of trilinear x2 upsampling, cut to `height` and `width` (2n or 2n - 1).
+
+    An axis of factor 1 is left as it is; with factor 1 along D all rows are given.
 
     Equal to torch's `interpolate(scale_factor=2, mode="trilinear", align_corners=False)`, whose backward
     on CUDA adds atomically and so differs from run to run; this one does not.
     """
-    return _UpsampleX2.apply(x, rows, height, width)
+    return _UpsampleX2.apply(x, rows, height, width, factors)

@@ -1,0 +1,78 @@
+"""What EffSegNet is made of: presets, encoder levels, decoder levels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from effseg import functional
+from effseg.deferred import Deferred
+from effseg.modules import ConvNormAct3d, ResidualBlock3d
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """widths: channels per level, level i + 1 at half the resolution of level i; blocks: residual blocks
+    per level; stem_stride: 2 for a network without full-resolution features, whose logits are upsampled."""
+
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    stem_stride: int = 1
+
+
+PRESETS = {
+    "base": Architecture((16, 32, 48, 64, 64, 64), (0, 1, 1, 1, 1, 2)),
+    "large": Architecture((16, 32, 64, 96, 128, 128), (0, 1, 1, 1, 1, 2)),
+    "large-w32": Architecture((32, 48, 64, 96, 128, 128), (0, 1, 1, 1, 1, 2)),
+    "tiny": Architecture((32, 48, 64, 64, 64), (1, 1, 1, 1, 2), stem_stride=2),
+}
+
+
+class EncoderLevel(nn.Module):
+    """The unit that enters a level (with its stride), then residual blocks."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        blocks: int,
+        norm: str,
+        kernel_size: Triple = (3, 3, 3),
+        stride: Triple = (2, 2, 2),
+    ) -> None:
+        super().__init__()
+        self.enter = ConvNormAct3d(in_channels, channels, kernel_size, stride, norm=norm)
+        self.blocks = nn.ModuleList(ResidualBlock3d(channels, norm) for _ in range(blocks))
+
+    def deferred(self, x: Tensor | Deferred, slab_elements: int | None, recompute: bool = False) -> Deferred:
+        h = self.enter.deferred(x, slab_elements)
+        for block in self.blocks:
+            assert isinstance(block, ResidualBlock3d)
+            h = block.recomputed(h, slab_elements) if recompute else block.deferred(h, slab_elements)
+        return h
+
+
+class DecoderLevel(nn.Module):
+    """unit(skip + upsample(conv1x1(coarse))), upsampling by `factors`."""
+
+    def __init__(
+        self,
+        coarse_channels: int,
+        channels: int,
+        norm: str,
+        kernel_size: Triple = (3, 3, 3),
+        factors: Triple = (2, 2, 2),
+    ) -> None:
+        super().__init__()
+        self.lateral = nn.Conv3d(coarse_channels, channels, 1, bias=False)
+        self.unit = ConvNormAct3d(channels, channels, kernel_size, norm=norm)
+        self.factors = factors
+
+    def joined(self, skip: Deferred, coarse: Deferred) -> Deferred:
+        return functional.upsample_add(skip, coarse, self.lateral.weight, factors=self.factors)
+
+    def deferred(self, skip: Deferred, coarse: Deferred, slab_elements: int | None) -> Deferred:
+        return self.unit.deferred(self.joined(skip, coarse), slab_elements)
