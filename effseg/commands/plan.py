@@ -5,14 +5,14 @@ import json
 import re
 
 from effseg.errors import InputError
-from effseg.memory.planner import HEADROOM, Plan, Request, plan, total_gpu_memory
+from effseg.memory.planner import BASELINE, HEADROOM, MEMORY, Mode, Plan, Request, plan, total_gpu_memory
 from effseg.memory.report import OUTSIDE, MemoryReport
 from effseg.memory.units import format_bytes, parse_bytes
 from effseg.models import MODEL_NAMES
 
-HELP = """Predict the GPU memory of a training step on a whole volume (forward, loss, backward, optimizer),
-without a GPU and without the memory, and find the largest volume that fits; takes about a minute. Exit code 0
-if the volume fits, 1 if not."""
+HELP = """Predict the GPU memory of a training step on a whole volume (forward, loss, backward, optimizer) in
+every memory mode, without a GPU and without the memory, choose the mode with the least arithmetic that fits,
+and find the largest volume that does; takes about a minute. Exit code 0 if the volume fits, 1 if not."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="volumes in a step (default: 1)")
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="default: %(default)s")
     parser.add_argument(
+        "--memory",
+        choices=MEMORY,
+        default="auto",
+        help="auto (default): the mode with the least arithmetic that fits",
+    )
+    parser.add_argument(
         "--headroom",
         type=float,
         default=HEADROOM,
@@ -53,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         channels=args.channels,
         batch=args.batch,
         optimizer=args.optimizer,
+        memory=args.memory,
     )
     answer = plan(request, memory, args.headroom)
     print(json.dumps(answer.to_dict(), indent=2) if args.json else _text(answer))
@@ -76,14 +83,14 @@ def _text(answer: Plan) -> str:
         f"{'Fits' if answer.fits else 'Does not fit'}: training {report.model} on {size}, "
         f"batch {request.batch}, {request.classes} classes, {request.dtype}: "
         f"needs {need}, usable {usable} of {memory}",
-        "",
-        _line(report),
-        *report.split_lines("    "),
-        f"    {report.where}",
     ]
-    if answer.baseline is not report:
+    if answer.mode.settings is not None:
+        lines.append(f"Memory mode: {_mode(answer.mode)}")
+    lines += ["", _line(report), *report.split_lines("    "), f"    {report.where}"]
+    if request.model != BASELINE:
         share = report.peak / answer.baseline.peak
         lines += [_line(answer.baseline), f"    {report.model} needs {share:.1%} of that"]
+        lines += ["", *map(_row, answer.modes)]
     lines += [
         "",
         f"Largest that fits: cube {_size(answer.largest_cube, answer.largest_cube, answer.largest_cube)}, "
@@ -97,6 +104,19 @@ def _line(report: MemoryReport) -> str:
     return (
         f"{report.model:<12} {format_bytes(report.peak):>11}  {report.bytes_per_voxel:7.1f} B/voxel  "
         f"{report.parameters / 1e6:.2f} M parameters"
+    )
+
+
+def _mode(mode: Mode) -> str:
+    slab = "" if mode.slab_elements is None else f" ({mode.slab_elements} elements)"
+    return f"{mode.settings}{slab}, {mode.arithmetic:.2f} times the arithmetic of raw"
+
+
+def _row(mode: Mode) -> str:
+    report = mode.report
+    return (
+        f"{mode.settings!s:<44} {format_bytes(report.peak):>11}  {report.bytes_per_voxel:7.1f} B/voxel  "
+        f"arithmetic {mode.arithmetic:.2f}"
     )
 
 

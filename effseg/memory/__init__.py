@@ -1,16 +1,20 @@
 """Memory of a training step: predicted, measured, planned with."""
 
+from effseg.memory.choice import Choice, choose, configure
 from effseg.memory.measure import MeasuredMemory, measure_training_memory
 from effseg.memory.planner import Plan, Request, plan
 from effseg.memory.predict import peak_training_memory
 from effseg.memory.report import LiveTensor, MemoryReport
 
 __all__ = [
+    "Choice",
     "LiveTensor",
     "MeasuredMemory",
     "MemoryReport",
     "Plan",
     "Request",
+    "choose",
+    "configure",
     "measure_training_memory",
     "peak_training_memory",
     "plan",

@@ -13,7 +13,8 @@ def multiply_accumulates(func: Any, args: Any, out: Any) -> int:
         x, weight, transposed = args[0], args[1], args[6]
         return (x if transposed else out).numel() * weight[0].numel()
     if func is aten.convolution_backward.default:
-        grad, x, weight, transposed, (need_input, need_weight, _) = *args[:3], args[7], args[10]
+        grad, x, weight, transposed = args[0], args[1], args[2], args[7]
+        need_input, need_weight, _ = args[10]
         return (need_input + need_weight) * (x if transposed else grad).numel() * weight[0].numel()
     if func in (aten.mm.default, aten.bmm.default):
         return out.numel() * args[0].shape[-1]

@@ -1,52 +1,84 @@
-"""Does a volume fit on a GPU, and what is the largest one that does?"""
+"""Does a volume fit on a GPU, how, and what is the largest one that does?"""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from effseg.errors import InputError
+from effseg.memory import choice
+from effseg.memory.choice import HEADROOM, Settings, Step
+from effseg.memory.largest import STEP, Volume, largest
 from effseg.memory.predict import peak_training_memory
 from effseg.memory.report import MemoryReport
 from effseg.models import build_model
 
-BASELINE = "unet3d"
-STEP = 8  # voxels: how finely the largest sizes are told
+__all__ = ["BASELINE", "HEADROOM", "MEMORY", "STEP", "Mode", "Plan", "Request", "plan", "total_gpu_memory"]
 
-# Convolution workspace, rounding and fragmentation and the CUDA context are outside a prediction, so this
-# part of the memory is left to them.
-HEADROOM = 0.1
+BASELINE = "unet3d"
+MEMORY = ("auto", "raw", "stream")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One kind of training step. volume: (X, Y, Z) in voxels; classes: background included."""
+    """One kind of training step. volume: (X, Y, Z) in voxels; classes: background included; memory: one of
+    MEMORY, for networks that have modes."""
 
-    volume: tuple[int, int, int]
+    volume: Volume
     classes: int
     model: str = "effseg-base"
     dtype: str = "bf16"
     channels: int = 1
     batch: int = 1
     optimizer: str = "adamw"
+    memory: str = "auto"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to run the step. settings: None for a network that has but one way; arithmetic:
+    multiply-accumulates relative to mode raw."""
+
+    settings: Settings | None
+    slab_elements: int | None
+    report: MemoryReport
+    arithmetic: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "memory": self.settings and self.settings.memory,
+            "recompute_levels": self.settings.recompute_levels if self.settings else 0,
+            "slab_elements": self.slab_elements,
+            "peak": self.report.peak,
+            "bytes_per_voxel": self.report.bytes_per_voxel,
+            "arithmetic": self.arithmetic,
+        }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer: what the step needs, what the baseline needs, what fits; usable: bytes after headroom.
+    """The answer: how the step runs, what it and the baseline need, what fits; usable: bytes after headroom.
 
-    largest_cube: voxels along an edge; largest_slices: Z of the largest volume with the request's X and Y;
-    both in steps of STEP, 0 where not even STEP fits.
+    mode: the one with the least arithmetic that fits, or the one that needs least where none does; modes:
+    those looked at, the table of all; largest_cube: voxels along an edge; largest_slices: Z of the largest
+    volume with the request's X and Y; both in steps of STEP, 0 where not even STEP fits, by whatever mode
+    the request allows.
     """
 
     request: Request
     gpu_memory: int
     usable: int
-    report: MemoryReport
+    mode: Mode
+    modes: tuple[Mode, ...]
     baseline: MemoryReport
     largest_cube: int
     largest_slices: int
+
+    @property
+    def report(self) -> MemoryReport:
+        return self.mode.report
 
     @property
     def fits(self) -> bool:
@@ -58,6 +90,8 @@ class Plan:
             "fits": self.fits,
             "gpu_memory": self.gpu_memory,
             "usable": self.usable,
+            "mode": self.mode.to_dict(),
+            "modes": [mode.to_dict() for mode in self.modes],
             "prediction": self.report.to_dict(),
             "baseline": self.baseline.to_dict(),
             "largest_cube": [self.largest_cube] * 3,
@@ -66,7 +100,8 @@ class Plan:
 
 
 def plan(request: Request, gpu_memory: int, headroom: float = HEADROOM) -> Plan:
-    """Predict the step and search for the largest volumes; gpu_memory: bytes; headroom: fraction kept free.
+    """Predict the step in all modes and search for the largest volumes; gpu_memory: bytes; headroom: fraction
+    kept free.
 
     Every size that is said to fit was predicted itself, not extrapolated. Raises InputError for sizes,
     names or amounts that make no sense.
@@ -75,28 +110,21 @@ def plan(request: Request, gpu_memory: int, headroom: float = HEADROOM) -> Plan:
         raise InputError(f"headroom: expected a fraction from 0 to under 1, got {headroom}")
     if gpu_memory <= 0:
         raise InputError(f"gpu memory: expected more than 0 bytes, got {gpu_memory}")
+    if request.memory not in MEMORY:
+        raise InputError(f"memory: expected one of {', '.join(MEMORY)}, got {request.memory!r}")
     usable = int(gpu_memory * (1 - headroom))
-    report = predict(request, request.volume)
+    mode, modes, leanest = _modes(request, usable)
     x, y, _ = request.volume
+    search = partial(largest, partial(_predict, request, leanest), mode.report, usable)
     return Plan(
         request=request,
         gpu_memory=gpu_memory,
         usable=usable,
-        report=report,
-        baseline=report if request.model == BASELINE else predict(request, request.volume, BASELINE),
-        largest_cube=_largest(request, report, usable, lambda size: (size, size, size)),
-        largest_slices=_largest(request, report, usable, lambda size: (x, y, size)),
-    )
-
-
-def predict(request: Request, volume: Sequence[int], model: str | None = None) -> MemoryReport:
-    """The request's step on another volume, or with another network."""
-    name = model or request.model
-    return peak_training_memory(
-        lambda: build_model(name, request.channels, request.classes),
-        (request.batch, request.channels, *volume),
-        dtype=request.dtype,
-        optimizer=request.optimizer,
+        mode=mode,
+        modes=modes,
+        baseline=_stock(request, request.volume, BASELINE),
+        largest_cube=search(lambda size: (size, size, size)),
+        largest_slices=search(lambda size: (x, y, size)),
     )
 
 
@@ -107,43 +135,52 @@ def total_gpu_memory() -> int:
     return torch.cuda.get_device_properties(0).total_memory
 
 
-def _largest(
-    request: Request, known: MemoryReport, usable: int, volume: Callable[[int], tuple[int, int, int]]
-) -> int:
-    """The largest multiple of STEP whose volume fits.
+def _modes(request: Request, usable: int) -> tuple[Mode, tuple[Mode, ...], Settings | None]:
+    """The mode to run in, all modes looked at, and the settings that need least of those allowed.
 
-    A peak is a fixed part plus bytes per voxel that hardly change with the size, so a guess is nearly
-    right at once; it moves until a size fits and the next larger one is expected not to.
+    Thinner slabs are looked at only where nothing else fits.
     """
-    fixed = known.split["parameters"] + known.split["optimizer"]
-    per_voxel = (known.peak - fixed) / known.voxels
-    fitting, too_large = 0, None
-    while True:
-        size = _last(lambda s: fixed + per_voxel * _voxels(request, volume(s)) <= usable)  # noqa: B023
-        size = size if too_large is None else min(size, too_large - STEP)
-        if size <= fitting:
-            return fitting
-        try:
-            report = predict(request, volume(size))
-        except InputError:  # the request itself was fine, so this volume is too small for the network
-            return fitting
-        per_voxel = (report.peak - fixed) / report.voxels
-        if report.peak <= usable:
-            fitting = size
-        else:
-            too_large = size
+    step = _step(request, request.volume)
+    if step is None:
+        only = Mode(None, None, _stock(request, request.volume, request.model), 1.0)
+        return only, (only,), None
+    allowed = step.candidates(request.memory)
+    modes: list[Mode] = []
+    chosen: Mode | None = None
+    for settings in step.candidates():
+        if settings.rows is not None and (chosen is not None or settings not in allowed):
+            continue
+        report = choice.predict(step, settings)
+        arithmetic = report.macs / (modes[0].report if modes else report).macs
+        modes.append(Mode(settings, step.slab_elements(settings), report, arithmetic))
+        if chosen is None and settings in allowed and report.peak <= usable:
+            chosen = modes[-1]
+    least = min((mode for mode in modes if mode.settings in allowed), key=lambda mode: mode.report.peak)
+    return chosen or least, tuple(modes), allowed[-1]
 
 
-def _last(fits: Callable[[int], bool]) -> int:
-    """The last multiple of STEP that fits, where all before it do."""
-    low, high = 0, 1
-    while fits(high * STEP):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * STEP) else (low, middle)
-    return low * STEP
+def _step(request: Request, volume: Volume) -> Step | None:
+    """None for a network without memory modes."""
+    if not request.model.startswith("effseg-"):
+        return None
+    arguments = build_model(request.model, request.channels, request.classes).arguments
+    shape = (request.batch, request.channels, *volume)
+    return Step.of(arguments, shape, request.dtype, request.optimizer)
 
 
-def _voxels(request: Request, volume: tuple[int, int, int]) -> int:
-    return request.batch * volume[0] * volume[1] * volume[2]
+def _predict(request: Request, settings: Settings | None, volume: Volume) -> MemoryReport:
+    """The request's step on another volume."""
+    step = _step(request, volume)
+    if step is None or settings is None:
+        return _stock(request, volume, request.model)
+    return choice.predict(step, settings)
+
+
+@lru_cache(maxsize=256)
+def _stock(request: Request, volume: Volume, model: str) -> MemoryReport:
+    return peak_training_memory(
+        lambda: build_model(model, request.channels, request.classes),
+        (request.batch, request.channels, *volume),
+        dtype=request.dtype,
+        optimizer=request.optimizer,
+    )

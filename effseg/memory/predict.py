@@ -47,7 +47,8 @@ def peak_training_memory(
 
     The step runs on fake tensors (shapes and dtypes, no numbers) through the real autograd engine, while
     every storage's birth and death is followed: exact for the bytes of tensors. Of a sweep's equal slabs a
-    few stand for all. It cannot see what an operator allocates inside, such as convolution workspace. Raises InputError for unknown options.
+    few stand for all. It cannot see what an operator allocates inside, such as convolution workspace. Raises
+    InputError for unknown options.
     """
     if len(shape) != 5 or min(shape) < 1:
         raise InputError(f"shape: expected (N, C, D, H, W), each 1 or more, got {tuple(shape)}")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from effseg import cli
 from effseg.errors import InputError
 from effseg.memory import Request, planner
+from effseg.memory.largest import STEP, largest
 from effseg.memory.units import format_bytes, parse_bytes
 
 COMMAND = ["plan", "--volume", "32x32x24", "--classes", "4", "--model", "unet3d", "--dtype", "fp32"]
@@ -38,14 +39,13 @@ def test_format_bytes():
 def curve(fixed, per_voxel, bend):
     """Stands in for predictions: bytes per voxel that fall a little as volumes grow, as they do."""
 
-    def peak(request, volume, model=None):
-        voxels = request.batch * math.prod(volume)
+    def predict(volume):
+        voxels = math.prod(volume)
         split = {"parameters": fixed, "optimizer": 2 * fixed}
-        return SimpleNamespace(
-            peak=int(3 * fixed + voxels * per_voxel + bend * voxels**0.7), split=split, voxels=voxels
-        )
+        peak = int(3 * fixed + voxels * per_voxel + bend * voxels**0.7)
+        return SimpleNamespace(peak=peak, split=split, voxels=voxels, shape=(1, 1, *volume))
 
-    return peak
+    return predict
 
 
 @given(
@@ -56,26 +56,19 @@ def curve(fixed, per_voxel, bend):
     z=st.integers(1, 1000),
 )
 def test_largest_sizes_fit_and_the_next_do_not(usable, fixed, per_voxel, bend, z):
-    peak = curve(fixed, per_voxel, bend)
-    request = Request((128, 96, z), classes=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "predict", peak)
-        answer = planner.plan(request, usable, headroom=0)
-    for size, volume in (
-        (answer.largest_cube, lambda s: (s, s, s)),
-        (answer.largest_slices, lambda s: (128, 96, s)),
-    ):
-        assert size % planner.STEP == 0
-        assert size == 0 or peak(request, volume(size)).peak <= usable
-        assert peak(request, volume(size + planner.STEP)).peak > 0.98 * usable
-    assert answer.fits == (peak(request, request.volume).peak <= usable)
+    predict = curve(fixed, per_voxel, bend)
+    for volume in (lambda s: (s, s, s), lambda s: (128, 96, s)):
+        size = largest(predict, predict((128, 96, z)), usable, volume)
+        assert size % STEP == 0
+        assert size == 0 or predict(volume(size)).peak <= usable
+        assert predict(volume(size + STEP)).peak > 0.98 * usable
 
 
-def test_headroom_is_kept_free(monkeypatch):
-    monkeypatch.setattr(planner, "predict", curve(0, 1000, 0))
-    request = Request((100, 100, 100), classes=4)
-    assert planner.plan(request, 1_050_000_000, headroom=0).fits
-    assert not planner.plan(request, 1_050_000_000, headroom=0.1).fits
+def test_headroom_is_kept_free():
+    request = Request((32, 32, 24), classes=4, model="unet3d", dtype="fp32")
+    peak = planner.plan(request, 10**9).report.peak
+    assert planner.plan(request, peak, headroom=0).fits
+    assert not planner.plan(request, int(1.05 * peak), headroom=0.1).fits
 
 
 @pytest.mark.parametrize(("memory", "headroom"), [(0, 0.1), (10**9, 1.0), (10**9, -0.1)])
@@ -99,7 +92,7 @@ def test_command_says_when_nothing_fits(capsys):
     assert "Largest that fits: cube none, slices none" in capsys.readouterr().out
 
 
-def test_command_compares_with_the_baseline_in_json(capsys):
+def test_command_compares_modes_and_baseline_in_json(capsys):
     command = ["plan", "--volume", "32x32x40", "--classes", "4", "--gpu-memory", "90MB", "--json"]
     assert cli.main(command) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -110,6 +103,20 @@ def test_command_compares_with_the_baseline_in_json(capsys):
     assert answer["baseline"]["model"] == "unet3d"
     assert answer["baseline"]["peak"] > 5 * answer["prediction"]["peak"]
     assert answer["largest_slices"][:2] == [32, 32]
+    table = [(mode["memory"], mode["recompute_levels"]) for mode in answer["modes"]]
+    assert table == [("raw", 0), ("stream", 0), ("stream", 1), ("stream", 2)]
+    assert answer["mode"] == next(m for m in answer["modes"] if m["peak"] <= answer["usable"])
+    arithmetic = [mode["arithmetic"] for mode in answer["modes"]]
+    assert arithmetic[0] == 1 < arithmetic[1] < arithmetic[2] < arithmetic[3] < 1.5
+
+
+def test_command_keeps_to_the_mode_asked_for(capsys):
+    command = ["plan", "--volume", "64x64x64", "--classes", "4", "--gpu-memory", "10GB", "--memory", "stream"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "\nMemory mode: stream, 1." in out
+    assert "\nraw " in out
+    assert "\nstream, level 1 recomputed " in out
 
 
 @pytest.mark.parametrize(
@@ -124,6 +131,7 @@ def test_command_compares_with_the_baseline_in_json(capsys):
         (["--classes", "1"], "num_classes: expected 2 or more"),
         (["--channels", "0"], "expected"),
         (["--model", "unet4d"], "invalid choice: 'unet4d'"),
+        (["--memory", "none"], "invalid choice: 'none'"),
     ],
 )
 def test_bad_arguments_are_one_line(capsys, change, line):

@@ -1,0 +1,240 @@
+"""Choices of memory mode, recomputation and slabs, and the cheap predictions that they rest on."""
+
+import contextlib
+
+import pytest
+import torch
+
+from effseg import slabs
+from effseg.errors import InputError
+from effseg.memory import choice, peak_training_memory, predict
+from effseg.memory.choice import HEADROOM, Settings, Step, choose, choose_for, configure
+from effseg.models import build_model
+from effseg.models.effsegnet import EffSegNet
+from effseg.models.unet3d import UNet3D
+
+GB = 10**9
+BUDGETS = (8, 12, 16, 24, 80)
+ARGUMENTS = {"in_channels": 1, "num_classes": 15, "preset": "base"}
+ALL_SETTINGS = [
+    Settings("raw"),
+    Settings("stream"),
+    Settings("stream", 1),
+    Settings("stream", 2),
+    Settings("stream", 2, 4),
+    Settings("stream", 2, 1),
+]
+SMALL = (1, 1, 48, 32, 32)
+
+
+@pytest.fixture
+def every_slab(monkeypatch):
+    """A switch: from then on predictions visit all slabs."""
+
+    def switch():
+        monkeypatch.setattr(
+            predict, "abridged", lambda: contextlib.nullcontext(slabs.Abridgement()), raising=True
+        )
+
+    return switch
+
+
+def reports(shape, settings, every_slab, **options):
+    """The prediction as it is, and with all slabs visited."""
+
+    def build():
+        model = EffSegNet(**ARGUMENTS, memory=settings.memory)
+        model.recompute_levels = settings.recompute_levels
+        model.slab_elements = Step.of(ARGUMENTS, shape).slab_elements(settings)
+        return model
+
+    few = peak_training_memory(build, shape, **options)
+    every_slab()
+    return few, peak_training_memory(build, shape, **options)
+
+
+@pytest.mark.parametrize("settings", [Settings("raw", 0, 4), Settings("stream", 1, 4)], ids=str)
+def test_a_few_slabs_stand_for_all(settings, every_slab):
+    few, every = reports((1, 1, 25, 16, 16), settings, every_slab, dtype="fp32")
+    assert few.peak == pytest.approx(every.peak, rel=1e-3)
+    assert few.after_forward == pytest.approx(every.after_forward, rel=1e-3)
+    assert few.macs == pytest.approx(every.macs, rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("z", [128, 256, 512, 1024])
+@pytest.mark.parametrize("settings", ALL_SETTINGS, ids=str)
+def test_a_few_slabs_stand_for_all_of_a_ct(z, settings, every_slab):
+    few, every = reports((1, 1, 512, 512, z), settings, every_slab, device="cuda")
+    assert few.peak == pytest.approx(every.peak, rel=1e-3)
+    assert few.macs == pytest.approx(every.macs, rel=2e-3)
+
+
+def test_arithmetic_is_that_of_the_convolutions():
+    """The baseline's in closed form: forward, and twice that in backward but for the image's gradient."""
+    model, (n, c, *size) = UNet3D(1, 3), (1, 1, 16, 16, 32)
+    voxels = n * size[0] * size[1] * size[2]
+    at = {id(model.head): voxels}
+    for i, block in enumerate(model.encoder):
+        at |= {id(m): voxels // 8**i for m in block.modules()}
+    for i, (up, block) in enumerate(zip(model.up, model.decoder, strict=True)):
+        at |= {id(up): voxels // 8 ** (3 - i)} | {id(m): voxels // 8 ** (2 - i) for m in block.modules()}
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Conv3d | torch.nn.ConvTranspose3d)]
+    forward = sum(m.weight.numel() * at[id(m)] for m in layers)
+    expected = 3 * forward - layers[0].weight.numel() * voxels
+    assert peak_training_memory(model, (n, c, *size), dtype="fp32").macs == expected
+
+
+def test_streamed_layers_run_as_often_as_is_said():
+    """The first layer again in every sweep, the last one two more times, but for what halos add."""
+    step = Step.of(ARGUMENTS, (1, 1, 512, 32, 32))
+    raw, stream, recomputed = (
+        choice.predict(step, s).macs / (512 * 32 * 32)
+        for s in (Settings("raw"), Settings("stream"), Settings("stream", 1))
+    )
+    first, last, block = 27 * 16, 27 * 16 * 16, 2 * 27 * 32 * 32 / 8
+    assert 2 * last + 2 * first < stream - raw < 1.2 * (2 * last + 20 * first)
+    assert recomputed - stream == pytest.approx(block, rel=0.01)
+
+
+def choice_or_refusal(shape, budget):
+    try:
+        return choose("effseg-base", 1, 15, shape, "bf16", budget), ""
+    except InputError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize(
+    "z",
+    [
+        128,
+        pytest.param(256, marks=pytest.mark.slow),
+        pytest.param(512, marks=pytest.mark.slow),
+        pytest.param(1024, marks=pytest.mark.slow),
+    ],
+)
+def test_choices_for_a_ct_fit_their_budgets(z):
+    shape, found = (1, 1, 512, 512, z), []
+    step = Step.of(ARGUMENTS, shape)
+    for budget in BUDGETS:
+        chosen, refusal = choice_or_refusal(shape, budget * GB)
+        found.append(chosen)
+        if chosen is None:
+            assert min(choice.predict(step, s).peak for s in step.candidates()) > budget * GB
+            assert "the largest volume that fits is 512x512x" in refusal
+        else:
+            assert chosen.peak <= budget * GB
+            assert chosen.arithmetic <= 1.5
+            assert all(c.peak > budget * GB for c in chosen.candidates[:-1])
+            assert chosen.candidates[-1].peak == chosen.peak
+    arithmetic = [float("inf") if c is None else c.arithmetic for c in found]
+    assert arithmetic == sorted(arithmetic, reverse=True)
+    assert found[-1] is not None
+    assert z > 512 or found[0] is not None
+
+
+def flatness(shapes, settings):
+    """Largest over smallest bytes per voxel, without what does not depend on the volume."""
+    found = []
+    for shape in shapes:
+        report = choice.predict(Step.of(ARGUMENTS, (1, 1, *shape), "bf16", "adamw", "cpu"), settings)
+        fixed = report.split["parameters"] + report.split["optimizer"]
+        found.append((report.peak - fixed) / report.voxels)
+    return max(found) / min(found)
+
+
+@pytest.mark.parametrize("settings", [Settings("raw"), Settings("stream")], ids=str)
+def test_bytes_per_voxel_do_not_depend_on_the_volume(settings):
+    assert flatness([(512, 512, 128), (256, 256, 256)], settings) < 1.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [Settings("raw", 0, 2), Settings("stream", 0, 2)], ids=str)
+def test_bytes_per_voxel_from_small_to_large(settings):
+    """Thin slabs: on its own a sweep takes slabs of a few million voxels, which is all of a small volume."""
+    shapes = [(128, 128, 128), (256, 256, 256), (512, 512, 256), (512, 512, 512), (512, 512, 1024)]
+    assert flatness(shapes, settings) < 1.05
+
+
+def test_the_order_of_candidates():
+    assert Step.of(ARGUMENTS, (1, 1, 64, 64, 64)).candidates() == [
+        *ALL_SETTINGS[:4],
+        *(Settings("stream", 2, rows) for rows in (4, 2, 1)),
+    ]
+    assert Step.of(ARGUMENTS, (1, 1, 64, 64, 64)).candidates("raw") == [Settings("raw")]
+    assert Step.of(ARGUMENTS, (1, 1, 64, 64, 64)).candidates("stream")[0] == Settings("stream")
+    assert Step.of(ARGUMENTS, (1, 1, 2, 64, 64)).candidates()[-1] == Settings("stream", 2, 1)
+    tiny = Step.of(ARGUMENTS | {"preset": "tiny"}, (1, 1, 64, 64, 64)).candidates()
+    assert {settings.memory for settings in tiny} == {"raw"}
+
+
+def test_every_candidate_is_reached_by_some_budget():
+    step = Step.of(ARGUMENTS, (1, 1, 64, 64, 96), "fp32", "adamw", "cpu")
+    peaks = {s: choice.predict(step, s).peak for s in step.candidates()}
+    assert peaks[Settings("raw")] > peaks[Settings("stream")] > min(peaks.values())
+    for settings, peak in peaks.items():
+        before = [
+            p for s, p in peaks.items() if step.candidates().index(s) < step.candidates().index(settings)
+        ]
+        if peak < min(before, default=peak + 1):
+            assert choose_for(step, peak).settings == settings
+    with pytest.raises(InputError, match=r"needs .* or more \(.*\), the budget is .*; the largest volume"):
+        choose_for(step, min(peaks.values()) - 1)
+    with pytest.raises(InputError, match="no 64x64 volume fits") as caught:
+        choose_for(step, 10**6)
+    assert "\n" not in str(caught.value)
+
+
+def test_configure_sets_what_was_chosen_and_disturbs_nothing():
+    model = EffSegNet(1, 4)
+    state, grads = torch.get_rng_state(), torch.is_grad_enabled()
+    chosen = configure(model, SMALL, torch.float32, "50MB")
+    assert (model.active_memory, model.recompute_levels) == (chosen.memory, chosen.recompute_levels)
+    assert model.slab_elements == chosen.slab_elements
+    assert chosen.peak <= 50 * 10**6
+    with torch.no_grad():
+        assert configure(model, SMALL, torch.float32, 50 * 10**6) == chosen
+    assert torch.equal(state, torch.get_rng_state())
+    assert grads == torch.is_grad_enabled()
+
+
+def test_the_network_of_a_choice_is_the_one_that_is_trained():
+    """Other options of the constructor reach the prediction, those that a choice decides do not."""
+    arguments = build_model("effseg-large", 2, 7).arguments | {"norm": "batch", "memory_budget": "8GB"}
+    report = choice.predict(Step.of(arguments, (1, 2, 32, 32, 32), "fp32", "adamw", "cpu"), Settings("raw"))
+    like = EffSegNet(2, 7, preset="large", norm="batch")
+    assert report.parameters == sum(p.numel() for p in like.parameters())
+    assert report.peak == peak_training_memory(like, (1, 2, 32, 32, 32), dtype="fp32").peak
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"name": "unet3d"}, "model: expected one of effseg-base, .*, got 'unet3d'"),
+        ({"dtype": "fp8"}, "dtype: expected one of fp32, bf16, got 'fp8'"),
+        ({"device": "tpu"}, "device: expected one of cpu, cuda, got 'tpu'"),
+        ({"shape": (1, 2, 32, 32, 32)}, r"image: expected \(N, 1, D, H, W\)"),
+    ],
+)
+def test_wrong_arguments_are_named(change, line):
+    arguments = {
+        "name": "effseg-base", "in_channels": 1, "num_classes": 4, "shape": SMALL, "dtype": "fp32",
+        "budget": GB,
+    }  # fmt: skip
+    with pytest.raises(InputError, match=line):
+        choose(**(arguments | change))
+
+
+def test_configure_asks_for_what_it_cannot_know():
+    with pytest.raises(InputError, match=r"memory_budget: .* on cpu needs one"):
+        configure(EffSegNet(1, 4), SMALL, torch.float32, None)
+    with pytest.raises(InputError, match=r"auto knows .*, got float64"):
+        configure(EffSegNet(1, 4), SMALL, torch.float64, GB)
+
+
+def test_a_gpu_is_filled_but_for_the_headroom(monkeypatch):
+    total = 300 * 10**6
+    properties = type("Properties", (), {"total_memory": total})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    chosen = configure(EffSegNet(1, 4), SMALL, torch.bfloat16, None, torch.device("cuda"))
+    assert chosen.peak <= total * (1 - HEADROOM)
