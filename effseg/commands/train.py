@@ -103,6 +103,17 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         help="normalisation of effseg networks",
     )
     group.add_argument(
+        "--memory",
+        choices=("auto", "raw", "stream"),
+        default="auto",
+        help="what effseg networks keep for backward: raw (faster), stream (least), or what fits the GPU or "
+        "--memory-budget (default: auto; raw on a CPU without a budget)",
+    )
+    group.add_argument("--memory-budget", metavar="SIZE", help="for auto, such as 24GB (default: the GPU's)")
+    group.add_argument(
+        "--recompute", type=int, default=0, metavar="LEVELS", help="levels to run again in backward"
+    )
+    group.add_argument(
         "--class-weights",
         choices=("sqrt", "none"),
         default="sqrt",

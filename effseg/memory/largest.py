@@ -19,28 +19,31 @@ def largest(
 ) -> int:
     """The largest multiple of STEP whose volume fits, 0 where none does; known: the step at some volume.
 
-    Every size that is said to fit was predicted itself. A peak is a fixed part plus bytes per voxel that
-    hardly change with the size, so a guess is nearly right at once; it moves until a size fits and the next
-    larger one is expected not to.
+    Both it and the next size, which does not fit, were predicted themselves. A peak is a fixed part plus bytes
+    per voxel that hardly change with the size, so guesses along a straight line close in at once.
     """
     batch = known.shape[0]
-    fixed = known.split["parameters"] + known.split["optimizer"]
-    per_voxel = (known.peak - fixed) / known.voxels
-    fitting, too_large = 0, None
-    while True:
-        size = _last(lambda s: fixed + per_voxel * batch * prod(volume(s)) <= usable)  # noqa: B023
-        size = size if too_large is None else min(size, too_large - STEP)
-        if size <= fitting:
-            return fitting
+    fixed = float(known.split["parameters"] + known.split["optimizer"])
+    slope = (known.peak - fixed) / known.voxels
+    last = known
+    fitting, too_large = 0, 0
+    while too_large != fitting + STEP:
+        size = max(_last(lambda s: fixed + slope * batch * prod(volume(s)) <= usable), fitting + STEP)  # noqa: B023
+        size = min(size, too_large - STEP) if too_large else size
         try:
             report = predict(volume(size))
         except InputError:  # the network was fine with another volume, so this one is too small for it
             return fitting
-        per_voxel = (report.peak - fixed) / report.voxels
         if report.peak <= usable:
             fitting = size
         else:
             too_large = size
+        if report.voxels != last.voxels:
+            # Where small volumes' peaks hardly grow, larger ones' do.
+            least = report.peak / report.voxels / 4
+            slope = max((report.peak - last.peak) / (report.voxels - last.voxels), least)
+        fixed, last = report.peak - slope * report.voxels, report
+    return fitting
 
 
 def _last(fits: Callable[[int], bool]) -> int:

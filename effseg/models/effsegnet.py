@@ -15,7 +15,7 @@ from effseg.models.base import SegmentationModel, check_image, check_sizes
 from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, Triple
 from effseg.normalisation import NORMS
 
-MEMORY_MODES = ("raw", "stream")
+MEMORY_MODES = ("raw", "stream", "auto")
 AUXILIARY_WEIGHTS = (1.0, 0.5, 0.25)  # of the loss at strides 1, 2 and 4, divided by their sum
 
 
@@ -43,7 +43,11 @@ class EffSegNet(SegmentationModel):
     memory: what `loss` keeps for backward. ``raw``: one raw output per convolution. ``stream``: nothing of
         full resolution; the first and the last layer, the head and the loss run slab by slab from the image,
         the labels and half-resolution tensors, in forward and again in backward (``tiny`` has no such
-        layers: both are the same). The gradients are the same to rounding.
+        layers: both are the same). The gradients are the same to rounding. ``auto``: for each image size the
+        mode, the recomputation and the slabs that need the least arithmetic among those whose predicted peak
+        is within the budget; `segment` streams.
+    memory_budget: of ``auto``, for the whole training step with AdamW: bytes, or a text such as ``"24GB"``;
+        None: nine tenths of the GPU's memory.
     recompute: number of levels, from half resolution down, whose residual blocks keep only their output and
         run again in backward.
     auxiliary: also train heads on the decoder's levels at strides 2 and 4, against every second and fourth
@@ -70,6 +74,7 @@ class EffSegNet(SegmentationModel):
         preset: str = "base",
         norm: str = "instance",
         memory: str = "raw",
+        memory_budget: int | str | None = None,
         recompute: int = 0,
         auxiliary: bool = False,
         thick_axis: int | None = None,
@@ -83,17 +88,21 @@ class EffSegNet(SegmentationModel):
         ):
             if value not in known:
                 raise InputError(f"{option}: expected one of {', '.join(map(str, known))}, got {value!r}")
-        if recompute < 0:
-            raise InputError(f"recompute: expected 0 or more levels, got {recompute}")
+        if recompute < 0 or (memory == "auto" and recompute):
+            expected = "0, auto chooses it" if memory == "auto" else "0 or more levels"
+            raise InputError(f"recompute: expected {expected}, got {recompute}")
+        if memory_budget is not None and memory != "auto":
+            raise InputError(f"memory_budget: expected None with memory={memory!r}, got {memory_budget!r}")
         super().__init__(
             f"effseg-{preset}",
             dict(
                 in_channels=in_channels, num_classes=num_classes, preset=preset, norm=norm, memory=memory,
-                recompute=recompute, auxiliary=auxiliary, thick_axis=thick_axis,
+                memory_budget=memory_budget, recompute=recompute, auxiliary=auxiliary, thick_axis=thick_axis,
             ),
         )  # fmt: skip
         self.architecture = PRESETS[preset]
-        self.memory = memory
+        self.active_memory = memory
+        self._configured_for: tuple[Any, ...] = ()
         self.recompute_levels = recompute
         self.slab_elements: int | None = None
         widths, blocks, full = (
@@ -138,6 +147,8 @@ class EffSegNet(SegmentationModel):
 
     def loss(self, image: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Dice + cross-entropy without full-size logits: `effseg.functional.segmentation_loss`'s options."""
+        if self.arguments["memory"] == "auto":
+            self._configure(image)
         slab_options = {**options, "slab_elements": self.slab_elements}
         trunk = self._trunk(image, self.streams)
         if self.streams:
@@ -160,10 +171,11 @@ class EffSegNet(SegmentationModel):
     def segment(self, image: Tensor) -> Tensor:
         """The most probable class of every voxel, (N, D, H, W), uint8 (int16 for more than 256 classes).
 
-        With ``memory="stream"`` no full-resolution feature map exists.
+        Unless memory is ``raw``, no full-resolution feature map exists.
         """
-        trunk = self._trunk(image, self.streams)
-        if self.streams:
+        streams = self.architecture.stem_stride == 1 and self.arguments["memory"] != "raw"
+        trunk = self._trunk(image, streams)
+        if streams:
             joined = self._level(0).joined(trunk.skip, trunk.coarse)
             features = self._level(0).unit.streamed_layer(joined, self.slab_elements)
         else:
@@ -173,7 +185,17 @@ class EffSegNet(SegmentationModel):
     @property
     def streams(self) -> bool:
         """Without full-resolution features there is nothing to stream but the logits, which always are."""
-        return self.memory == "stream" and self.architecture.stem_stride == 1
+        return self.active_memory != "raw" and self.architecture.stem_stride == 1
+
+    def _configure(self, image: Tensor) -> None:
+        """Choose for this size, unless it was the last one's too."""
+        from effseg.memory.choice import configure  # which builds networks of this class
+
+        dtype = functional.compute_dtype(image.device, self.head.weight)
+        wanted = (tuple(image.shape), dtype, image.device)
+        if wanted != self._configured_for:
+            configure(self, image.shape, dtype, self.arguments["memory_budget"], image.device)
+            self._configured_for = wanted
 
     def _trunk(self, image: Tensor, streamed: bool) -> Trunk:
         """Everything but the last decoder level; streamed: the first layer is not stored."""

@@ -20,6 +20,8 @@ class TrainingConfig:
     output: the run's folder; made when absent, continued when it holds a run of the same configuration.
     model: a name of `effseg.models.MODEL_NAMES`.
     norm: "instance", "batch" or "group" for effseg models (the 3D U-Net always has batch norm).
+    memory: "raw", "stream" or "auto" for effseg models, see `EffSegNet`; auto is raw on a CPU without budget.
+    memory_budget: for "auto", such as "24GB"; None: the GPU's. recompute: levels, for raw and stream.
     labels: which labels to learn: a group of labels.json, ``GROUP:organ,organ`` or ``organ,organ``.
     cases: which cases to use, e.g. ``"case001-case016,case020"``; None: all labelled ones.
     validation: which cases validate, in the same language; they are looked for among all labelled cases
@@ -51,6 +53,9 @@ class TrainingConfig:
     output: Path
     model: str = "effseg-base"
     norm: Literal["instance", "batch", "group"] = "instance"
+    memory: Literal["raw", "stream", "auto"] = "auto"
+    memory_budget: str | None = None
+    recompute: int = 0
     labels: str | None = None
     cases: str | None = None
     validation: str | None = None
@@ -110,6 +115,12 @@ class TrainingConfig:
             _demand(self, name, getattr(self, name) in values, f"one of {', '.join(values)}")
         baseline = not self.model.startswith("effseg")
         _demand(self, "norm", self.norm == "instance" or not baseline, "a choice for effseg models only")
+        chosen = self.memory != "auto" or self.recompute or self.memory_budget is not None
+        _demand(self, "memory", not (baseline and chosen), "a choice for effseg models only")
+        _demand(self, "recompute", self.recompute >= 0, "0 or more levels")
+        _demand(self, "recompute", self.memory != "auto" or not self.recompute, "0, auto chooses it")
+        alone = self.memory == "auto" or self.memory_budget is None
+        _demand(self, "memory_budget", alone, "one with memory auto only")
         fold, patch, spacing = self.fold, self.patch_size, self.spacing
         good = fold is None or fold == "all" or (isinstance(fold, int) and fold >= 0)
         _demand(self, "fold", good, "0, 1, ... or 'all'")
@@ -165,6 +176,7 @@ class TrainingConfig:
 
 _CHOICES = {
     "norm": ("instance", "batch", "group"),
+    "memory": ("raw", "stream", "auto"),
     "class_weights": ("sqrt", "none"),
     "dtype": ("auto", "bf16", "fp32"),
     "crop": ("body", "none"),

@@ -50,7 +50,7 @@ class _Run:
         self.config, self.world, self.console = config, world, console
         self.data = load_training_data(config, world, self._say)
         torch.manual_seed(config.seed)
-        self.model = _network(config, self.data)
+        self.model = _network(config, self.data, world.device)
         self.model.to(world.device)
         self.sampler = Sampler(
             len(self.data.training), config.seed, config.batch_size, world.rank, world.size
@@ -261,8 +261,19 @@ class _Run:
         )
 
 
-def _network(config: TrainingConfig, data: TrainingData) -> SegmentationModel:
+def _network(config: TrainingConfig, data: TrainingData, device: torch.device) -> SegmentationModel:
     channels, classes = data.channels, data.label_map.num_classes
-    if config.norm == "instance" or not config.model.startswith("effseg-"):
+    if not config.model.startswith("effseg-"):
         return build_model(config.model, channels, classes)
-    return EffSegNet(channels, classes, preset=config.model.removeprefix("effseg-"), norm=config.norm)
+    memory = config.memory
+    if memory == "auto" and config.memory_budget is None and device.type == "cpu":
+        memory = "raw"  # a CPU's memory is not one program's
+    return EffSegNet(
+        channels,
+        classes,
+        preset=config.model.removeprefix("effseg-"),
+        norm=config.norm,
+        memory=memory,
+        memory_budget=config.memory_budget,
+        recompute=config.recompute,
+    )

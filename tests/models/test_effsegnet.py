@@ -80,6 +80,25 @@ def test_auxiliary_heads_and_thick_slices(preset, options, memory):
     assert torch.equal(ours.segment(image), stock.segment(image))
 
 
+def test_auto_chooses_by_the_budget_and_anew_for_another_size():
+    torch.manual_seed(0)
+    raw = EffSegNet(1, 5).double().float()
+    auto = EffSegNet(1, 5, memory="auto", memory_budget="200MB")
+    auto.load_state_dict(raw.state_dict())
+    modes = []
+    for size in (40, 72):
+        image, labels = batch((1, 1, size, size, size), dtype=torch.float32)
+        got, expected = (gradients(m, image, labels) for m in (auto, raw))
+        assert relative_error(got[0], expected[0]) < 1e-5
+        modes.append(auto.active_memory)
+        assert (auto.segment(image) == raw.segment(image)).float().mean() > 0.999
+    assert modes == ["raw", "stream"]
+    with pytest.raises(ValueError, match=r"memory: training effseg-base on 1x1x72x72x72 .* the budget is"):
+        EffSegNet(1, 5, memory="auto", memory_budget=30_000_000).loss(image, labels)
+    with pytest.raises(ValueError, match="memory_budget: memory='auto' on cpu needs one"):
+        EffSegNet(1, 5, memory="auto").loss(image, labels)
+
+
 @pytest.mark.parametrize("slab", [1, 5000, 10**9])
 def test_slabs_of_any_thickness(slab):
     ours, stock = pair()
@@ -212,6 +231,8 @@ def test_bad_arguments_are_named():
         (lambda: EffSegNet(1, 3, memory="magic"), "memory: expected one of"),
         (lambda: EffSegNet(1, 3, thick_axis=3), "thick_axis: expected"),
         (lambda: EffSegNet(1, 3, recompute=-1), "recompute: expected"),
+        (lambda: EffSegNet(1, 3, memory="auto", recompute=1), "recompute: expected 0, auto"),
+        (lambda: EffSegNet(1, 3, memory_budget="2GB"), "memory_budget: expected None"),
         (lambda: EffSegNet(1, 1), "num_classes: expected"),
         (lambda: EffSegNet(0, 3), "in_channels: expected"),
         (lambda: model(torch.randn(1, 2, 8, 8, 8)), "image: expected"),

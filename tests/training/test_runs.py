@@ -181,3 +181,10 @@ def test_bf16_on_a_cpu(config):
     ]
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize("options", [{"memory": "stream", "recompute": 1}, {"memory_budget": "1GB"}], ids=str)
+def test_memory_modes_learn_the_same(config, options, tmp_path):
+    expected = train(config.replace(output=tmp_path / "raw", memory="raw"))
+    got = train(config.replace(output=tmp_path / "other", **options))
+    assert got.losses == pytest.approx(expected.losses, rel=1e-3)
