@@ -282,7 +282,7 @@ def test_labels_that_are_no_class_are_refused():
 # ---------------------------------------------------------------- segmentation, copies
 @pytest.mark.parametrize("norm", ["instance", "batch", "group"])
 def test_segmentation(norm):
-    """With the batch's statistics, which batch norm tracks here too as torch's does, and with running ones."""
+    """With the batch's statistics, which batch norm tracks as torch's does, and with running ones."""
     models = trio(norm=norm)
     image, labels = batch(ODD)
     models[0].slab_elements = rows(4, ODD)
