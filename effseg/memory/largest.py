@@ -19,8 +19,8 @@ def largest(
 ) -> int:
     """The largest multiple of STEP whose volume fits, 0 where none does; known: the step at some volume.
 
-    Both it and the next size, which does not fit, were predicted themselves. A peak is a fixed part plus bytes
-    per voxel that hardly change with the size, so guesses along a straight line close in at once.
+    Both it and the next size, which does not fit, were predicted themselves. A peak is a fixed part plus
+    bytes per voxel that hardly change with the size, so guesses along a straight line close in at once.
     """
     batch = known.shape[0]
     fixed = float(known.split["parameters"] + known.split["optimizer"])

@@ -138,7 +138,7 @@ def flatness(shapes, settings):
     found = []
     for shape in shapes:
         report = choice.predict(Step.of(ARGUMENTS, (1, 1, *shape), "bf16", "adamw", "cpu"), settings)
-        fixed = report.split["parameters"] + report.split["optimizer"]
+        fixed = report.split["parameters"] + report.split["optimizer"] + 4 * report.parameters  # gradients
         found.append((report.peak - fixed) / report.voxels)
     return max(found) / min(found)
 

@@ -61,9 +61,16 @@ def test_largest_sizes_fit_and_the_next_do_not(usable, fixed, per_voxel, bend, z
         size = largest(predict, predict((128, 96, z)), usable, volume)
         assert size % STEP == 0
         assert size == 0 or predict(volume(size)).peak <= usable
-        assert predict(volume(size + STEP)).peak > 0.98 * usable
+        assert predict(volume(size + STEP)).peak > usable
 
 
+@pytest.fixture
+def no_search(monkeypatch):
+    """The search for the largest volumes takes most of the time, and has its own test."""
+    monkeypatch.setattr(planner, "largest", lambda *_: 40)
+
+
+@pytest.mark.usefixtures("no_search")
 def test_headroom_is_kept_free():
     request = Request((32, 32, 24), classes=4, model="unet3d", dtype="fp32")
     peak = planner.plan(request, 10**9).report.peak
@@ -92,6 +99,7 @@ def test_command_says_when_nothing_fits(capsys):
     assert "Largest that fits: cube none, slices none" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_search")
 def test_command_compares_modes_and_baseline_in_json(capsys):
     command = ["plan", "--volume", "32x32x40", "--classes", "4", "--gpu-memory", "90MB", "--json"]
     assert cli.main(command) == 0
@@ -102,7 +110,8 @@ def test_command_compares_modes_and_baseline_in_json(capsys):
     assert answer["prediction"]["peak"] == sum(answer["prediction"]["split"].values())
     assert answer["baseline"]["model"] == "unet3d"
     assert answer["baseline"]["peak"] > 5 * answer["prediction"]["peak"]
-    assert answer["largest_slices"][:2] == [32, 32]
+    assert answer["largest_cube"] == [40, 40, 40]
+    assert answer["largest_slices"] == [32, 32, 40]
     table = [(mode["memory"], mode["recompute_levels"]) for mode in answer["modes"]]
     assert table == [("raw", 0), ("stream", 0), ("stream", 1), ("stream", 2)]
     assert answer["mode"] == next(m for m in answer["modes"] if m["peak"] <= answer["usable"])
@@ -110,8 +119,9 @@ def test_command_compares_modes_and_baseline_in_json(capsys):
     assert arithmetic[0] == 1 < arithmetic[1] < arithmetic[2] < arithmetic[3] < 1.5
 
 
+@pytest.mark.usefixtures("no_search")
 def test_command_keeps_to_the_mode_asked_for(capsys):
-    command = ["plan", "--volume", "64x64x64", "--classes", "4", "--gpu-memory", "10GB", "--memory", "stream"]
+    command = ["plan", "--volume", "48x32x32", "--classes", "4", "--gpu-memory", "90MB", "--memory", "stream"]
     assert cli.main(command) == 0
     out = capsys.readouterr().out
     assert "\nMemory mode: stream, 1." in out
