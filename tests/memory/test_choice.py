@@ -1,6 +1,8 @@
 """Choices of memory mode, recomputation and slabs, and the cheap predictions that they rest on."""
 
 import contextlib
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,21 +170,35 @@ def test_the_order_of_candidates():
     assert {settings.memory for settings in tiny} == {"raw"}
 
 
-def test_every_candidate_is_reached_by_some_budget():
+def test_the_first_candidate_that_fits_is_chosen(monkeypatch):
+    """Peaks that fall along the list, with bytes per voxel that do not depend on the volume."""
     step = Step.of(ARGUMENTS, (1, 1, 64, 64, 96), "fp32", "adamw", "cpu")
-    peaks = {s: choice.predict(step, s).peak for s in step.candidates()}
-    assert peaks[Settings("raw")] > peaks[Settings("stream")] > min(peaks.values())
-    for settings, peak in peaks.items():
-        before = [
-            p for s, p in peaks.items() if step.candidates().index(s) < step.candidates().index(settings)
-        ]
-        if peak < min(before, default=peak + 1):
-            assert choose_for(step, peak).settings == settings
-    with pytest.raises(InputError, match=r"needs .* or more \(.*\), the budget is .*; the largest volume"):
-        choose_for(step, min(peaks.values()) - 1)
-    with pytest.raises(InputError, match="no 64x64 volume fits") as caught:
-        choose_for(step, 10**6)
-    assert "\n" not in str(caught.value)
+    per_voxel = {settings: 100 - 10 * i for i, settings in enumerate(step.candidates())}
+
+    def predicted(step, settings):
+        voxels = math.prod(step.shape)
+        return SimpleNamespace(
+            peak=voxels * per_voxel[settings], voxels=voxels, shape=step.shape,
+            macs=110 - per_voxel[settings],
+            split={"parameters": 0, "optimizer": 0}, model="effseg-base",
+        )  # fmt: skip
+
+    monkeypatch.setattr(choice, "predict", predicted)
+    voxels = math.prod(step.shape)
+    for i, (settings, count) in enumerate(per_voxel.items()):
+        chosen = choose_for(step, voxels * count)
+        assert chosen.settings == settings
+        assert chosen.slab_elements == (None if settings.rows is None else settings.rows * 16 * 64 * 96)
+        assert chosen.arithmetic == pytest.approx(1 + i)
+        assert [c.settings for c in chosen.candidates] == step.candidates()[: i + 1]
+    line = (
+        r"^memory: training effseg-base on 1x1x64x64x96 in fp32 needs 15.00 MiB or more \(stream, levels 1-2 "
+        r"recomputed, slabs of 1 row\), the budget is 15.00 MiB; the largest volume that fits is 64x64x88$"
+    )
+    with pytest.raises(InputError, match=line):
+        choose_for(step, voxels * min(per_voxel.values()) - 1)
+    with pytest.raises(InputError, match=r"no 64x64 volume fits$"):
+        choose_for(step, 1000)
 
 
 def test_configure_sets_what_was_chosen_and_disturbs_nothing():
