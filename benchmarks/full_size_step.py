@@ -29,7 +29,7 @@ from effseg.atomic import atomic_path
 from effseg.data.nifti import read_image, read_labels
 from effseg.data.preprocessing import CROPS, Preprocessing
 from effseg.errors import InputError
-from effseg.models.effsegnet import MEMORY_MODES, PRESETS
+from effseg.models.effsegnet import PRESETS
 
 GB = 1e9
 
@@ -64,9 +64,8 @@ class Run:
 
 
 def make_network(settings: Settings, channels: int, classes: int) -> EffSegNet:
-    model = EffSegNet(channels, classes, settings.preset, memory=settings.memory)
-    model.recompute_levels = settings.recompute_levels
-    return model
+    recompute = settings.recompute_levels
+    return EffSegNet(channels, classes, settings.preset, memory=settings.memory, recompute=recompute)
 
 
 def read_batch(settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +160,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--labels", required=True, help="label map on the same grid, classes 0, 1, 2 ...")
     parser.add_argument("--crop", choices=CROPS, default="none")
     parser.add_argument("--preset", choices=PRESETS, default="base")
-    parser.add_argument("--memory", choices=MEMORY_MODES, default="stream")
+    parser.add_argument("--memory", choices=("raw", "stream"), default="stream")
     parser.add_argument("--recompute-levels", type=int, default=0)
     parser.add_argument("--classes", type=int, help="of the network; default: as many as the label map has")
     parser.add_argument("--steps", type=int, default=3)
