@@ -206,9 +206,15 @@ def test_any_size(size, levels):
 
 
 @pytest.mark.parametrize(
-    "frozen", ["encoder", "head", "norm", "decoder.0.unit", "encoder.0", "decoder", "conv"]
+    ("frozen", "norm"),
+    [
+        *(
+            (part, "instance")
+            for part in ("encoder", "head", "decoder.0.unit", "encoder.0", "decoder", "conv")
+        ),
+        *(("norm", norm) for norm in ("instance", "batch", "group")),
+    ],
 )
-@pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_frozen_parameters(frozen, norm):
     models = trio(norm=norm)
     models[0].recompute_levels = 1
@@ -484,14 +490,15 @@ def test_predicted_peak_of_a_512_cube(dtype, levels, classes, preset, bar):
 
 
 @pytest.mark.parametrize(
-    ("shape", "slab"),
+    ("shape", "slab", "levels"),
     [
-        ((1, 1, 48, 40, 40), 2**16),
-        pytest.param((1, 1, 96, 96, 96), None, marks=pytest.mark.slow),
+        ((1, 1, 48, 40, 40), 2**16, 0),
+        pytest.param((1, 1, 48, 40, 40), 2**16, 1, marks=pytest.mark.slow),
+        pytest.param((1, 1, 96, 96, 96), None, 0, marks=pytest.mark.slow),
+        pytest.param((1, 1, 96, 96, 96), None, 1, marks=pytest.mark.slow),
     ],
-    ids=["thin-slabs", "96"],
+    ids=["thin-slabs", "thin-slabs-recomputed", "96", "96-recomputed"],
 )
-@pytest.mark.parametrize("levels", [0, 1])
 def test_prediction_equals_the_measured_step(shape, slab, levels):
     make = lambda: network("stream", 1, 15, recompute=levels, slab=slab)  # noqa: E731
     predicted = peak_training_memory(make, shape, dtype="fp32")
