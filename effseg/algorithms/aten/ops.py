@@ -56,7 +56,11 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pa
     weight = weight.contiguous(memory_format=CHANNELS_LAST)
     if _avoids_onednn(padded):
         return aten.mkldnn_convolution(padded, weight, bias, padding, window.stride, [1] * 3, 1)
-    return aten.convolution(padded, weight, bias, window.stride, padding, [1] * 3, False, [0] * 3, 1)
+    y = aten.convolution(padded, weight, bias, window.stride, padding, [1] * 3, False, [0] * 3, 1)
+    if isinstance(y, FakeTensor):  # whose convolution does not know that five axes can be channels last
+        _, c, d, h, w = y.shape
+        return y.as_strided(y.shape, (c * d * h * w, 1, h * w * c, w * c, c))
+    return y
 
 
 def _avoids_onednn(x: Tensor) -> bool:
