@@ -45,7 +45,7 @@ class NormSums:
             torch.mul(p, left[2], out=left[1])
             centred = right[3]
             torch.sub(matrix(y[:, :, part]), mean[:, None], out=centred)
-            right[0].fill_(slope).masked_fill_(matrix(a[:, :, part]) > 0, 1.0)
+            right[0].copy_(matrix(a[:, :, part] > 0)).mul_(1.0 - slope).add_(slope)
             torch.mul(right[0], centred, out=right[1])
             torch.mul(right[0], self.weight.to(p.dtype).t() @ p, out=right[2])
             centred.mul_(right[2])
