@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from effseg.device import find_device
 from effseg.errors import InputError
 
 # Long, since processes wait for each other while a first run prepares a large data set.
@@ -77,7 +78,7 @@ def join_world(device: str) -> Iterator[World]:
     GPU each. Raises InputError for a device that is not there.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0)
+    chosen = find_device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size == 1:
@@ -88,22 +89,3 @@ def join_world(device: str) -> Iterator[World]:
         yield World(int(os.environ["RANK"]), size, chosen)
     finally:
         dist.destroy_process_group()
-
-
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda":
-        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    index = local_rank if device.index is None else device.index
-    if not torch.cuda.is_available():
-        raise InputError(f"device: {name} asked for, but torch {torch.__version__} finds no CUDA GPU")
-    if index >= torch.cuda.device_count():
-        raise InputError(f"device: cuda:{index} asked for, but there are {torch.cuda.device_count()} GPUs")
-    return torch.device("cuda", index)

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from kept import bytes_kept_for_backward
 from tolerances import ATOL, EXACT, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -350,25 +351,6 @@ def test_step_in_low_precision(autocast, levels, classes):
 
 
 # ---------------------------------------------------------------- memory
-def kept_for_backward(model, image, labels, autocast):
-    """Every storage that autograd keeps, parameters aside, counted once, in bytes."""
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = (storage.nbytes(), t)  # alive, so that no address is used twice
-        return t
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
-        model.loss(image, labels)
-    return sum(n for n, _ in kept.values()), [t for _, t in kept.values()]
-
-
 @pytest.mark.parametrize(("autocast", "bar"), [(True, 49), (False, 92)], ids=["bf16", "fp32"])
 def test_bytes_kept_for_backward(autocast, bar):
     """Per voxel, in bf16, 44.3: the batch (float32 image 4, uint8 labels 1), the four raw outputs of 32
@@ -377,21 +359,7 @@ def test_bytes_kept_for_backward(autocast, bar):
     sums. The bar is 10 % above; a single tensor more at half the resolution breaks it."""
     image, labels = batch(CUBE, 15, torch.float32)
     model = network("stream", 1, 15)
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = (storage.nbytes(), t)  # alive, so that no address is used twice
-        return t
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
-        model.loss(image, labels)
-    per_voxel = sum(n for n, _ in kept.values()) / image.numel()
+    per_voxel = bytes_kept_for_backward(model, image, labels, autocast) / image.numel()
     assert 0.85 * bar < per_voxel <= bar
 
 
