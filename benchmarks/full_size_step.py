@@ -28,6 +28,7 @@ from effseg import EffSegNet, UNet3D, peak_training_memory
 from effseg.atomic import atomic_path
 from effseg.data.nifti import read_image, read_labels
 from effseg.data.preprocessing import CROPS, Preprocessing
+from effseg.device import keep_freed_memory
 from effseg.errors import InputError
 from effseg.models.effsegnet import PRESETS
 
@@ -78,6 +79,7 @@ def read_batch(settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(settings: Settings) -> Run:
+    keep_freed_memory()
     torch.manual_seed(0)
     image, labels = read_batch(settings)
     classes = settings.classes or max(2, int(labels.max()) + 1)

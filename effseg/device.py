@@ -1,4 +1,7 @@
-"""The device that a command runs on."""
+"""The device that a command runs on, and how its memory is used again."""
+
+import ctypes
+import sys
 
 import torch
 
@@ -26,3 +29,22 @@ def find_device(name: str, index: int = 0) -> torch.device:
     if device.index >= torch.cuda.device_count():
         raise InputError(f"device: {device} asked for, but there are {torch.cuda.device_count()} GPUs")
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that tensors free on the CPU, for the next ones.
+
+    glibc maps every tensor of 32 MiB or more from the kernel and gives it back when it is freed, so that
+    each of its pages is cleared again on the next allocation: half the time of a training step with slabs of
+    512 x 512 planes. Resident memory stays at its peak (about a seventh above what is live at once, in
+    such a step). For programs of their own; elsewhere than on glibc it does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_TRIM_THRESHOLD, ... of malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)  # never
+    mallopt(top_pad, 2**26)

@@ -16,23 +16,28 @@ from dataclasses import dataclass
 # Tensors under 32 MiB come from glibc's heap and are used again at once, where larger ones are mapped and
 # their pages cleared on every allocation: on a CPU that costs more than the arithmetic of an elementwise
 # pass (11 ms against 0.7 ms for 16 x 32 x 128 x 128 floats).
-MIN_SLAB_ELEMENTS = 2**22
-# Of a large tensor a slab holds this fraction, unless that is less than MIN_ROWS.
+THICK_SLAB_ELEMENTS = 2**22
+# The share of a tensor that a slab holds where that is more, and everywhere with SHARE.
 SLAB_FRACTION = 1 / 32
-MIN_ROWS = 8
+# Thinner slabs are mostly halo.
+MIN_ROWS = 4
+# As `slab_elements`: slabs of the same share of every tensor, so that what a step needs grows with the volume
+# and nothing else. Small volumes run faster in fewer slabs.
+SHARE = 0
 
 
 def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None = None) -> int:
     """Rows in a slab of a tensor of `rows` rows with `row_elements` elements each.
 
-    `slab_elements` asks for slabs of about so many elements and may give slabs of a single row; without
-    it a slab holds SLAB_FRACTION of the tensor, but at least MIN_SLAB_ELEMENTS and MIN_ROWS.
+    `slab_elements` asks for slabs of about so many elements and may give slabs of a single row; SHARE asks
+    for SLAB_FRACTION of the tensor, but at least MIN_ROWS; None for that or THICK_SLAB_ELEMENTS, if more.
     """
-    if slab_elements is not None:
+    if slab_elements:
         return max(1, min(rows, slab_elements // row_elements))
-    elements = max(MIN_SLAB_ELEMENTS, int(rows * row_elements * SLAB_FRACTION))
-    thickness = max(MIN_ROWS, elements // row_elements)
-    # Equal slabs: a thin rest would be all halo, and small float32 slabs fall out of oneDNN.
+    thickness = max(MIN_ROWS, int(rows * SLAB_FRACTION))
+    if slab_elements is None:
+        thickness = max(thickness, THICK_SLAB_ELEMENTS // row_elements)
+    # Equal slabs: a thin rest would be all halo.
     return math.ceil(rows / math.ceil(rows / thickness))
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effseg.slabs import MIN_SLAB_ELEMENTS, Window, rows_per_slab, slabs
+from effseg.slabs import MIN_ROWS, SHARE, SLAB_FRACTION, THICK_SLAB_ELEMENTS, Window, rows_per_slab, slabs
 
 
 @given(st.integers(1, 700), st.integers(1, 2**24), st.one_of(st.none(), st.integers(1, 2**26)))
@@ -18,15 +18,20 @@ def test_slabs_partition_every_sample(samples, rows, thickness):
     assert seen == [(n, row) for n in range(samples) for row in range(rows)]
 
 
-def test_thickness_of_a_full_ct_is_a_small_share_of_it():
-    assert rows_per_slab(512, 16 * 512 * 512) == 16
-    assert rows_per_slab(128, 16 * 128 * 128) * 16 * 128 * 128 <= MIN_SLAB_ELEMENTS
+@pytest.mark.parametrize("rows", [128, 256, 512, 1024])
+def test_a_slab_is_the_same_share_of_any_ct(rows):
+    assert rows_per_slab(rows, 16 * rows * 512, SHARE) == rows * SLAB_FRACTION
+
+
+def test_slabs_of_a_small_volume_are_thick():
+    assert rows_per_slab(512, 16 * 512 * 512) == 512 * SLAB_FRACTION
+    assert rows_per_slab(128, 16 * 128 * 128) * 16 * 128 * 128 == THICK_SLAB_ELEMENTS
 
 
 def test_slabs_are_of_about_equal_thickness():
     """A rest of one row would be all halo."""
-    thickness = rows_per_slab(33, MIN_SLAB_ELEMENTS // 16)
-    assert 33 % thickness == 0 or 33 % thickness > thickness // 2
+    assert MIN_ROWS < 5
+    assert rows_per_slab(5, 2**20, SHARE) == 3
 
 
 @given(

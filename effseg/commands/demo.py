@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from effseg.demo import run_demo
+    from effseg.device import keep_freed_memory
 
+    keep_freed_memory()
     run_demo(args.output, args.minutes, args.seed, console=Console())
     return 0

@@ -46,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from effseg.device import find_device
+    from effseg.device import find_device, keep_freed_memory
     from effseg.inference import load_predictor, predict_files
 
+    keep_freed_memory()
     device = find_device(args.device)
     predictor = load_predictor(
         args.checkpoint,

@@ -24,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from effseg.device import keep_freed_memory
     from effseg.training import TrainingConfig, train
 
+    keep_freed_memory()
     values = vars(args).copy()
     overwrite = values.pop("overwrite")
     for name in ("patch_size", "spacing"):

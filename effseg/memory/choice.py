@@ -16,14 +16,14 @@ from effseg.memory.report import MemoryReport
 from effseg.memory.units import format_bytes, parse_bytes
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.levels import PRESETS
-from effseg.slabs import rows_per_slab
+from effseg.slabs import SHARE, THICK_SLAB_ELEMENTS, rows_per_slab
 
 # Convolution workspace, rounding and fragmentation and the CUDA context are outside a prediction, so this
 # part of a GPU's memory is left to them.
 HEADROOM = 0.1
 
 RECOMPUTE_LEVELS = (1, 2)  # a block of level 3 would save half a byte per voxel
-THIN_SLABS = (4, 2, 1)  # rows; on its own a sweep takes slabs of 8 or more
+THIN_SLABS = (4, 2, 1)  # rows
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}
 
 
@@ -75,9 +75,12 @@ class Step:
         streams = PRESETS[self.preset].stem_stride == 1
         lean = "stream" if streams else "raw"
         most = RECOMPUTE_LEVELS[-1]
-        found = [Settings("raw"), *[Settings(lean)] * streams]
+        usual = rows_per_slab(*self._finest(), SHARE)
+        thick = rows_per_slab(*self._finest(), THICK_SLAB_ELEMENTS)
+        found = [Settings("raw")]
+        if streams:
+            found += [Settings(lean, 0, thick)] * (thick > usual) + [Settings(lean)]
         found += [Settings(lean, levels) for levels in RECOMPUTE_LEVELS]
-        usual = rows_per_slab(*self._finest())
         found += [Settings(lean, most, rows) for rows in THIN_SLABS if rows < usual]
         if memory == "raw":
             return found[:1]

@@ -14,6 +14,7 @@ from effseg.errors import InputError
 from effseg.models.base import SegmentationModel, check_image, check_sizes
 from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, Triple
 from effseg.normalisation import NORMS
+from effseg.slabs import SHARE
 
 MEMORY_MODES = ("raw", "stream", "auto")
 AUXILIARY_WEIGHTS = (1.0, 0.5, 0.25)  # of the loss at strides 1, 2 and 4, divided by their sum
@@ -104,7 +105,7 @@ class EffSegNet(SegmentationModel):
         self.active_memory = memory
         self._configured_for: tuple[Any, ...] = ()
         self.recompute_levels = recompute
-        self.slab_elements: int | None = None
+        self.slab_elements: int | None = None  # of a training step's slabs: see `effseg.slabs`
         widths, blocks, full = (
             self.architecture.widths,
             self.architecture.blocks,
@@ -139,7 +140,7 @@ class EffSegNet(SegmentationModel):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (N, K, D, H, W) in the compute dtype; `loss` and `segment` need far less memory."""
-        features = self._last(self._trunk(image, streamed=False))
+        features = self._last(self._trunk(image, False, self.slab_elements), self.slab_elements)
         x, weight, bias = self._head(features, image)
         if weight is None:
             return functional.materialise(x, slab_elements=self.slab_elements)
@@ -149,8 +150,9 @@ class EffSegNet(SegmentationModel):
         """Dice + cross-entropy without full-size logits: `effseg.functional.segmentation_loss`'s options."""
         if self.arguments["memory"] == "auto":
             self._configure(image)
-        slab_options = {**options, "slab_elements": self.slab_elements}
-        trunk = self._trunk(image, self.streams)
+        slab = SHARE if self.streams and self.slab_elements is None else self.slab_elements
+        slab_options = {**options, "slab_elements": slab}
+        trunk = self._trunk(image, self.streams, slab)
         if self.streams:
             unit = self._level(0).unit
             loss = functional.tail_segmentation_loss(
@@ -159,7 +161,7 @@ class EffSegNet(SegmentationModel):
                 self.head.weight, self.head.bias, **slab_options,
             )  # fmt: skip
         else:
-            x, weight, bias = self._head(self._last(trunk), image)
+            x, weight, bias = self._head(self._last(trunk, slab), image)
             loss = functional.segmentation_loss(x, labels, weight, bias, **slab_options)
         if not self.auxiliary_heads:
             return loss
@@ -174,12 +176,12 @@ class EffSegNet(SegmentationModel):
         Unless memory is ``raw``, no full-resolution feature map exists.
         """
         streams = self.architecture.stem_stride == 1 and self.arguments["memory"] != "raw"
-        trunk = self._trunk(image, streams)
+        trunk = self._trunk(image, streams, self.slab_elements)
         if streams:
             joined = self._level(0).joined(trunk.skip, trunk.coarse)
             features = self._level(0).unit.streamed_layer(joined, self.slab_elements)
         else:
-            features = self._last(trunk)
+            features = self._last(trunk, self.slab_elements)
         return functional.segment(*self._head(features, image), slab_elements=self.slab_elements)
 
     @property
@@ -197,27 +199,27 @@ class EffSegNet(SegmentationModel):
             configure(self, image.shape, dtype, self.arguments["memory_budget"], image.device)
             self._configured_for = wanted
 
-    def _trunk(self, image: Tensor, streamed: bool) -> Trunk:
+    def _trunk(self, image: Tensor, streamed: bool, slab: int | None) -> Trunk:
         """Everything but the last decoder level; streamed: the first layer is not stored."""
         check_image(image, self.arguments["in_channels"])
         levels: list[Deferred] = []
         for i, level in enumerate(self.encoder):
             assert isinstance(level, EncoderLevel)
             if i == 0 and streamed:
-                levels.append(level.enter.streamed(image, self.slab_elements))
+                levels.append(level.enter.streamed(image, slab))
             else:
                 recompute = 0 < i <= self.recompute_levels
-                levels.append(level.deferred(levels[-1] if levels else image, self.slab_elements, recompute))
+                levels.append(level.deferred(levels[-1] if levels else image, slab, recompute))
         h = levels.pop()
         auxiliary: list[Deferred] = []
         for i in reversed(range(1, len(self.decoder))):
-            h = self._level(i).deferred(levels.pop(), h, self.slab_elements)
+            h = self._level(i).deferred(levels.pop(), h, slab)
             auxiliary.insert(0, h)
         return Trunk(levels.pop(), h, auxiliary[: len(self.auxiliary_heads)])
 
-    def _last(self, trunk: Trunk) -> Deferred:
+    def _last(self, trunk: Trunk, slab: int | None) -> Deferred:
         """The last decoder level, stored: (N, widths[0], D, H, W), half of that for ``tiny``."""
-        return self._level(0).deferred(trunk.skip, trunk.coarse, self.slab_elements)
+        return self._level(0).deferred(trunk.skip, trunk.coarse, slab)
 
     def _level(self, i: int) -> DecoderLevel:
         return cast(DecoderLevel, self.decoder[i])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tolerances import assert_exact, assert_no_worse_than_torch, relative_error
 
 from effseg.algorithms.aten import ops
+from effseg.slabs import Window
 
 LAST = torch.channels_last_3d
 
@@ -55,6 +56,28 @@ def _upsample(x):
 
 def _interpolate(x):
     return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
+
+
+@pytest.mark.parametrize(
+    "window", [Window((3, 3, 3)), Window((3, 3, 3), (2, 2, 1)), Window((1, 3, 3))], ids=str
+)
+@pytest.mark.parametrize("pad", [(1, 1), (1, 0), (0, 0)])
+def test_gradients_of_a_slab_of_few_rows(window, pad):
+    """Few rows of wide float32 planes reach oneDNN with the rows last."""
+    torch.manual_seed(0)
+    results = []
+    x = features(1, 16, 3, 40, 40, dtype=torch.float32).to(memory_format=torch.channels_last_3d)
+    weight = torch.randn(24, 16, *window.kernel)
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        y = ops.convolution(*leaves, None, window, pad)
+        assert y.shape[3:].numel() * 16 > ops.ONEDNN_ELEMENTS or window.stride[1] > 1
+        torch.manual_seed(1)
+        grad = torch.randn(y.shape).to(dtype)
+        results.append((y, *torch.autograd.grad(y, leaves, grad)))
+    for got, expected in zip(*results, strict=True):
+        assert got.shape == expected.shape
+        assert relative_error(got, expected) <= 1e-6
 
 
 @pytest.mark.parametrize("slope", [0.01, 0.0, 1.0, 0.3])

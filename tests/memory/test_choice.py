@@ -135,36 +135,46 @@ def test_choices_for_a_ct_fit_their_budgets(z):
     assert z > 512 or found[0] is not None
 
 
-def flatness(shapes, settings):
-    """Largest over smallest bytes per voxel, without what does not depend on the volume."""
+def flatness(shapes, dtype):
+    """Largest over smallest bytes per voxel, without weights and optimizer, which no volume changes."""
     found = []
     for shape in shapes:
-        report = choice.predict(Step.of(ARGUMENTS, (1, 1, *shape), "bf16", "adamw", "cpu"), settings)
-        fixed = report.split["parameters"] + report.split["optimizer"] + 4 * report.parameters  # gradients
+        report = choice.predict(Step.of(ARGUMENTS, (1, 1, *shape), dtype, "adamw", "cpu"), Settings("stream"))
+        fixed = report.split["parameters"] + report.split["optimizer"]
         found.append((report.peak - fixed) / report.voxels)
     return max(found) / min(found)
 
 
-@pytest.mark.parametrize("settings", [Settings("raw"), Settings("stream")], ids=str)
-def test_bytes_per_voxel_do_not_depend_on_the_volume(settings):
-    assert flatness([(512, 512, 128), (256, 256, 256)], settings) < 1.05
+def test_bytes_per_voxel_do_not_depend_on_the_volume():
+    assert flatness([(128, 128, 128), (512, 512, 256)], "bf16") < 1.05
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [Settings("raw", 0, 2), Settings("stream", 0, 2)], ids=str)
-def test_bytes_per_voxel_from_small_to_large(settings):
-    """Thin slabs: on its own a sweep takes slabs of a few million voxels, which is all of a small volume."""
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_bytes_per_voxel_from_small_to_large(dtype):
     shapes = [(128, 128, 128), (256, 256, 256), (512, 512, 256), (512, 512, 512), (512, 512, 1024)]
-    assert flatness(shapes, settings) < 1.05
+    assert flatness(shapes, dtype) < 1.05
 
 
 def test_the_order_of_candidates():
-    assert Step.of(ARGUMENTS, (1, 1, 64, 64, 64)).candidates() == [
+    assert Step.of(ARGUMENTS, (1, 1, 512, 512, 512)).candidates() == [
         *ALL_SETTINGS[:4],
         *(Settings("stream", 2, rows) for rows in (4, 2, 1)),
     ]
+    assert (
+        Step.of(ARGUMENTS, (1, 1, 64, 64, 64)).candidates()
+        == [
+            Settings("raw"),
+            Settings("stream", 0, 64),  # slabs so thick that there is one
+            *ALL_SETTINGS[1:4],
+            *(Settings("stream", 2, rows) for rows in (2, 1)),
+        ]
+    )
     assert Step.of(ARGUMENTS, (1, 1, 64, 64, 64)).candidates("raw") == [Settings("raw")]
-    assert Step.of(ARGUMENTS, (1, 1, 64, 64, 64)).candidates("stream")[0] == Settings("stream")
+    assert Step.of(ARGUMENTS, (1, 1, 64, 64, 64)).candidates("stream")[:2] == [
+        Settings("stream", 0, 64),
+        Settings("stream"),
+    ]
     assert Step.of(ARGUMENTS, (1, 1, 2, 64, 64)).candidates()[-1] == Settings("stream", 2, 1)
     tiny = Step.of(ARGUMENTS | {"preset": "tiny"}, (1, 1, 64, 64, 64)).candidates()
     assert {settings.memory for settings in tiny} == {"raw"}

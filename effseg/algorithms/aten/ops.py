@@ -17,6 +17,8 @@ from effseg.slabs import Window
 aten = torch.ops.aten
 
 CHANNELS_LAST = torch.channels_last_3d
+# ATen uses oneDNN for one float32 sample where N * C * D * H is more than this.
+ONEDNN_ELEMENTS = 20480
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -64,11 +66,21 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pa
 
 
 def _avoids_onednn(x: Tensor) -> bool:
-    """ATen sends one small float32 sample to its im2col kernel, which is five times slower than oneDNN; so
-    that is called by name. (Fake tensors know only the general operator.)"""
-    small = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[:4].numel() <= 20480
+    """ATen sends a float32 sample of few rows to its im2col kernel, which is five times slower than oneDNN;
+    so that is called by name. (Fake tensors know only the general operator.)"""
+    small = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[:4].numel() <= ONEDNN_ELEMENTS
     onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return small and onednn and not isinstance(x, FakeTensor)
+
+
+def _rows_last(t: Tensor) -> Tensor:
+    """(N, C, D, H, W) as (N, C, H, W, D), channels last."""
+    return t.permute(0, 1, 3, 4, 2).contiguous(memory_format=CHANNELS_LAST)
+
+
+def _rows_first(t: Tensor) -> Tensor:
+    """(N, C, H, W, D) as (N, C, D, H, W), channels last."""
+    return t.permute(0, 1, 4, 2, 3).contiguous(memory_format=CHANNELS_LAST)
 
 
 def convolution_backward(
@@ -86,10 +98,18 @@ def convolution_backward(
         grad, x, weight = grad.float(), x.float(), weight.float()
     padded, padding = _pad_rows(x, window, pad)
     weight = weight.contiguous(memory_format=CHANNELS_LAST)
+    # oneDNN's backward has no name to call it by; what ATen's choice reads is N * C * D * H, not W.
+    turned = _avoids_onednn(padded) and padded.shape[:2].numel() * padded.shape[3:].numel() > ONEDNN_ELEMENTS
+    stride = window.stride
+    if turned:
+        grad, padded, weight = (_rows_last(t) for t in (grad, padded, weight))
+        stride, padding = stride[1:] + stride[:1], padding[1:] + padding[:1]
     mask = [need_input, need_weight, False]
     gx, gw, _ = aten.convolution_backward(
-        grad, padded, weight, None, window.stride, padding, [1] * 3, False, [0] * 3, 1, mask
+        grad, padded, weight, None, stride, padding, [1] * 3, False, [0] * 3, 1, mask
     )
+    if turned:
+        gx, gw = (t if t is None else _rows_first(t) for t in (gx, gw))
     if need_input and pad[0] != pad[1]:
         gx = gx[:, :, pad[0] : gx.shape[2] - pad[1]]
     return (gx.to(dtype) if need_input else None), (gw if need_weight else None)
