@@ -28,7 +28,7 @@ from effseg import EffSegNet, UNet3D, peak_training_memory
 from effseg.atomic import atomic_path
 from effseg.data.nifti import read_image, read_labels
 from effseg.data.preprocessing import CROPS, Preprocessing
-from effseg.device import keep_freed_memory
+from effseg.device import keep_freed_memory, trim_freed_memory
 from effseg.errors import InputError
 from effseg.models.effsegnet import PRESETS
 
@@ -93,6 +93,7 @@ def train(settings: Settings) -> Run:
         loss = model.loss(image, labels)
         loss.backward()
         optimizer.step()
+        trim_freed_memory()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
         print(f"step {step + 1}: loss {losses[-1]:.5f}, {seconds[-1]:.1f} s", flush=True)

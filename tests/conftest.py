@@ -1,5 +1,6 @@
 """Flags and fixtures that every test shares."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,15 @@ import torch
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
     parser.addoption("--gpu", action="store_true", help="run the tests that need an NVIDIA GPU, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a GPU kernels run in Triton's interpreter, asked for before they are imported."""
+    if not config.getoption("--gpu"):
+        os.environ["TRITON_INTERPRET"] = "1"
+        from interpreter import mend
+
+        mend()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -23,6 +33,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in skipped:
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def kernel_device(pytestconfig: pytest.Config) -> torch.device:
+    """Where tests run kernels: on the GPU with --gpu, else in the interpreter."""
+    return torch.device("cuda" if pytestconfig.getoption("--gpu") else "cpu")
 
 
 @pytest.fixture(scope="session")
