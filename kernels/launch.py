@@ -7,7 +7,7 @@ D is contiguous and rows [lo, hi) of one sample are a view that a kernel takes a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +18,15 @@ from effseg.kernels.config import INTERPRETER
 
 CHANNELS_LAST = torch.channels_last_3d
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class NormAct(NamedTuple):
+    """leaky_relu((y - mean) * scale + beta, slope) of a raw convolution output y; (N, C) float32 terms."""
+
+    mean: Tensor
+    scale: Tensor
+    beta: Tensor
+    slope: float
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
