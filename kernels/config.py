@@ -1,11 +1,38 @@
-"""Tile configurations: what is chosen for a kernel before it is launched. Pure Python."""
+"""Tile configurations: what is chosen for a kernel before it is launched. Pure Python.
+
+`choose` looks in the user's tuned file, in the one shipped for that GPU, then applies the heuristics below.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
 
 INTERPRETER = "interpreter"
+ATEN = "aten"
+SCHEMA = 1
+SHIPPED = Path(__file__).parent / "tuned"
 Triple = tuple[int, int, int]
+
+LOOPS = {
+    "conv3d_fwd": ("slide", "tap"),
+    "conv3d_dgrad": ("slide", "tap"),
+    "conv3d_wgrad": ("pair3", "pair", "kw", "tap"),
+    "norm_act": ("rows",),
+    "statistics": ("rows",),
+    "upsample": ("rows",),
+    "head_fwd": ("rows",),
+    "head_bwd": ("rows",),
+}
+"""The main loops of each operator; every operator may also be left to ATEN."""
+
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -26,9 +53,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Problem:
-    """op: conv3d_fwd, conv3d_dgrad, conv3d_wgrad, norm_act, upsample, head ...; dtype: fp32, bf16 or fp16; prologue: whether
-    the input is normalised and activated as it is read; size: (D, H, W) of what the programs tile; architecture: sm_90
-    and the like, or INTERPRETER."""
+    """op: one of LOOPS; dtype: one of DTYPES; in_channels, out_channels: of the forward operator, for its gradients too;
+    prologue: whether the input is normalised and activated as it is read; size: (D, H, W) of what the programs tile;
+    architecture: sm_90 and the like, or INTERPRETER; gpu: the name under which tuned files are kept, empty for heuristics
+    only."""
 
     op: str
     architecture: str
@@ -39,8 +67,200 @@ class Problem:
     kernel: Triple = (1, 1, 1)
     stride: Triple = (1, 1, 1)
     prologue: bool = False
+    gpu: str = ""
 
 
 def choose(problem: Problem) -> Config:
-    """The configuration for a problem."""
-    raise NotImplementedError(problem)
+    """The configuration for a problem; `uses_aten` says whether it leaves the problem to ATen."""
+    if problem.op not in LOOPS:
+        raise ValueError(f"op: expected one of {', '.join(LOOPS)}, got {problem.op!r}")
+    if problem.dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {problem.dtype!r}")
+    if problem.architecture == INTERPRETER:
+        return heuristic(problem)
+    for path in tuned_files(problem.gpu):
+        config = read_tuned(path).get(key(problem))
+        if config is not None:
+            return config
+    return heuristic(problem)
+
+
+def uses_aten(config: Config) -> bool:
+    return config.loop == ATEN
+
+
+# Tuned files
+
+
+def gpu_slug(name: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def cache_folder() -> Path:
+    """Where a user's own measurements are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effseg" / "tuned"
+
+
+def tuned_files(gpu: str) -> tuple[Path, ...]:
+    """The user's file, then the shipped one; none without a GPU's name."""
+    return (cache_folder() / f"{gpu}.json", SHIPPED / f"{gpu}.json") if gpu else ()
+
+
+def bucket(size: Triple) -> int:
+    """Voxels, rounded up to a power of two: problems of one bucket share an entry."""
+    return power_of_two(math.prod(size))
+
+
+def key(problem: Problem) -> str:
+    """What an entry of a tuned file is found by."""
+    channels = f"{problem.in_channels}-{problem.out_channels}"
+    axes = ["x".join(map(str, triple)) for triple in (problem.kernel, problem.stride)]
+    prologue = "prologue" if problem.prologue else "plain"
+    return " ".join(
+        [
+            problem.op,
+            problem.dtype,
+            channels,
+            f"k{axes[0]}",
+            f"s{axes[1]}",
+            prologue,
+            f"v{bucket(problem.size)}",
+        ]
+    )
+
+
+def tuned_document(entries: Mapping[str, Config]) -> str:
+    """The text of a tuned file."""
+    return json.dumps(
+        {"schema": SCHEMA, "entries": {k: asdict(c) for k, c in sorted(entries.items())}}, indent=1
+    )
+
+
+@lru_cache(maxsize=64)
+def read_tuned(path: Path) -> Mapping[str, Config]:
+    """Entries of a tuned file; of a missing, corrupt or stale one none (the last two with a warning), once a process."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        warnings.warn(f"{path} is ignored: {error}", stacklevel=3)
+        return {}
+    try:
+        return parse_tuned(text)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(f"{path} is ignored: {error or type(error).__name__}", stacklevel=3)
+        return {}
+
+
+def parse_tuned(text: str) -> dict[str, Config]:
+    """Inverse of `tuned_document`; ValueError where a file is stale or an entry is not a valid configuration."""
+    document = json.loads(text)
+    if document["schema"] != SCHEMA:
+        raise ValueError(f"schema {document['schema']!r}, this version reads {SCHEMA}")
+    entries = {name: Config(**entry) for name, entry in document["entries"].items()}
+    for name, config in entries.items():
+        op = name.split(" ")[0]
+        wrong = [
+            f.name for f in fields(config) if f.name != "loop" and type(getattr(config, f.name)) is not int
+        ]
+        if wrong or config.loop not in (*LOOPS.get(op, ()), ATEN):
+            raise ValueError(f"entry {name!r} is not a configuration")
+    return entries
+
+
+# Heuristics
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two >= n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def heuristic(problem: Problem) -> Config:
+    """What ahead-of-time compiles recommend: the fewest issued instructions a voxel without spills."""
+    if problem.architecture == INTERPRETER:
+        return _interpreted(problem)
+    if problem.op == "conv3d_wgrad":
+        return _wgrad(problem)
+    if problem.op.startswith("conv3d"):
+        return _conv(problem)
+    return _elementwise(problem)
+
+
+def slides(problem: Problem) -> bool:
+    """Whether a march along D with three rotating accumulators applies: forward and dgrad."""
+    widest = max(_padded(problem.in_channels), _padded(problem.out_channels))
+    return problem.kernel[0] == 3 and problem.stride == (1, 1, 1) and widest <= 64
+
+
+def _padded(channels: int) -> int:
+    return max(16, power_of_two(channels))
+
+
+def _interpreted(problem: Problem) -> Config:
+    """Time goes with programs times loop iterations, and wide tiles on tiny volumes are mostly masks."""
+    block_n = min(32, _padded(problem.out_channels))
+    if problem.op == "conv3d_wgrad":
+        loop = _wgrad(problem).loop
+        return Config(loop, block_d=3, block_h=4, block_w=8, block_n=block_n, block_k=16, splits=2)
+    if problem.op.startswith("conv3d"):
+        loop = "slide" if slides(problem) else "tap"
+        return Config(loop, block_d=3, block_h=4, block_w=8, block_n=block_n, block_k=16)
+    return Config("rows", block_d=2, block_h=4, block_w=16, block_n=_padded(problem.out_channels), splits=2)
+
+
+def _conv(problem: Problem) -> Config:
+    """Forward and dgrad. float32 has twice the bytes and no wider registers: half the tile."""
+    fp32 = problem.dtype == "fp32"
+    ci, co = _padded(problem.in_channels), _padded(problem.out_channels)
+    if slides(problem):
+        widest = max(ci, co)
+        return Config(
+            "slide",
+            block_d=32,
+            block_h=4 if fp32 and widest > 16 else 8,
+            block_w=16,
+            block_n=min(co, 64),
+            block_k=ci,
+            num_warps=8 if widest > 32 else 4,
+        )
+    return Config(
+        "tap",
+        block_d=1,
+        block_h=8,
+        block_w=8 if fp32 else 16,
+        block_n=min(co, 64 if fp32 else 128),
+        block_k=min(ci, 32 if fp32 else 64),
+        num_warps=8 if co > 32 else 4,
+        num_stages=2,
+    )
+
+
+def _wgrad(problem: Problem) -> Config:
+    """Pairs of w-neighbours fill M where channels are few; from 64 channels a tap's product fills it alone."""
+    fp32 = problem.dtype == "fp32"
+    ci, co = _padded(problem.in_channels), _padded(problem.out_channels)
+    marches = problem.kernel == (3, 3, 3) and problem.stride == (1, 1, 1)
+    if marches and max(ci, co) <= 64:
+        loop = "pair3" if max(ci, co) == 16 else "pair" if max(ci, co) == 32 else "kw"
+        return Config(loop, block_d=32, block_h=2 if fp32 else 4, block_w=16, splits=128, num_warps=8)
+    return Config(
+        "tap",
+        block_d=1,
+        block_h=4,
+        block_w=16,
+        block_n=min(co, 64),
+        block_k=min(ci, 64),
+        splits=32,
+        num_warps=4,
+    )
+
+
+def _elementwise(problem: Problem) -> Config:
+    """About 4096 elements a program: eight 16-byte loads of bfloat16 a thread."""
+    block_n = _padded(max(problem.in_channels, problem.out_channels))
+    return Config(
+        "rows", block_d=1, block_h=1, block_w=max(16, 4096 // block_n), block_n=block_n, splits=1024
+    )
