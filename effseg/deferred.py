@@ -19,8 +19,8 @@ with norm(y) = (y - mean) * scale + beta per sample and channel. The terms are (
 cancel.
 
 A specification (`Spec`) holds no tensor, so that it may live in an autograd context without keeping
-memory alive. `Spec.rows` is ordinary differentiable code over small slabs; a slab's gradient is pulled
-back through it by autograd (`effseg.algorithms.aten.pullback`).
+memory alive. `Spec.rows` is ordinary differentiable code over small slabs, in the operations of an
+algorithm; a slab's gradient is pulled back through it by autograd (`effseg.algorithms.sweeps.pullback`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.algorithms.aten import ops
+from effseg.algorithms.interface import Algorithm
 from effseg.slabs import Window
 
 Rows = tuple[int, int]
@@ -69,7 +69,7 @@ class Spec(ABC):
         """What rows [lo, hi) need of each stored tensor, in the order of `Deferred.tensors`."""
 
     @abstractmethod
-    def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         """Rows [lo, hi) of one sample, (1, C, hi - lo, H, W), from the tensors cut as `uses` says."""
 
 
@@ -105,7 +105,7 @@ class Plain(Spec):
     def uses(self, lo: int, hi: int) -> list[Use]:
         return [Use((lo, hi))]
 
-    def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0].to(self.dtype)
 
 
@@ -116,7 +116,7 @@ class Raw(Spec):
     def uses(self, lo: int, hi: int) -> list[Use]:
         return [Use((lo, hi)), *TERMS]
 
-    def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         y, mean, scale, beta = tensors
         return ops.norm_act(y, mean, scale, beta, self.slope)
 
@@ -129,9 +129,9 @@ class Residual(Spec):
     def uses(self, lo: int, hi: int) -> list[Use]:
         return [*self.inner.uses(lo, hi), Use((lo, hi)), *TERMS]
 
-    def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         *inner, y, mean, scale, beta = tensors
-        return ops.norm_act(y, mean, scale, beta, self.slope, addend=self.inner.rows(lo, hi, inner))
+        return ops.norm_act(y, mean, scale, beta, self.slope, addend=self.inner.rows(ops, lo, hi, inner))
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,10 @@ class Conv(Spec):
         first, last, _ = self.window.input_rows(lo, hi, self.inner.shape[2])
         return [*self.inner.uses(first, last), SHARED, *TERMS]
 
-    def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         *inner, weight, mean, scale, beta = tensors
         first, last, pad = self.window.input_rows(lo, hi, self.inner.shape[2])
-        a = self.inner.rows(first, last, inner)
+        a = self.inner.rows(ops, first, last, inner)
         y = ops.convolution(a, weight.to(self.dtype), None, self.window, pad)
         return ops.norm_act(y, mean, scale, beta, self.slope)
 
@@ -174,15 +174,15 @@ class UpAdd(Spec):
         skip = self.skip.uses(lo, hi) if self.skip else []
         return [*skip, *self.coarse.uses(*self.coarse_rows(lo, hi)), *[SHARED] * (1 + self.has_bias)]
 
-    def rows(self, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         first, last = self.coarse_rows(lo, hi)
         end = len(tensors) - 1 - self.has_bias
-        coarse = self.coarse.rows(first, last, tensors[self.skip_tensors : end])
+        coarse = self.coarse.rows(ops, first, last, tensors[self.skip_tensors : end])
         bias = tensors[-1].to(self.dtype) if self.has_bias else None
         projected = ops.convolution(coarse, tensors[end].to(self.dtype), bias, Window((1, 1, 1)), (0, 0))
         wanted = lo - 2 * first, hi - 2 * first
-        fine = ops.upsample_x2(projected, wanted, self.shape[3], self.shape[4], self.factors)
-        return fine.add_(self.skip.rows(lo, hi, tensors[: self.skip_tensors])) if self.skip else fine
+        addend = self.skip.rows(ops, lo, hi, tensors[: self.skip_tensors]) if self.skip else None
+        return ops.upsample_add(projected, wanted, self.shape[3], self.shape[4], self.factors, addend)
 
 
 def plain(x: Tensor, dtype: torch.dtype | None = None) -> Deferred:

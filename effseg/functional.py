@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from effseg import checks, nodes
-from effseg.algorithms.aten.head import Sums
+from effseg.algorithms.interface import Sums
 from effseg.checks import convolution_window
 from effseg.deferred import Deferred, Normalisation, convolved, plain, raw, residual, upsample_add
 from effseg.losses import LossOptions
@@ -164,7 +164,7 @@ def tail_segmentation_loss(
     layer: (w, norm, slope) with w (C', C, kd, kh, kw), stride 1, and one of torch's norms, whose running
     statistics are updated. Head and options as in `segmentation_loss`.
     Memory kept for backward: what x stores, and the labels as given. The convolution runs twice in forward
-    (statistics; sums) and again in backward, with many classes twice (`effseg.algorithms.aten.tail`).
+    (statistics; sums) and again in backward, with many classes twice (`effseg.algorithms.sweeps.tail`).
     """
     chosen = LossOptions(**options)
     kernel, norm, slope = layer

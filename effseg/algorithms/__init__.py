@@ -1,8 +1,8 @@
 """The seam between operators and the ways to compute them.
 
-An operator (`effseg.nodes`) decides what is saved for backward and knows no arithmetic; an algorithm is a
-package with one function per operator and direction (`conv3d_forward`, `conv3d_backward`, ...), all with the
-signatures of `effseg.algorithms.aten`. `select` names the one to use for an expression.
+An operator (`effseg.nodes`) decides what is saved for backward and knows no arithmetic; a sweep
+(`effseg.algorithms.sweeps`) walks over slabs; an algorithm (`effseg.algorithms.interface`) is a module of
+operations on slabs. `select` names the one to use.
 """
 
 from __future__ import annotations
@@ -11,17 +11,25 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
-ALGORITHMS = ("aten",)
+import torch
+
+if TYPE_CHECKING:
+    from effseg.algorithms.interface import Algorithm
+
+ALGORITHMS = ("aten", "triton")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _forced: ContextVar[str] = ContextVar("effseg_algorithm", default="auto")
 
 
 @contextmanager
 def algorithm(name: str) -> Iterator[None]:
-    """Force one algorithm inside a `with` block: "aten" (cuDNN or oneDNN), or "auto" to let effseg choose.
+    """Force one algorithm inside a `with` block: "aten" (cuDNN or oneDNN), "triton" (our kernels), or "auto"
+    to let effseg choose.
 
-    An operator keeps the algorithm of its forward for its backward. Raises `ValueError` for an unknown name.
+    An operator keeps the algorithm of its forward for its backward. Raises `ValueError` for an unknown name;
+    operators raise it where "triton" is forced on what it does not take (float64).
     """
     if name not in ("auto", *ALGORITHMS):
         raise ValueError(f"algorithm: expected one of auto, {', '.join(ALGORITHMS)}, got {name!r}")
@@ -32,7 +40,13 @@ def algorithm(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def select(operator: str) -> ModuleType:
-    """The module that holds `operator`'s functions, of the forced algorithm or of the one that suits best."""
+def select(device: torch.device, dtype: torch.dtype) -> Algorithm:
+    """The forced algorithm, or the one for this device and compute type: kernels on CUDA, else ATen."""
     name = _forced.get()
-    return importlib.import_module(f"effseg.algorithms.{'aten' if name == 'auto' else name}.{operator}")
+    if name == "triton" and dtype not in TRITON_DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)
+        got = str(dtype).removeprefix("torch.")
+        raise ValueError(f"algorithm: triton computes in {known}, got {got}")
+    if name == "auto":
+        name = "triton" if device.type == "cuda" and dtype in TRITON_DTYPES else "aten"
+    return cast("Algorithm", importlib.import_module(f"effseg.algorithms.{name}.ops"))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms import select
+from effseg.algorithms.sweeps.conv3d import conv3d_backward, conv3d_forward
 from effseg.deferred import Deferred
 from effseg.nodes.backward import backward as node_backward
 from effseg.slabs import Window
@@ -25,13 +26,11 @@ class Conv3dFunction(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, spec, window, statistics, slab_elements, weight, bias, *tensors
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        ctx.algorithm = select("conv3d")
+        ctx.ops = select(weight.device, spec.dtype)
         ctx.device_type = weight.device.type
         ctx.spec, ctx.window, ctx.slab_elements, ctx.has_bias = spec, window, slab_elements, bias is not None
         ctx.set_materialize_grads(False)
-        y, mean, var = ctx.algorithm.conv3d_forward(
-            spec, tensors, weight, bias, window, statistics, slab_elements
-        )
+        y, mean, var = conv3d_forward(ctx.ops, spec, tensors, weight, bias, window, statistics, slab_elements)
         ctx.output_shape = y.shape
         ctx.save_for_backward(weight, y if statistics else None, mean, *tensors)
         return y, mean, var
@@ -41,8 +40,8 @@ class Conv3dFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y, grad_mean, grad_var):  # type: ignore[no-untyped-def]
         weight, y, mean, *tensors = ctx.saved_tensors
         need_weight, need_bias, *needed = ctx.needs_input_grad[4:]
-        grad_weight, grad_bias, grads = ctx.algorithm.conv3d_backward(
-            ctx.spec, tensors, needed, weight, ctx.window, grad_y if y is None else y, mean,
+        grad_weight, grad_bias, grads = conv3d_backward(
+            ctx.ops, ctx.spec, tensors, needed, weight, ctx.window, grad_y if y is None else y, mean,
             grad_y, grad_mean, grad_var, need_weight, need_bias, ctx.slab_elements,
         )  # fmt: skip
         return None, None, None, None, grad_weight, grad_bias, *grads

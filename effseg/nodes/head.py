@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms import select
-from effseg.algorithms.aten.head import Sums
+from effseg.algorithms.interface import Head, Sums
+from effseg.algorithms.sweeps.head import head_segment, head_sums_backward, head_sums_forward
 from effseg.deferred import Deferred
 from effseg.nodes.backward import backward as node_backward
 
@@ -24,12 +25,12 @@ class HeadSumsFunction(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, spec, slab_elements, ignore_index, labels, class_weights, weight, bias, *tensors
     ) -> tuple[Tensor, ...]:
-        ctx.algorithm = select("head")
+        ctx.ops = select(labels.device, spec.dtype)
         ctx.device_type = labels.device.type
         ctx.spec, ctx.slab_elements, ctx.ignore_index = spec, slab_elements, ignore_index
         ctx.save_for_backward(labels, class_weights, weight, bias, *tensors)
-        head = ctx.algorithm.Head(spec, weight, bias, tensors[0].device, class_weights, ignore_index)
-        sums = ctx.algorithm.head_sums_forward(spec, tensors, head, labels, slab_elements)
+        head = ctx.ops.make_head(spec, weight, bias, tensors[0].device, class_weights, ignore_index)
+        sums = head_sums_forward(ctx.ops, spec, tensors, head, labels, slab_elements)
         ctx.mark_non_differentiable(sums.voxels, sums.unknown)
         return tuple(sums)
 
@@ -37,20 +38,28 @@ class HeadSumsFunction(torch.autograd.Function):
     @node_backward
     def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
         labels, class_weights, weight, bias, *tensors = ctx.saved_tensors
-        head = ctx.algorithm.Head(ctx.spec, weight, bias, tensors[0].device, class_weights, ctx.ignore_index)
-        grad_tensors = ctx.algorithm.head_sums_backward(
-            ctx.spec, tensors, ctx.needs_input_grad[7:], head, labels, Sums(*grads), ctx.slab_elements
+        head = ctx.ops.make_head(ctx.spec, weight, bias, tensors[0].device, class_weights, ctx.ignore_index)
+        grad_tensors = head_sums_backward(
+            ctx.ops,
+            ctx.spec,
+            tensors,
+            ctx.needs_input_grad[7:],
+            head,
+            labels,
+            Sums(*grads),
+            ctx.slab_elements,
         )
         return None, None, None, None, None, *head_gradients(head, weight, bias), *grad_tensors
 
 
 def head_gradients(
-    head: Any, weight: Tensor | None, bias: Tensor | None
+    head: Head, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The head's gradients in the shapes and types of its parameters."""
+    w, b = head.grad_weight, head.grad_bias
     return (
-        None if weight is None else head.grad_weight.view_as(weight).to(weight.dtype),
-        None if bias is None else head.grad_bias.to(bias.dtype),
+        None if weight is None or w is None else w.view_as(weight).to(weight.dtype),
+        None if bias is None or b is None else b.to(bias.dtype),
     )
 
 
@@ -78,6 +87,6 @@ def segment(
 ) -> Tensor:
     """See `effseg.functional.segment`."""
     with torch.autocast(x.device.type, enabled=False):
-        algorithm = select("head")
-        head = algorithm.Head(x.spec, weight, bias, x.device)
-        return algorithm.head_segment(x.spec, x.tensors, head, slab_elements)
+        ops = select(x.device, x.dtype)
+        head = ops.make_head(x.spec, weight, bias, x.device)
+        return head_segment(ops, x.spec, x.tensors, head, slab_elements)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms import select
+from effseg.algorithms.sweeps.materialise import materialise_backward, materialise_forward
 from effseg.deferred import Deferred
 from effseg.nodes.backward import backward as node_backward
 
@@ -17,17 +18,17 @@ class MaterialiseFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec, slab_elements, *tensors) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.algorithm = select("materialise")
+        ctx.ops = select(tensors[0].device, spec.dtype)
         ctx.device_type = tensors[0].device.type
         ctx.spec, ctx.slab_elements = spec, slab_elements
         ctx.save_for_backward(*tensors)
-        return ctx.algorithm.materialise_forward(spec, tensors, slab_elements)
+        return materialise_forward(ctx.ops, spec, tensors, slab_elements)
 
     @staticmethod
     @node_backward
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
-        grads = ctx.algorithm.materialise_backward(
-            ctx.spec, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, ctx.slab_elements
+        grads = materialise_backward(
+            ctx.ops, ctx.spec, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, ctx.slab_elements
         )
         return None, None, *grads
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms import select
+from effseg.algorithms.sweeps.stem_statistics import stem_statistics_forward
 from effseg.nodes.backward import backward as node_backward
 from effseg.slabs import Window
 
@@ -21,8 +22,8 @@ class StemStatisticsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, image, weight, window, dtype, slab_elements) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        mean, var, p, q = select("stem_statistics").stem_statistics_forward(
-            image, weight, window, dtype, slab_elements
+        mean, var, p, q = stem_statistics_forward(
+            select(image.device, dtype), image, weight, window, dtype, slab_elements
         )
         ctx.device_type = image.device.type
         ctx.save_for_backward(p, q)

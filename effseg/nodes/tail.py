@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms import select
-from effseg.algorithms.aten.head import Sums
+from effseg.algorithms.interface import Sums
+from effseg.algorithms.sweeps.tail import (
+    Layer,
+    tail_sums_backward,
+    tail_sums_forward,
+)
+from effseg.algorithms.sweeps.tail import layer_statistics as sweep_statistics
 from effseg.deferred import Deferred, Normalisation
 from effseg.nodes.backward import backward as node_backward
 from effseg.nodes.head import head_gradients
@@ -28,16 +34,14 @@ class TailSumsFunction(torch.autograd.Function):
         ctx: Any, spec, window, slope, norm, slab_elements, ignore_index, labels, class_weights,
         weight, gamma, beta, head_weight, head_bias, *tensors,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.algorithm = select("tail")
+        ctx.ops = select(labels.device, spec.dtype)
         ctx.device_type = labels.device.type
         ctx.arguments = spec, window, slope, slab_elements, ignore_index
         ctx.norm = norm
-        layer = ctx.algorithm.Layer(spec, tensors, weight, window, slope, slab_elements)
-        mean, var = ctx.algorithm.layer_statistics(layer)
-        head = ctx.algorithm.Head(layer, head_weight, head_bias, labels.device, class_weights, ignore_index)
-        sums, collected = ctx.algorithm.tail_sums_forward(
-            layer, terms(norm, mean, var, gamma, beta), head, labels
-        )
+        layer = Layer(ctx.ops, spec, tensors, weight, window, slope, slab_elements)
+        mean, var = sweep_statistics(layer)
+        head = ctx.ops.make_head(layer, head_weight, head_bias, labels.device, class_weights, ignore_index)
+        sums, collected = tail_sums_forward(layer, terms(norm, mean, var, gamma, beta), head, labels)
         ctx.save_for_backward(
             labels, class_weights, weight, gamma, beta, head_weight, head_bias, mean, var, collected, *tensors
         )  # fmt: skip
@@ -51,10 +55,10 @@ class TailSumsFunction(torch.autograd.Function):
             ctx.saved_tensors
         )
         spec, window, slope, slab_elements, ignore_index = ctx.arguments
-        layer = ctx.algorithm.Layer(spec, tensors, weight, window, slope, slab_elements)
-        head = ctx.algorithm.Head(layer, head_weight, head_bias, labels.device, class_weights, ignore_index)
+        layer = Layer(ctx.ops, spec, tensors, weight, window, slope, slab_elements)
+        head = ctx.ops.make_head(layer, head_weight, head_bias, labels.device, class_weights, ignore_index)
         norm = _NormBackward(ctx.norm, mean, var, gamma, beta)
-        grad_weight, grad_tensors = ctx.algorithm.tail_sums_backward(
+        grad_weight, grad_tensors = tail_sums_backward(
             layer,
             ctx.needs_input_grad[13:],
             mean,
@@ -125,7 +129,5 @@ def layer_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (N, C) of conv(x, weight), which is not stored; without a gradient."""
     with torch.autocast(x.device.type, enabled=False):
-        algorithm = select("tail")
-        return algorithm.layer_statistics(
-            algorithm.Layer(x.spec, x.tensors, weight, window, 1.0, slab_elements)
-        )
+        ops = select(x.device, x.dtype)
+        return sweep_statistics(Layer(ops, x.spec, x.tensors, weight, window, 1.0, slab_elements))

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import effseg
 from effseg import EffSegNet
-from effseg.algorithms.aten.norm_sums import NormSums
+from effseg.algorithms.sweeps.norm_sums import NormSums
 from effseg.memory import measure_training_memory, peak_training_memory
 from effseg.models.stock import StockEffSegNet
 

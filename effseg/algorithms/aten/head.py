@@ -6,57 +6,17 @@ matrix of (classes, voxels), so that softmax and sums run along contiguous voxel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms.aten import ops
-from effseg.algorithms.aten.materialise import thickness
-from effseg.algorithms.aten.pullback import Pullback, rows
-from effseg.deferred import Spec
-from effseg.slabs import slabs
+from effseg.algorithms.interface import CHANNELS_LAST, Features, Sums, VoxelSums, accumulation_dtype
 
 # The loss holds about this many arrays of (classes, voxels) at a time; together they have so many elements.
 ARRAYS = 4
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
-
-
-class Sums(NamedTuple):
-    """What Dice and cross-entropy need of a batch, float64, over the voxels that are not ignored.
-
-    intersection, probability, voxels: (N, K), the sums of p [label = k], p, and [label = k];
-    nll: (N,), the sum of w_label (-log p_label); smooth_nll: (N,), the sum over k of w_k (-log p_k);
-    unknown: (N,), voxels whose label is neither a class nor ignored.
-    """
-
-    intersection: Tensor
-    probability: Tensor
-    voxels: Tensor
-    nll: Tensor
-    smooth_nll: Tensor
-    unknown: Tensor
-
-    @classmethod
-    def zeros(cls, samples: int, classes: int, device: torch.device) -> Sums:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(samples, *shape, dtype=torch.float64, device=device)
-
-        return cls(zeros(classes), zeros(classes), zeros(classes), zeros(), zeros(), zeros())
-
-
-class Features(Protocol):
-    """What the head needs to know of its input: shape (N, C, D, H, W) and type."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-
-VoxelSums = Callable[[slice, Tensor, Tensor], None]
 
 
 class _Labels(NamedTuple):
@@ -66,10 +26,9 @@ class _Labels(NamedTuple):
 
 
 class Head:
-    """The head on slabs (1, C, d, h, w) of one kind of feature: logits, sums, gradients, labels.
+    """See `effseg.algorithms.interface.Head`."""
 
-    Gradients of its parameters add up in `grad_weight` (K, C) and `grad_bias` (K,), accumulation type.
-    """
+    shows_probabilities = True
 
     def __init__(
         self,
@@ -80,7 +39,7 @@ class Head:
         class_weights: Tensor | None = None,
         ignore_index: int | None = None,
     ) -> None:
-        dtype = ops.accumulation_dtype(features.dtype)
+        dtype = accumulation_dtype(features.dtype)
         self.classes = features.shape[1] if weight is None else weight.shape[0]
         self.weight = None if weight is None else weight.flatten(1).to(features.dtype)
         self.bias = None if bias is None else bias.to(features.dtype)[:, None]
@@ -116,7 +75,7 @@ class Head:
 
     def pull(self, grads: Sums, sample: int, a: Tensor, labels: Tensor, parameters: bool = True) -> Tensor:
         """The gradient of the slab from those of the sums; adds the parameters' where asked to."""
-        grad = torch.empty_like(a, memory_format=ops.CHANNELS_LAST)
+        grad = torch.empty_like(a, memory_format=CHANNELS_LAST)
         for part in self._chunks(a):
             grad[:, :, part] = self._pull(grads, sample, a[:, :, part], labels[part], parameters)
         return grad
@@ -156,7 +115,7 @@ class Head:
         x = matrix(a)
         if self.weight is not None:
             x = self.weight @ x if self.bias is None else torch.addmm(self.bias, self.weight, x)
-        return x.to(ops.accumulation_dtype(a.dtype))
+        return x.to(accumulation_dtype(a.dtype))
 
     def _labels(self, labels: Tensor) -> _Labels:
         target = labels.reshape(1, -1).long()
@@ -176,45 +135,3 @@ class Head:
 def matrix(a: Tensor) -> Tensor:
     """(1, C, d, h, w) as (C, voxels): a transposed view of channels-last memory."""
     return a.permute(0, 2, 3, 4, 1).reshape(-1, a.shape[1]).t()
-
-
-def head_sums_forward(
-    spec: Spec, tensors: Sequence[Tensor], head: Head, labels: Tensor, slab_elements: int | None
-) -> Sums:
-    """The sums of softmax(head(expression)) against labels (N, D, H, W)."""
-    n, d = spec.shape[0], spec.shape[2]
-    sums = Sums.zeros(n, head.classes, tensors[0].device)
-    for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements)):
-        head.add_sums(sums, sample, rows(spec, tensors, sample, lo, hi), labels[sample, lo:hi])
-    return sums
-
-
-def head_sums_backward(
-    spec: Spec,
-    tensors: Sequence[Tensor],
-    needed: Sequence[bool],
-    head: Head,
-    labels: Tensor,
-    grads: Sums,
-    slab_elements: int | None,
-) -> list[Tensor | None]:
-    """Gradients of the expression's tensors from those of the sums; the head's add up in `head`."""
-    pullback = Pullback(spec, tensors, needed)
-    for sample, lo, hi in slabs(spec.shape[0], spec.shape[2], thickness(spec, slab_elements)):
-        a = pullback.rows(sample, lo, hi)
-        g = head.pull(grads, sample, a, labels[sample, lo:hi])
-        del a
-        if pullback.any:
-            pullback.pull(g)
-        del g
-    return pullback.gradients()
-
-
-def head_segment(spec: Spec, tensors: Sequence[Tensor], head: Head, slab_elements: int | None) -> Tensor:
-    """argmax over classes, (N, D, H, W) uint8, or int16 for more than 256 classes."""
-    n, _, d, h, w = spec.shape
-    dtype = torch.uint8 if head.classes <= 256 else torch.int16
-    out = torch.empty(n, d, h, w, dtype=dtype, device=tensors[0].device)
-    for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements)):
-        out[sample, lo:hi] = head.segment(rows(spec, tensors, sample, lo, hi))
-    return out

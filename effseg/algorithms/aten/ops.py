@@ -12,18 +12,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from effseg.algorithms.aten.head import Head
+from effseg.algorithms.interface import CHANNELS_LAST, FusedConv3d, NormActGradients, accumulation_dtype
 from effseg.slabs import Window
 
 aten = torch.ops.aten
 
-CHANNELS_LAST = torch.channels_last_3d
 # ATen uses oneDNN for one float32 sample where N * C * D * H is more than this.
 ONEDNN_ELEMENTS = 20480
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ---------------------------------------------------------------- convolution
@@ -220,6 +216,29 @@ def norm_terms_gradients(
     return function(dz, y, mean, scale, need_y, need_terms)
 
 
+def norm_act_backward(
+    grad: Tensor,
+    y: Tensor,
+    a: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    slope: float,
+    need_dz: bool = False,
+    need_dy: bool = False,
+    need_terms: bool = False,
+) -> NormActGradients:
+    """The activation's sign is that of the activated value."""
+    dz = grad if slope == 1.0 else aten.leaky_relu_backward(grad, a, slope, True)
+    dy, dscale, dbeta = norm_terms_gradients(dz, y, mean, scale, need_dy, need_terms)
+    return NormActGradients(dz if need_dz else None, dy, dscale, dbeta)
+
+
+def fold(grad: Tensor | None, y: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """grad + (y - mean) * scale + shift."""
+    found = affine(y, mean, scale, shift)
+    return found if grad is None else found.add_(grad)
+
+
 class _NormAct(torch.autograd.Function):
     """a = leaky_relu((y - mean) * scale + beta [+ addend]).
 
@@ -242,12 +261,11 @@ class _NormAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         y, mean, scale, a = ctx.saved_tensors
-        dz = grad if ctx.slope == 1.0 else aten.leaky_relu_backward(grad, a, ctx.slope, True)
         need_y, need_mean, need_scale, need_beta, need_addend, _ = ctx.needs_input_grad
         need_terms = need_scale or need_beta or need_mean
-        dy, dscale, dbeta = norm_terms_gradients(dz, y, mean, scale, need_y, need_terms)
-        dmean = -scale * dbeta if dbeta is not None and need_mean else None
-        return dy, dmean, dscale, dbeta, dz if need_addend else None, None
+        found = norm_act_backward(grad, y, a, mean, scale, ctx.slope, need_addend, need_y, need_terms)
+        dmean = -scale * found.dbeta if found.dbeta is not None and need_mean else None
+        return found.dy, dmean, found.dscale, found.dbeta, found.dz, None
 
 
 def norm_act(
@@ -332,3 +350,20 @@ def upsample_x2(
     on CUDA adds atomically and so differs from run to run; this one does not.
     """
     return _UpsampleX2.apply(x, rows, height, width, factors)
+
+
+def upsample_add(
+    x: Tensor,
+    rows: tuple[int, int],
+    height: int,
+    width: int,
+    factors: tuple[int, int, int],
+    addend: Tensor | None,
+) -> Tensor:
+    fine = upsample_x2(x, rows, height, width, factors)
+    return fine if addend is None else fine.add_(addend)
+
+
+# ---------------------------------------------------------------- what else an algorithm is
+fused: FusedConv3d | None = None
+make_head = Head

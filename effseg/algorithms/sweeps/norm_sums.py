@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effseg.algorithms.aten.head import Head, Sums, VoxelSums, matrix
+from effseg.algorithms.aten.head import matrix
+from effseg.algorithms.interface import Head, Sums, VoxelSums
 
 
 class NormSums:

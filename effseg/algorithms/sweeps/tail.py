@@ -8,7 +8,7 @@ Nothing of the layer is stored, so its output is made again in every sweep:
     B2  with them, the gradient of y voxel by voxel, and from it everything else
 
 with dz the gradient at the normalised output. F3 and F4 are forward, B1 and B2 backward. Where there are
-few classes F4 collects what B1 would (`effseg.algorithms.aten.norm_sums`), and B1 is not run.
+few classes F4 collects what B1 would (`effseg.algorithms.sweeps.norm_sums`), and B1 is not run.
 """
 
 from __future__ import annotations
@@ -19,21 +19,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.algorithms.aten import ops
-from effseg.algorithms.aten.conv3d import thickness
-from effseg.algorithms.aten.head import Head, Sums
-from effseg.algorithms.aten.moments import Moments
-from effseg.algorithms.aten.norm_sums import NormSums, terms_from_sums
-from effseg.algorithms.aten.pullback import Pullback, rows
+from effseg.algorithms.interface import Algorithm, Head, Sums
+from effseg.algorithms.sweeps.conv3d import thickness
+from effseg.algorithms.sweeps.moments import Moments
+from effseg.algorithms.sweeps.norm_sums import NormSums, terms_from_sums
+from effseg.algorithms.sweeps.pullback import Pullback, rows
 from effseg.deferred import Normalisation, Spec
 from effseg.slabs import Window, slabs
-
-aten = torch.ops.aten
 
 
 class Layer(NamedTuple):
     """leaky_relu(norm(conv(expression, weight)), slope), its convolution in the expression's type."""
 
+    ops: Algorithm
     spec: Spec
     tensors: Sequence[Tensor]
     weight: Tensor
@@ -58,18 +56,18 @@ class Layer(NamedTuple):
     def raw(self, sample: int, lo: int, hi: int) -> Tensor:
         """Rows of the convolution's output."""
         first, last, pad = self.window.input_rows(lo, hi, self.spec.shape[2])
-        a = rows(self.spec, self.tensors, sample, first, last)
-        return ops.convolution(a, self.weight.to(self.spec.dtype), None, self.window, pad)
+        a = rows(self.ops, self.spec, self.tensors, sample, first, last)
+        return self.ops.convolution(a, self.weight.to(self.spec.dtype), None, self.window, pad)
 
     def activated(self, y: Tensor, sample: int, norm: Normalisation) -> Tensor:
         mean, scale, beta = (t[sample : sample + 1] for t in norm)
         with torch.no_grad():
-            return ops.norm_act(y, mean, scale, beta, self.slope)
+            return self.ops.norm_act(y, mean, scale, beta, self.slope)
 
 
 def layer_statistics(layer: Layer) -> tuple[Tensor, Tensor]:
     """Sweep F3: mean and biased variance (N, C)."""
-    moments = Moments(layer.shape[0])
+    moments = Moments(layer.ops, layer.shape[0])
     for sample, lo, hi in layer.slabs():
         moments.add(sample, layer.raw(sample, lo, hi))
     return moments.merge()
@@ -80,7 +78,8 @@ def tail_sums_forward(
 ) -> tuple[Sums, Tensor | None]:
     """Sweep F4: the sums, and what stands in for sweep B1 where that is cheaper, (N, 3, K, 4, C)."""
     sums = Sums.zeros(layer.shape[0], head.classes, labels.device)
-    collected = NormSums(layer.shape[0], head) if NormSums.pays(layer.weight, head.classes) else None
+    collects = head.shows_probabilities and NormSums.pays(layer.weight, head.classes)
+    collected = NormSums(layer.shape[0], head) if collects else None
     for sample, lo, hi in layer.slabs():
         y = layer.raw(sample, lo, hi)
         z = layer.activated(y, sample, norm)
@@ -112,11 +111,11 @@ def tail_sums_backward(
         scale, beta = terms_from_sums(collected, head, grads)
     scale, beta = scale.to(mean.dtype), beta.to(mean.dtype)
     grad_mean, grad_var = norm_backward(Normalisation(-norm.scale * beta, scale, beta))
-    spec, window = layer.spec, layer.window
+    ops, spec, window = layer.ops, layer.spec, layer.window
     voxels = layer.shape[2] * layer.shape[3] * layer.shape[4]
     low = layer.weight.to(spec.dtype)
     grad_weight = torch.zeros_like(layer.weight, dtype=mean.dtype)
-    pullback = Pullback(spec, layer.tensors, needed)
+    pullback = Pullback(ops, spec, layer.tensors, needed)
     for sample, lo, hi in layer.slabs():
         first, last, pad = window.input_rows(lo, hi, spec.shape[2])
         a = pullback.rows(sample, first, last)
@@ -124,16 +123,15 @@ def tail_sums_backward(
             y = ops.convolution(a, low, None, window, pad)
         z = layer.activated(y, sample, norm)
         grad = head.pull(grads, sample, z, labels[sample, lo:hi])
-        dz = _activation_backward(grad, z, layer.slope)
-        del z, grad
         one = slice(sample, sample + 1)
-        grad_y, _, _ = ops.norm_terms_gradients(dz, y, norm.mean[one], norm.scale[one], True, False)
-        assert grad_y is not None
-        del dz
+        grad_y = ops.norm_act_backward(
+            grad, y, z, norm.mean[one], norm.scale[one], layer.slope, need_dy=True
+        ).dy
+        del z, grad
         if grad_mean is not None and grad_var is not None:
-            grad_y.add_(
-                ops.affine(y, mean[sample], grad_var[sample] * (2 / voxels), grad_mean[sample] / voxels)
-            )
+            scale, shift = grad_var[sample] * (2 / voxels), grad_mean[sample] / voxels
+            grad_y = ops.fold(grad_y, y, mean[sample], scale, shift)
+        assert grad_y is not None
         del y
         grad_a, grad_w = ops.convolution_backward(grad_y, a, low, window, pad, pullback.any, True)
         assert grad_w is not None
@@ -155,15 +153,11 @@ def _sweep_terms(
         y = layer.raw(sample, lo, hi)
         z = layer.activated(y, sample, norm)
         grad = head.pull(grads, sample, z, labels[sample, lo:hi], parameters=False)
-        dz = _activation_backward(grad, z, layer.slope)
-        _, dscale, dbeta = ops.norm_terms_gradients(dz, y, norm.mean[one], norm.scale[one], False, True)
-        assert dscale is not None
-        assert dbeta is not None
-        scale[one] += dscale
-        beta[one] += dbeta
+        found = layer.ops.norm_act_backward(
+            grad, y, z, norm.mean[one], norm.scale[one], layer.slope, need_terms=True
+        )
+        assert found.dscale is not None
+        assert found.dbeta is not None
+        scale[one] += found.dscale
+        beta[one] += found.dbeta
     return scale, beta
-
-
-def _activation_backward(grad: Tensor, a: Tensor, slope: float) -> Tensor:
-    """Its sign is that of the activated value."""
-    return grad if slope == 1.0 else aten.leaky_relu_backward(grad, a, slope, True)

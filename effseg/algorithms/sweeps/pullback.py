@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effseg.algorithms.aten.ops import accumulation_dtype
+from effseg.algorithms.interface import Algorithm, accumulation_dtype
 from effseg.deferred import Spec, Use
 
 
@@ -58,8 +58,8 @@ class Pullback:
     `needed` says which tensors want a gradient; slabs are visited in ascending order within a sample.
     """
 
-    def __init__(self, spec: Spec, tensors: Sequence[Tensor], needed: Sequence[bool]) -> None:
-        self.spec, self.tensors = spec, tensors
+    def __init__(self, ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], needed: Sequence[bool]) -> None:
+        self.ops, self.spec, self.tensors = ops, spec, tensors
         self.sums = [_Accumulator(t) if n else None for t, n in zip(tensors, needed, strict=True)]
         self.any = any(needed)
 
@@ -71,7 +71,7 @@ class Pullback:
             for use, t, s in zip(self.uses, self.tensors, self.sums, strict=True)
         ]
         with torch.set_grad_enabled(self.any):
-            value = self.spec.rows(lo, hi, self.leaves)
+            value = self.spec.rows(self.ops, lo, hi, self.leaves)
         if self.any:
             self.value = value
         return value.detach()
@@ -92,8 +92,8 @@ class Pullback:
         return [None if s is None else s.result() for s in self.sums]
 
 
-def rows(spec: Spec, tensors: Sequence[Tensor], sample: int, lo: int, hi: int) -> Tensor:
+def rows(ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], sample: int, lo: int, hi: int) -> Tensor:
     """Rows [lo, hi) of one sample without a graph."""
     with torch.no_grad():
         cut = [use.cut(t, sample) for use, t in zip(spec.uses(lo, hi), tensors, strict=True)]
-        return spec.rows(lo, hi, cut)
+        return spec.rows(ops, lo, hi, cut)

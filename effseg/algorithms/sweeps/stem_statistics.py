@@ -13,23 +13,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effseg.algorithms.aten import ops
-from effseg.algorithms.aten.moments import Moments
+from effseg.algorithms.interface import Algorithm, accumulation_dtype
+from effseg.algorithms.sweeps.moments import Moments
 from effseg.slabs import Window, rows_per_slab, slabs
 
 
 def stem_statistics_forward(
-    image: Tensor, weight: Tensor, window: Window, dtype: torch.dtype, slab_elements: int | None
+    ops: Algorithm,
+    image: Tensor,
+    weight: Tensor,
+    window: Window,
+    dtype: torch.dtype,
+    slab_elements: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """mean, variance (N, C) of conv(image, weight) as stored in `dtype`, and float64 P (N, 1, Ci, k, k, k)
     and centred Q - mean P (N, C, Ci, k, k, k)."""
     n, _, *size = image.shape
     d, h, w = size
-    channels, accumulate = weight.shape[0], ops.accumulation_dtype(dtype)
+    channels, accumulate = weight.shape[0], accumulation_dtype(dtype)
     out = window.output_size((d, h, w))
     low = weight.to(dtype)
     shaped = weight.new_empty(channels + 1, *weight.shape[1:], dtype=accumulate)
-    moments, sums = Moments(n), [torch.zeros(0)] * n
+    moments, sums = Moments(ops, n), [torch.zeros(0)] * n
     # Centring on the first slab's mean keeps Q small; the rest of the way to the mean is made at the end.
     reference = [torch.zeros(0)] * n
     for sample, lo, hi in slabs(n, out[0], rows_per_slab(out[0], channels * out[1] * out[2], slab_elements)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effseg.algorithms.aten import ops
+from effseg.algorithms.interface import Algorithm
 
 
 class Moments:
@@ -16,11 +16,12 @@ class Moments:
     w_i the share of the voxels. Never E[y^2] - E[y]^2.
     """
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, ops: Algorithm, samples: int) -> None:
+        self.ops = ops
         self.parts: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(samples)]
 
     def add(self, sample: int, y: Tensor) -> None:
-        self.parts[sample].append((y[0, 0].numel(), *ops.mean_var(y)))
+        self.parts[sample].append((y[0, 0].numel(), *self.ops.mean_var(y)))
 
     def merge(self) -> tuple[Tensor, Tensor]:
         """(mean, biased variance), (N, C) each, in the accumulation type."""

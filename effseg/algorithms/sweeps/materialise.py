@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effseg.algorithms.aten import ops
-from effseg.algorithms.aten.pullback import Pullback, rows
+from effseg.algorithms.interface import CHANNELS_LAST, Algorithm
+from effseg.algorithms.sweeps.pullback import Pullback, rows
 from effseg.deferred import Spec
 from effseg.slabs import rows_per_slab, slabs
 
@@ -18,18 +18,25 @@ def thickness(spec: Spec, slab_elements: int | None) -> int:
     return rows_per_slab(d, c * h * w, slab_elements)
 
 
-def materialise_forward(spec: Spec, tensors: Sequence[Tensor], slab_elements: int | None) -> Tensor:
+def materialise_forward(
+    ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], slab_elements: int | None
+) -> Tensor:
     device = tensors[0].device
-    y = torch.empty(spec.shape, dtype=spec.dtype, device=device, memory_format=ops.CHANNELS_LAST)
+    y = torch.empty(spec.shape, dtype=spec.dtype, device=device, memory_format=CHANNELS_LAST)
     for sample, lo, hi in slabs(spec.shape[0], spec.shape[2], thickness(spec, slab_elements)):
-        y[sample : sample + 1, :, lo:hi] = rows(spec, tensors, sample, lo, hi)
+        y[sample : sample + 1, :, lo:hi] = rows(ops, spec, tensors, sample, lo, hi)
     return y
 
 
 def materialise_backward(
-    spec: Spec, tensors: Sequence[Tensor], needed: Sequence[bool], grad: Tensor, slab_elements: int | None
+    ops: Algorithm,
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    grad: Tensor,
+    slab_elements: int | None,
 ) -> list[Tensor | None]:
-    pullback = Pullback(spec, tensors, needed)
+    pullback = Pullback(ops, spec, tensors, needed)
     for sample, lo, hi in slabs(spec.shape[0], spec.shape[2], thickness(spec, slab_elements)):
         pullback.rows(sample, lo, hi)
         pullback.pull(grad[sample : sample + 1, :, lo:hi])

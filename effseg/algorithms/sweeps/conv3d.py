@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effseg.algorithms.aten import ops
-from effseg.algorithms.aten.moments import Moments
-from effseg.algorithms.aten.pullback import Pullback, rows
+from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, StatisticsGradient, accumulation_dtype
+from effseg.algorithms.sweeps.moments import Moments
+from effseg.algorithms.sweeps.pullback import Pullback, rows
 from effseg.deferred import Spec
 from effseg.slabs import Window, rows_per_slab, slabs
 
@@ -22,6 +22,7 @@ def thickness(spec: Spec, out_shape: Sequence[int], window: Window, slab_element
 
 
 def conv3d_forward(
+    ops: Algorithm,
     spec: Spec,
     tensors: Sequence[Tensor],
     weight: Tensor,
@@ -32,16 +33,18 @@ def conv3d_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = conv(expression, weight) + bias in the expression's type, and the mean and biased variance (N, Co)
     of the stored y."""
+    if ops.fused is not None and ops.fused.takes(spec):
+        return ops.fused.forward(spec, tensors, weight, bias, window, statistics)
     n, _, *size = spec.shape
     d, h, w = size
     shape = (n, weight.shape[0], *window.output_size((d, h, w)))
-    y = torch.empty(shape, dtype=spec.dtype, device=weight.device, memory_format=ops.CHANNELS_LAST)
+    y = torch.empty(shape, dtype=spec.dtype, device=weight.device, memory_format=CHANNELS_LAST)
     weight = weight.to(spec.dtype)
     bias = None if bias is None else bias.to(spec.dtype)
-    moments = Moments(n)
+    moments = Moments(ops, n)
     for sample, lo, hi in slabs(n, shape[2], thickness(spec, shape, window, slab_elements)):
         first, last, pad = window.input_rows(lo, hi, d)
-        part = ops.convolution(rows(spec, tensors, sample, first, last), weight, bias, window, pad)
+        part = ops.convolution(rows(ops, spec, tensors, sample, first, last), weight, bias, window, pad)
         y[sample : sample + 1, :, lo:hi] = part
         if statistics:
             moments.add(sample, part)
@@ -50,6 +53,7 @@ def conv3d_forward(
 
 
 def conv3d_backward(
+    ops: Algorithm,
     spec: Spec,
     tensors: Sequence[Tensor],
     needed: Sequence[bool],
@@ -69,25 +73,28 @@ def conv3d_backward(
     What reaches y through its statistics over M voxels is affine in y, so it is folded in as it is read:
     g = grad_y + grad_mean / M + 2 grad_var (y - mean) / M.
     """
-    voxels = y[0, 0].numel()
-    accumulate = ops.accumulation_dtype(weight.dtype)
+    through_statistics = _through_statistics(y, mean, grad_mean, grad_var)
+    rows_of_slab = thickness(spec, y.shape, window, slab_elements)
+    if ops.fused is not None and ops.fused.takes(spec) and not need_bias:
+        grad_weight, grads = ops.fused.backward(
+            spec, tensors, needed, weight, window, y, through_statistics, grad_y, need_weight, rows_of_slab
+        )
+        return None if grad_weight is None else grad_weight.to(weight.dtype), None, grads
+    accumulate = accumulation_dtype(weight.dtype)
     grad_weight = torch.zeros_like(weight, dtype=accumulate) if need_weight else None
     grad_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=weight.device) if need_bias else None
     low = weight.to(spec.dtype)
-    pullback = Pullback(spec, tensors, needed)
-    for sample, lo, hi in slabs(y.shape[0], y.shape[2], thickness(spec, y.shape, window, slab_elements)):
+    pullback = Pullback(ops, spec, tensors, needed)
+    for sample, lo, hi in slabs(y.shape[0], y.shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, spec.shape[2])
-        part = y[sample : sample + 1, :, lo:hi]
-        if mean is None or (grad_mean is None and grad_var is None):
-            assert grad_y is not None
-            grad = grad_y[sample : sample + 1, :, lo:hi].to(spec.dtype)
+        direct = None if grad_y is None else grad_y[sample : sample + 1, :, lo:hi].to(spec.dtype)
+        if through_statistics is None:
+            assert direct is not None
+            grad = direct
         else:
-            zero = torch.zeros_like(mean[sample])
-            scale = zero if grad_var is None else grad_var[sample] * (2 / voxels)
-            shift = zero if grad_mean is None else grad_mean[sample] / voxels
-            grad = ops.affine(part, mean[sample], scale, shift)
-            if grad_y is not None:
-                grad.add_(grad_y[sample : sample + 1, :, lo:hi])
+            part = y[sample : sample + 1, :, lo:hi]
+            grad = ops.fold(direct, part, *(t[sample] for t in through_statistics))
+        del direct
         a = pullback.rows(sample, first, last)
         grad_a, grad_w = ops.convolution_backward(grad, a, low, window, pad, pullback.any, need_weight)
         if grad_weight is not None and grad_w is not None:
@@ -100,3 +107,14 @@ def conv3d_backward(
         del grad_a
     cast = [None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias)]
     return cast[0], cast[1], pullback.gradients()
+
+
+def _through_statistics(
+    y: Tensor, mean: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+) -> StatisticsGradient | None:
+    if mean is None or (grad_mean is None and grad_var is None):
+        return None
+    voxels = y[0, 0].numel()
+    zero = torch.zeros_like(mean)
+    scale = zero if grad_var is None else grad_var * (2 / voxels)
+    return StatisticsGradient(mean, scale, zero if grad_mean is None else grad_mean / voxels)

@@ -1,0 +1,64 @@
+"""The head over an expression, slab by slab."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effseg.algorithms.interface import Algorithm, Head, Sums
+from effseg.algorithms.sweeps.materialise import thickness
+from effseg.algorithms.sweeps.pullback import Pullback, rows
+from effseg.deferred import Spec
+from effseg.slabs import slabs
+
+
+def head_sums_forward(
+    ops: Algorithm,
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    head: Head,
+    labels: Tensor,
+    slab_elements: int | None,
+) -> Sums:
+    """The sums of softmax(head(expression)) against labels (N, D, H, W)."""
+    n, d = spec.shape[0], spec.shape[2]
+    sums = Sums.zeros(n, head.classes, tensors[0].device)
+    for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements)):
+        head.add_sums(sums, sample, rows(ops, spec, tensors, sample, lo, hi), labels[sample, lo:hi])
+    return sums
+
+
+def head_sums_backward(
+    ops: Algorithm,
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    head: Head,
+    labels: Tensor,
+    grads: Sums,
+    slab_elements: int | None,
+) -> list[Tensor | None]:
+    """Gradients of the expression's tensors from those of the sums; the head's add up in `head`."""
+    pullback = Pullback(ops, spec, tensors, needed)
+    for sample, lo, hi in slabs(spec.shape[0], spec.shape[2], thickness(spec, slab_elements)):
+        a = pullback.rows(sample, lo, hi)
+        g = head.pull(grads, sample, a, labels[sample, lo:hi])
+        del a
+        if pullback.any:
+            pullback.pull(g)
+        del g
+    return pullback.gradients()
+
+
+def head_segment(
+    ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], head: Head, slab_elements: int | None
+) -> Tensor:
+    """argmax over classes, (N, D, H, W) uint8, or int16 for more than 256 classes."""
+    n, _, d, h, w = spec.shape
+    dtype = torch.uint8 if head.classes <= 256 else torch.int16
+    out = torch.empty(n, d, h, w, dtype=dtype, device=tensors[0].device)
+    for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements)):
+        out[sample, lo:hi] = head.segment(rows(ops, spec, tensors, sample, lo, hi))
+    return out
