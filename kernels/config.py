@@ -21,8 +21,8 @@ SHIPPED = Path(__file__).parent / "tuned"
 Triple = tuple[int, int, int]
 
 LOOPS = {
-    "conv3d_fwd": ("slide", "tap"),
-    "conv3d_dgrad": ("slide", "tap"),
+    "conv3d_fwd": ("slide", "tap", "few"),
+    "conv3d_dgrad": ("slide", "tap", "few"),
     "conv3d_wgrad": ("pair3", "pair", "kw", "tap"),
     "norm_act": ("rows",),
     "statistics": ("rows",),
@@ -37,8 +37,9 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class Config:
-    """loop: which main loop, of those that the operator has; block_*: voxels of a tile along D, H, W, output channels and
-    depth of the contraction; splits: programs that share a reduction. 0 where the loop does not have it."""
+    """loop: which main loop, of those that the operator has; block_*: voxels of a tile along D, H, W, output
+    channels and depth of the contraction; splits: programs that share a reduction. 0 where a loop does not
+    have it."""
 
     loop: str
     block_d: int = 0
@@ -53,10 +54,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Problem:
-    """op: one of LOOPS; dtype: one of DTYPES; in_channels, out_channels: of the forward operator, for its gradients too;
-    prologue: whether the input is normalised and activated as it is read; size: (D, H, W) of what the programs tile;
-    architecture: sm_90 and the like, or INTERPRETER; gpu: the name under which tuned files are kept, empty for heuristics
-    only."""
+    """op: one of LOOPS; architecture: sm_90 and the like, or INTERPRETER; dtype: one of DTYPES; in_channels,
+    out_channels: of the forward operator, for its gradients too; size: (D, H, W) of what the programs tile;
+    prologue: whether the input is normalised and activated as it is read; gpu: the name of its tuned files,
+    empty for heuristics only."""
 
     op: str
     architecture: str
@@ -139,7 +140,7 @@ def tuned_document(entries: Mapping[str, Config]) -> str:
 
 @lru_cache(maxsize=64)
 def read_tuned(path: Path) -> Mapping[str, Config]:
-    """Entries of a tuned file; of a missing, corrupt or stale one none (the last two with a warning), once a process."""
+    """Entries of a tuned file, read once a process. A corrupt or stale one has none, and a warning."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -155,7 +156,7 @@ def read_tuned(path: Path) -> Mapping[str, Config]:
 
 
 def parse_tuned(text: str) -> dict[str, Config]:
-    """Inverse of `tuned_document`; ValueError where a file is stale or an entry is not a valid configuration."""
+    """Inverse of `tuned_document`; an error where a file is stale or an entry is not a configuration."""
     document = json.loads(text)
     if document["schema"] != SCHEMA:
         raise ValueError(f"schema {document['schema']!r}, this version reads {SCHEMA}")
@@ -239,7 +240,7 @@ def _conv(problem: Problem) -> Config:
 
 
 def _wgrad(problem: Problem) -> Config:
-    """Pairs of w-neighbours fill M where channels are few; from 64 channels a tap's product fills it alone."""
+    """Pairs of w-neighbours fill M where channels are few; 64 channels fill it alone."""
     fp32 = problem.dtype == "fp32"
     ci, co = _padded(problem.in_channels), _padded(problem.out_channels)
     marches = problem.kernel == (3, 3, 3) and problem.stride == (1, 1, 1)

@@ -6,7 +6,9 @@ D is contiguous and rows [lo, hi) of one sample are a view that a kernel takes a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,8 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from effseg.kernels.config import INTERPRETER
+from effseg.kernels.config import DTYPES as DTYPE_NAMES
+from effseg.kernels.config import INTERPRETER, Problem, gpu_slug
 
 CHANNELS_LAST = torch.channels_last_3d
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,11 +32,43 @@ class NormAct(NamedTuple):
     slope: float
 
 
+class Launch(NamedTuple):
+    """A kernel as it would have been started."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class _Recording(NamedTuple):
+    target: str
+    launches: list[Launch]
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("effseg_recording", default=None)
+
+
+@contextmanager
+def recording(target: str) -> Iterator[list[Launch]]:
+    """Inside, `architecture` answers with the target ("sm_90") and kernels are listed instead of started."""
+    launches: list[Launch] = []
+    token = _recording.set(_Recording(target, launches))
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
     """kernel[grid](*args, **options). Fake tensors, which have shapes and no memory, are left as they are."""
+    options["enable_fp_fusion"] = True
+    if (recorded := _recording.get()) is not None:
+        recorded.launches.append(Launch(kernel, tuple(grid), args, options))
+        return
     if any(isinstance(arg, FakeTensor) for arg in args) or min(grid) == 0:
         return
-    kernel[tuple(grid)](*args, enable_fp_fusion=True, **options)
+    kernel[tuple(grid)](*args, **options)
 
 
 def interpreted() -> bool:
@@ -43,10 +78,20 @@ def interpreted() -> bool:
 
 def architecture(device: torch.device) -> str:
     """ "sm_90" and the like; INTERPRETER off the GPU."""
+    if (recorded := _recording.get()) is not None:
+        return recorded.target
     if device.type != "cuda":
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def problem(op: str, x: Tensor, **others: Any) -> Problem:
+    """What `config.choose` is asked about an operator on x (N, C, D, H, W), which tiles x unless `others` say so."""
+    gpu = gpu_slug(torch.cuda.get_device_name(x.device)) if x.device.type == "cuda" else ""
+    dtype = dict(zip(DTYPES, DTYPE_NAMES, strict=True))[x.dtype]
+    given = {"in_channels": x.shape[1], "out_channels": x.shape[1], "size": tuple(x.shape[2:]), "gpu": gpu}
+    return Problem(op, architecture(x.device), dtype, **(given | others))
 
 
 def channels_last(x: Tensor) -> Tensor:
