@@ -86,12 +86,16 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp32, bf16 or fp16, as in `config.Problem`."""
+    return dict(zip(DTYPES, DTYPE_NAMES, strict=True))[dtype]
+
+
 def problem(op: str, x: Tensor, **others: Any) -> Problem:
-    """What `config.choose` is asked about an operator on x (N, C, D, H, W), which tiles x unless `others` say so."""
+    """What `config.choose` is asked of an operator on x (N, C, D, H, W), which tiles x unless `others` say so."""
     gpu = gpu_slug(torch.cuda.get_device_name(x.device)) if x.device.type == "cuda" else ""
-    dtype = dict(zip(DTYPES, DTYPE_NAMES, strict=True))[x.dtype]
     given = {"in_channels": x.shape[1], "out_channels": x.shape[1], "size": tuple(x.shape[2:]), "gpu": gpu}
-    return Problem(op, architecture(x.device), dtype, **(given | others))
+    return Problem(op, architecture(x.device), dtype_name(x.dtype), **(given | others))
 
 
 def channels_last(x: Tensor) -> Tensor:
