@@ -1,0 +1,70 @@
+"""Forward convolution: normalisation and activation of the input as it is read, statistics of the output as
+it is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effseg.kernels import config as configurations
+from effseg.kernels.config import Config, Problem
+from effseg.kernels.conv3d_host import DTYPE_NAMES, Positions, check_dtypes, contract, merge_statistics
+from effseg.kernels.launch import NormAct, architecture, channels_last
+from effseg.slabs import Window
+
+
+def conv3d_forward(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    window: Window,
+    front: int,
+    prologue: NormAct | None = None,
+    bias: Tensor | None = None,
+    statistics: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """out = conv(a(x), weight) + bias, with a the prologue (or nothing); zero padded after a.
+
+    x (N, Ci, D, H, W), float32, bfloat16, float16 or int16; weight (Co, Ci, *window.kernel); out (N, Co, Do, Ho, Wo) in the
+    type of the products, sums in float32. Output row o reads rows stride * o + kd - front of x, those outside
+    being zero. With `statistics`: mean and biased variance (N, Co) of the stored values, float32.
+    """
+    check_dtypes(out=out)
+    if x.dtype != torch.int16:
+        check_dtypes(x=x)
+    n, ci, _, height, width = x.shape
+    kernel, stride, padding = window.kernel, window.stride, window.padding
+    _, *plane = window.output_size((1, height, width))
+    assert weight.shape == (out.shape[1], ci, *kernel), (weight.shape, out.shape, x.shape, window)
+    assert out.shape[0] == n and list(out.shape[3:]) == plane, (out.shape, x.shape, window)
+    size = (out.shape[2], out.shape[3], out.shape[4])
+    config = config or configurations.choose(
+        Problem(
+            op="conv3d_fwd",
+            architecture=architecture(x.device),
+            dtype=DTYPE_NAMES[out.dtype],
+            in_channels=ci,
+            out_channels=out.shape[1],
+            size=size,
+            kernel=kernel,
+            stride=stride,
+            prologue=prologue is not None,
+        )
+    )
+    positions = Positions(size, taps=kernel, offset=(-front, -padding[1], -padding[2]), step=stride)
+    target = channels_last(out)
+    partial = contract(
+        channels_last(x),
+        weight,
+        target,
+        positions,
+        config,
+        prologue=prologue,
+        bias=bias,
+        statistics=statistics,
+    )
+    if target is not out:
+        out.copy_(target)
+    return None if partial is None else merge_statistics(partial, positions, config)

@@ -1,0 +1,175 @@
+"""What the host does for every pass of a convolution over its main loops: weights and terms as kernels read
+them, grids, and the second level of the reductions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from effseg.kernels.config import Config, Triple
+from effseg.kernels.conv3d_epilogue import BACKWARD, PLAIN, STATISTICS
+from effseg.kernels.conv3d_few import conv3d_few_kernel
+from effseg.kernels.conv3d_loops import conv3d_slide_kernel, conv3d_tap_kernel
+from effseg.kernels.launch import DTYPES, NormAct, input_precision, launch
+
+SLIDE_CHANNELS = (16, 32, 64)
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+Backward = tuple[Tensor, NormAct]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """out[spread q + parity] reads x[step q + offset + t] for t < taps and q < size, per axis (D, H, W)."""
+
+    size: Triple
+    taps: Triple
+    offset: Triple
+    step: Triple = (1, 1, 1)
+    spread: Triple = (1, 1, 1)
+    parity: Triple = (0, 0, 0)
+
+    def tiles(self, config: Config) -> int:
+        blocks = (config.block_d, config.block_h, config.block_w)
+        return math.prod(triton.cdiv(size, block) for size, block in zip(self.size, blocks, strict=True))
+
+
+def check_dtypes(**tensors: Tensor) -> None:
+    """A TypeError for a tensor that no kernel reads."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_loop(config: Config, positions: Positions, channels: int, backward: bool) -> None:
+    """A ValueError for a configuration that does not fit the problem."""
+    if config.loop == "slide":
+        units = (positions.step, positions.spread)
+        if positions.taps != (3, 3, 3) or units != ((1, 1, 1),) * 2 or channels not in SLIDE_CHANNELS:
+            raise ValueError(
+                f"loop 'slide' is for 3x3x3 convolutions of stride 1 over {SLIDE_CHANNELS} channels, "
+                f"got {positions} over {channels}"
+            )
+    elif config.loop == "few":
+        if backward:
+            raise ValueError("loop 'few' is for the forward pass")
+    elif config.loop != "tap":
+        raise ValueError(f"loop: expected 'slide', 'tap' or 'few', got {config.loop!r}")
+
+
+def padded_terms(terms: Tensor, columns: int) -> Tensor:
+    """(N, C) as (N, columns) float32, zeros after C."""
+    return F.pad(terms.float(), (0, columns - terms.shape[1])).contiguous()
+
+
+def packed_weight(weight: Tensor, dtype: torch.dtype, flat: bool, block_k: int, columns: int) -> Tensor:
+    """(out, in, *taps) as (*taps, in, columns); the contraction's axis, `in` or, flat, all but the last, is padded
+    to whole blocks, both with zeros."""
+    packed = weight.to(dtype).permute(2, 3, 4, 1, 0)
+    if flat:
+        packed = packed.reshape(-1, packed.shape[-1])
+    return F.pad(packed, (0, columns - packed.shape[-1], 0, -packed.shape[-2] % block_k)).contiguous()
+
+
+def contract(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    positions: Positions,
+    config: Config,
+    *,
+    prologue: NormAct | None = None,
+    bias: Tensor | None = None,
+    statistics: bool = False,
+    backward: Backward | None = None,
+) -> Tensor | None:
+    """One launch of a main loop: out = epilogue(sum over taps t of a(x[...]) weight[:, :, t]), at `positions`.
+
+    x and out are channels last; weight (out channels, channels of x, *taps). Gives the partial rows (N, tiles, 2,
+    out channels) of an epilogue that reduces.
+    """
+    samples, channels, depth, height, width = x.shape
+    out_channels = out.shape[1]
+    check_loop(config, positions, channels, backward is not None)
+    flat, slide = config.loop == "few", config.loop == "slide"
+    block_k = channels if slide else config.block_k
+    channel_blocks = triton.cdiv(out_channels, config.block_n)
+    columns = channel_blocks * config.block_n
+    tiles = positions.tiles(config)
+    epilogue = BACKWARD if backward else STATISTICS if statistics else PLAIN
+    partial = torch.empty(
+        (samples, tiles, 2, columns) if epilogue is not PLAIN else (1,), dtype=torch.float32, device=x.device
+    )
+    # What an option leaves unused is not read; any pointer will do.
+    y, after, after_slope = out, (partial,) * 3, 1.0
+    if backward is not None:
+        y, terms = backward
+        after = tuple(padded_terms(t, columns) for t in (terms.mean, terms.scale, terms.beta))
+        after_slope = terms.slope
+    before = (partial, partial)
+    if prologue is not None:
+        shift = prologue.beta.float() - prologue.mean.float() * prologue.scale.float()
+        depth_of_terms = channels if flat else triton.cdiv(channels, block_k) * block_k
+        before = tuple(padded_terms(t, depth_of_terms) for t in (prologue.scale, shift))
+    bias_row = partial if bias is None else padded_terms(bias[None], columns)
+    pointers = (
+        x, packed_weight(weight, out.dtype, flat, block_k, columns), out, partial, *before, bias_row,
+    )  # fmt: skip
+    # A single sample's stride says nothing, and would only specialise the kernel.
+    strides = tuple(t.stride(0) if samples > 1 else 0 for t in (x, out, y))
+    options: dict[str, Any] = dict(
+        C=channels,
+        CHANNELS=out_channels,
+        CHANNEL_BLOCKS=channel_blocks,
+        PROLOGUE=prologue is not None,
+        SLOPE=1.0 if prologue is None else float(prologue.slope),
+        EPILOGUE=epilogue,
+        HAS_BIAS=bias is not None,
+        BLOCK_D=config.block_d,
+        BLOCK_H=config.block_h,
+        BLOCK_W=config.block_w,
+        BLOCK_N=config.block_n,
+        PRECISION=input_precision(out.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if not slide:
+        options |= dict(
+            TAPS=positions.taps, STEP=positions.step, OFFSETS=positions.offset[1:], BLOCK_K=block_k
+        )
+    if not flat:
+        options["EPILOGUE_SLOPE"] = float(after_slope)
+    grid = (tiles * channel_blocks, samples)
+    offset = positions.offset[0]
+    if slide:
+        sizes = (depth, height, width, positions.size[0], offset, tiles)
+        launch(conv3d_slide_kernel, grid, *pointers, y, *after, *strides, *sizes, **options)
+    elif flat:
+        sizes = (depth, height, width, *positions.size, offset, tiles)
+        launch(conv3d_few_kernel, grid, *pointers, *strides[:2], *sizes, **options)
+    else:
+        sizes = (depth, height, width, *positions.size, *out.shape[3:], offset, tiles)
+        options |= dict(SPREAD=positions.spread, CLASS=positions.parity)
+        launch(conv3d_tap_kernel, grid, *pointers, y, *after, *strides, *sizes, **options)
+    return None if epilogue is PLAIN else partial[..., :out_channels]
+
+
+def merge_statistics(partial: Tensor, positions: Positions, config: Config) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (N, C) float32, of partial rows (mean, sum of squared deviations) of tiles, by Chan's
+    formula in float64."""
+    blocks = (config.block_d, config.block_h, config.block_w)
+    voxels = torch.ones((), dtype=torch.float64, device=partial.device)
+    for size, block in zip(positions.size, blocks, strict=True):
+        starts = torch.arange(0, size, block, dtype=torch.float64, device=partial.device)
+        voxels = (voxels[..., None] * (size - starts).clamp(max=block)).flatten()
+    voxels = voxels[:, None] / math.prod(positions.size)
+    means, deviations = partial.double().unbind(2)
+    mean = (voxels * means).sum(1)
+    variance = (voxels * (means - mean[:, None]).square()).sum(1)
+    variance += deviations.sum(1) / math.prod(positions.size)
+    return mean.float(), variance.float()
