@@ -60,19 +60,16 @@ class Pointer:
 
 
 def compiled(launch: Launch, architecture: str) -> Any:
-    """Triton's CompiledKernel of a recorded launch, for "sm_90" and the like."""
+    """Triton's CompiledKernel of a recorded launch, for "sm_90" and the like. The process starts no kernels after."""
     driver.set_active(Driver(architecture))
-    try:
-        args = [Pointer(arg) if isinstance(arg, torch.Tensor) else arg for arg in launch.args]
-        return launch.kernel.warmup(*args, grid=launch.grid, **launch.options)
-    finally:
-        driver.reset_active()
+    args = [Pointer(arg) if isinstance(arg, torch.Tensor) else arg for arg in launch.args]
+    return launch.kernel.warmup(*args, grid=launch.grid, **launch.options)
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """The interior way through a stretch of code. issue: clocks that the four schedulers of a multiprocessor take
-    to issue it for all warps of a program; flops: of the program's tensor cores; loads: by bytes a thread."""
+    """The interior way through a stretch of code. issue: clocks that the four schedulers of a multiprocessor
+    take to issue it for all warps of a program; flops: of its tensor cores; loads: by bytes a thread."""
 
     issue: float
     flops: int

@@ -134,7 +134,7 @@ def parse(text: str) -> Code:
 
 
 def natural_loops(successors: tuple[tuple[int, ...], ...]) -> dict[int, frozenset[int]]:
-    """Header -> blocks of each loop: where an edge's head dominates its tail, what reaches the tail within."""
+    """Header -> blocks of each loop: where an edge's head dominates its tail, all that lies between."""
     if not successors:
         return {}
     order = reverse_postorder(successors)
