@@ -1,0 +1,340 @@
+"""The segmentation head's device code: logits of a tile of voxels, what is summed over them, and its gradients.
+
+A tile is BLOCK_V consecutive voxels of a slab whose features lie as a (voxels, C) matrix. Program p of P works on
+tiles p, p + P, p + 2 P, ...: which voxels meet in which sum depends on P alone. Arguments that all kernels share:
+
+    features_ptr  (voxels, C), fp32, bf16 or fp16: activated features; raw ones with mean_ptr, scale_ptr, beta_ptr
+                  (C,) float32; without weight_ptr the logits, C = K
+    weight_ptr    (K, C), any float type, rounded to the features' for the product; or None
+    bias_ptr      (K,), any float type; or None
+    labels_ptr    (voxels,), any integer type
+
+C and K are padded to BLOCK_C and BLOCK_K, powers of two of at least 16: with zeros, and with logits that are so low that
+their probability is 0. Everything but the operands of products is float32. Logits are in units of ln 2, for exp2 is one
+instruction.
+"""
+
+import triton
+import triton.language as tl
+
+from effseg.kernels.common import leaky_relu
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Finite, so that it may be multiplied by a weight of 0.
+NO_CLASS = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _parameters(features_ptr, weight_ptr, bias_ptr, C, K, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """weight (BLOCK_C, BLOCK_K) in the features' type, and bias (BLOCK_K,) in units of ln 2."""
+    c = tl.arange(0, BLOCK_C)
+    k = tl.arange(0, BLOCK_K)
+    weight = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    bias = tl.zeros((BLOCK_K,), tl.float32)
+    if weight_ptr is not None:
+        inside = (c < C)[:, None] & (k < K)[None, :]
+        weight = tl.load(weight_ptr + k[None, :] * C + c[:, None], mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32) * LOG2_E
+    return weight.to(features_ptr.dtype.element_ty), tl.where(k < K, bias, NO_CLASS)
+
+
+@triton.jit
+def _normalisation(mean_ptr, scale_ptr, beta_ptr, C, BLOCK_C: tl.constexpr):
+    """(scale, shift) of y * scale + shift, each (BLOCK_C,) float32; 0 where there is no normalisation."""
+    scale = tl.zeros((BLOCK_C,), tl.float32)
+    shift = tl.zeros((BLOCK_C,), tl.float32)
+    if mean_ptr is not None:
+        c = tl.arange(0, BLOCK_C)
+        scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)
+        mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)
+        shift = tl.load(beta_ptr + c, mask=c < C, other=0.0) - mean * scale
+    return scale, shift
+
+
+@triton.jit
+def _addresses(tile, voxels, C, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where a tile's features start (int64), their offsets from there, and which of them exist."""
+    row = tl.arange(0, BLOCK_V)
+    c = tl.arange(0, BLOCK_C)
+    start = (tl.zeros((), tl.int64) + tile) * BLOCK_V * C
+    inside = (row < voxels - tile * BLOCK_V)[:, None] & (c < C)[None, :]
+    return start, row[:, None] * C + c[None, :], inside
+
+
+@triton.jit
+def _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE: tl.constexpr):
+    """(BLOCK_V, BLOCK_C) in the stored type. Rows beyond the last voxel are finite, columns beyond C are 0."""
+    a = tl.load(features_ptr + start + offsets, mask=inside, other=0.0)
+    if mean_ptr is not None:
+        z = a.to(tl.float32) * scale[None, :] + shift[None, :]
+        a = leaky_relu(z, SLOPE).to(features_ptr.dtype.element_ty)
+    return a
+
+
+@triton.jit
+def _logits(a, weight_ptr, weight, bias, PRECISION: tl.constexpr):
+    """(BLOCK_V, BLOCK_K) in units of ln 2; NO_CLASS beyond K."""
+    if weight_ptr is not None:
+        z = tl.dot(a, weight, input_precision=PRECISION)
+    else:
+        z = a.to(tl.float32)
+    return z * LOG2_E + bias[None, :]
+
+
+@triton.jit
+def _targets(labels_ptr, tile, voxels, K, IGNORE: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A tile's classes (BLOCK_V,) int32, -1 for voxels that count for nothing, and which labels are unknown."""
+    row = tl.arange(0, BLOCK_V)
+    inside = row < voxels - tile * BLOCK_V
+    start = (tl.zeros((), tl.int64) + tile) * BLOCK_V
+    label = tl.load(labels_ptr + start + row, mask=inside, other=0)
+    if labels_ptr.dtype.element_ty.primitive_bitwidth < 32:
+        label = label.to(tl.int32)  # a narrow type may not hold K
+    unknown = inside & ((label < 0) | (label >= K))
+    counts = inside & (label >= 0) & (label < K)
+    if IGNORE is not None:
+        unknown = unknown & (label != IGNORE)
+        counts = counts & (label != IGNORE)
+    return tl.where(counts, label, -1).to(tl.int32), unknown
+
+
+@triton.jit
+def _add(high, low, value):
+    """high + low + value, the rounding error of the sum kept in low (Knuth's TwoSum)."""
+    total = high + value
+    added = total - high
+    return total, low + ((high - (total - added)) + (value - added))
+
+
+@triton.jit
+def _head_sums_kernel(
+    features_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    scale_ptr,
+    beta_ptr,
+    labels_ptr,
+    class_weights_ptr,
+    sums_ptr,
+    counts_ptr,
+    voxels,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    IGNORE: tl.constexpr,
+    SLOPE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One row of partial sums a program.
+
+    class_weights_ptr: (K,) float32
+    sums_ptr: (programs, 2, 2 BLOCK_K + 2) float32, [intersection, probability, nll, smooth_nll], as two rows to be added
+    counts_ptr: (programs, BLOCK_K + 1) int32, [voxels, unknown]
+
+    A position of the tile adds up CHUNK tiles in float32; their total over the voxels goes to the program's sums, which
+    carry their rounding errors along. So the relative error of a sum of positive terms is at most that of CHUNK - 1
+    additions and a tree over BLOCK_V values, however many voxels there are.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    k = tl.arange(0, BLOCK_K)
+    weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, BLOCK_C, BLOCK_K)
+    scale, shift = _normalisation(mean_ptr, scale_ptr, beta_ptr, C, BLOCK_C)
+    class_weights = tl.load(class_weights_ptr + k, mask=k < K, other=0.0)
+    all_weights = tl.sum(class_weights, 0)
+
+    intersection = tl.zeros((BLOCK_K,), tl.float32)
+    intersection_low = tl.zeros((BLOCK_K,), tl.float32)
+    probability = tl.zeros((BLOCK_K,), tl.float32)
+    probability_low = tl.zeros((BLOCK_K,), tl.float32)
+    nll = tl.zeros((), tl.float32)
+    nll_low = tl.zeros((), tl.float32)
+    smooth = tl.zeros((), tl.float32)
+    smooth_low = tl.zeros((), tl.float32)
+    count = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
+    unknown_count = tl.zeros((BLOCK_V,), tl.int32)
+
+    tiles = tl.cdiv(voxels, BLOCK_V)
+    for first in range(program, tiles, CHUNK * programs):
+        chunk_intersection = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
+        chunk_probability = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
+        chunk_nll = tl.zeros((BLOCK_V,), tl.float32)
+        chunk_smooth = tl.zeros((BLOCK_V,), tl.float32)
+        for tile in range(first, min(first + CHUNK * programs, tiles), programs):
+            start, offsets, inside = _addresses(tile, voxels, C, BLOCK_V, BLOCK_C)
+            a = _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE)
+            target, unknown = _targets(labels_ptr, tile, voxels, K, IGNORE, BLOCK_V)
+            counts = target >= 0
+            z = _logits(a, weight_ptr, weight, bias, PRECISION)
+            centred = z - tl.max(z, 1)[:, None]
+            e = tl.exp2(centred)
+            total = tl.sum(e, 1)
+            p = e * tl.where(counts, 1.0 / total, 0.0)[:, None]
+            is_target = target[:, None] == k[None, :]
+            at_target = tl.sum(tl.where(is_target, centred, 0.0), 1)
+            weighted = tl.sum(centred * class_weights[None, :], 1)
+            log_total = tl.log2(total)
+            target_weight = tl.load(class_weights_ptr + target, mask=counts, other=0.0)
+            chunk_nll += target_weight * (log_total - at_target)
+            chunk_smooth += tl.where(counts, all_weights * log_total - weighted, 0.0)
+            one_hot = is_target.to(tl.float32)
+            chunk_probability += p
+            chunk_intersection += p * one_hot
+            count += one_hot
+            unknown_count += unknown.to(tl.int32)
+        intersection, intersection_low = _add(intersection, intersection_low, tl.sum(chunk_intersection, 0))
+        probability, probability_low = _add(probability, probability_low, tl.sum(chunk_probability, 0))
+        nll, nll_low = _add(nll, nll_low, tl.sum(chunk_nll, 0) * LN_2)
+        smooth, smooth_low = _add(smooth, smooth_low, tl.sum(chunk_smooth, 0) * LN_2)
+
+    row_ptr = sums_ptr + program * 2 * (2 * BLOCK_K + 2)
+    tl.store(row_ptr + k, intersection)
+    tl.store(row_ptr + BLOCK_K + k, probability)
+    tl.store(row_ptr + 2 * BLOCK_K, nll)
+    tl.store(row_ptr + 2 * BLOCK_K + 1, smooth)
+    row_ptr += 2 * BLOCK_K + 2
+    tl.store(row_ptr + k, intersection_low)
+    tl.store(row_ptr + BLOCK_K + k, probability_low)
+    tl.store(row_ptr + 2 * BLOCK_K, nll_low)
+    tl.store(row_ptr + 2 * BLOCK_K + 1, smooth_low)
+    row_ptr = counts_ptr + program * (BLOCK_K + 1)
+    tl.store(row_ptr + k, tl.sum(count.to(tl.int32), 0))
+    tl.store(row_ptr + BLOCK_K, tl.sum(unknown_count, 0))
+
+
+@triton.jit
+def _head_backward_kernel(
+    features_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    scale_ptr,
+    beta_ptr,
+    labels_ptr,
+    class_weights_ptr,
+    grad_intersection_ptr,
+    grad_probability_ptr,
+    grad_nll_ptr,
+    grad_smooth_ptr,
+    out_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    voxels,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    IGNORE: tl.constexpr,
+    SLOPE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """With u_k = g_probability_k + g_intersection_k [label = k], c = g_nll w_label and s = g_smooth:
+    dL/dlogit_k = p_k (u_k - sum_j p_j u_j + c + s sum_j w_j) - c [label = k] - s w_k, 0 where the label counts for nothing.
+
+    class_weights_ptr: (K,) float32
+    grad_intersection_ptr, grad_probability_ptr: (K,); grad_nll_ptr, grad_smooth_ptr: (1,); any float type
+    out_ptr: (voxels, C), the features' type, dL/dlogits (in that type) @ weight
+    grad_weight_ptr: (programs, BLOCK_K, BLOCK_C) float32, partial sums; or None
+    grad_bias_ptr: (programs, BLOCK_K) float32, partial sums; or None
+
+    Partial sums of the parameters' gradients are added up CHUNK tiles at a time before they meet the program's.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    k = tl.arange(0, BLOCK_K)
+    weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, BLOCK_C, BLOCK_K)
+    scale, shift = _normalisation(mean_ptr, scale_ptr, beta_ptr, C, BLOCK_C)
+    g_nll = tl.load(grad_nll_ptr).to(tl.float32)
+    class_weights = tl.load(class_weights_ptr + k, mask=k < K, other=0.0)
+    g_smooth = tl.load(grad_smooth_ptr).to(tl.float32) * class_weights
+    all_smooth = tl.sum(g_smooth, 0)
+    g_intersection = tl.load(grad_intersection_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    g_probability = tl.load(grad_probability_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+
+    if grad_weight_ptr is not None:
+        grad_weight = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    if grad_bias_ptr is not None:
+        grad_bias = tl.zeros((BLOCK_K,), tl.float32)
+
+    tiles = tl.cdiv(voxels, BLOCK_V)
+    for first in range(program, tiles, CHUNK * programs):
+        if grad_weight_ptr is not None:
+            chunk_weight = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+        if grad_bias_ptr is not None:
+            chunk_bias = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
+        for tile in range(first, min(first + CHUNK * programs, tiles), programs):
+            start, offsets, inside = _addresses(tile, voxels, C, BLOCK_V, BLOCK_C)
+            a = _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE)
+            target, _ = _targets(labels_ptr, tile, voxels, K, IGNORE, BLOCK_V)
+            counts = target >= 0
+            z = _logits(a, weight_ptr, weight, bias, PRECISION)
+            e = tl.exp2(z - tl.max(z, 1)[:, None])
+            p = e * tl.where(counts, 1.0 / tl.sum(e, 1), 0.0)[:, None]
+            c = g_nll * tl.load(class_weights_ptr + target, mask=counts, other=0.0)
+            one_hot = (target[:, None] == k[None, :]).to(tl.float32)
+            pu = p * (one_hot * g_intersection[None, :] + g_probability[None, :])
+            g = pu + p * (c + all_smooth - tl.sum(pu, 1))[:, None]
+            g -= one_hot * c[:, None]
+            g -= counts.to(tl.float32)[:, None] * g_smooth[None, :]
+            if grad_bias_ptr is not None:
+                chunk_bias += g
+            g = g.to(features_ptr.dtype.element_ty)
+            if weight_ptr is not None:
+                grad = tl.dot(g, tl.trans(weight), input_precision=PRECISION).to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + start + offsets, grad, mask=inside)
+                if grad_weight_ptr is not None:
+                    chunk_weight = tl.dot(tl.trans(g), a, chunk_weight, input_precision=PRECISION)
+            else:
+                tl.store(out_ptr + start + offsets, g, mask=inside)
+        if grad_weight_ptr is not None:
+            grad_weight += chunk_weight
+        if grad_bias_ptr is not None:
+            grad_bias += tl.sum(chunk_bias, 0)
+
+    if grad_weight_ptr is not None:
+        row_ptr = grad_weight_ptr + program * BLOCK_K * BLOCK_C
+        tl.store(row_ptr + k[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :], grad_weight)
+    if grad_bias_ptr is not None:
+        tl.store(grad_bias_ptr + program * BLOCK_K + k, grad_bias)
+
+
+@triton.jit
+def _head_argmax_kernel(
+    features_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    scale_ptr,
+    beta_ptr,
+    out_ptr,
+    voxels,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out_ptr: (voxels,), any integer type: the lowest class of the largest logit; NaN counts as inf."""
+    weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, BLOCK_C, BLOCK_K)
+    scale, shift = _normalisation(mean_ptr, scale_ptr, beta_ptr, C, BLOCK_C)
+    k = tl.arange(0, BLOCK_K)
+    row = tl.arange(0, BLOCK_V)
+    for tile in range(tl.program_id(0), tl.cdiv(voxels, BLOCK_V), tl.num_programs(0)):
+        start, offsets, inside = _addresses(tile, voxels, C, BLOCK_V, BLOCK_C)
+        a = _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE)
+        z = _logits(a, weight_ptr, weight, bias, PRECISION)
+        z = tl.where(z == z, z, float("inf"))
+        z = tl.where((k < K)[None, :], z, -float("inf"))
+        found = tl.argmax(z, 1).to(out_ptr.dtype.element_ty)
+        first = (tl.zeros((), tl.int64) + tile) * BLOCK_V
+        tl.store(out_ptr + first + row, found, mask=row < voxels - tile * BLOCK_V)
