@@ -22,13 +22,18 @@ Triple = tuple[int, int, int]
 
 LOOPS = {
     "conv3d_fwd": ("slide", "tap", "few"),
-    "conv3d_dgrad": ("slide", "tap", "few"),
+    "conv3d_dgrad": ("slide", "tap"),
     "conv3d_wgrad": ("pair3", "pair", "kw", "tap"),
-    "norm_act": ("rows",),
-    "statistics": ("rows",),
-    "upsample": ("rows",),
-    "head_fwd": ("rows",),
-    "head_bwd": ("rows",),
+    "norm_act": ("tile",),
+    "norm_act_backward": ("tile",),
+    "fold": ("tile",),
+    "moments": ("tile",),
+    "channel_sums": ("tile",),
+    "upsample": ("tile",),
+    "upsample_transpose": ("tile",),
+    "head_sums": ("tile",),
+    "head_backward": ("tile",),
+    "head_argmax": ("tile",),
 }
 """The main loops of each operator; every operator may also be left to ATEN."""
 
@@ -185,83 +190,126 @@ def heuristic(problem: Problem) -> Config:
         return _interpreted(problem)
     if problem.op == "conv3d_wgrad":
         return _wgrad(problem)
-    if problem.op.startswith("conv3d"):
+    if problem.op in ("conv3d_fwd", "conv3d_dgrad"):
         return _conv(problem)
+    if problem.op.startswith("head"):
+        return _head(problem)
     return _elementwise(problem)
 
 
-def slides(problem: Problem) -> bool:
-    """Whether a march along D with three rotating accumulators applies: forward and dgrad."""
-    widest = max(_padded(problem.in_channels), _padded(problem.out_channels))
-    return problem.kernel[0] == 3 and problem.stride == (1, 1, 1) and widest <= 64
+def contraction(problem: Problem) -> tuple[int, int]:
+    """(channels that are summed over, channels that come out) of forward and dgrad."""
+    channels = problem.in_channels, problem.out_channels
+    return channels if problem.op == "conv3d_fwd" else channels[::-1]
+
+
+def loop_of(problem: Problem) -> str:
+    """The main loop of a convolution.
+
+    The marches reuse what they have read of a 3x3x3 convolution of stride 1: forward and dgrad along D with rotating
+    accumulators; wgrad over pairs of w-neighbours, which fill the 64 rows of a tensor instruction, and over single
+    voxels where channels fill them.
+    """
+    marches = problem.kernel == (3, 3, 3) and problem.stride == (1, 1, 1)
+    if problem.op == "conv3d_wgrad":
+        channels = (problem.in_channels, problem.out_channels)
+        if marches and channels == (16, 16):
+            return "pair3"
+        if marches and all(c in (16, 32) for c in channels):
+            return "pair"
+        return "kw" if marches and max(channels) <= 64 else "tap"
+    depth, _ = contraction(problem)
+    if marches and depth in (16, 32, 64):
+        return "slide"
+    return "few" if problem.op == "conv3d_fwd" and depth < 16 else "tap"
 
 
 def _padded(channels: int) -> int:
     return max(16, power_of_two(channels))
 
 
+def _block_k(channels: int, most: int) -> int:
+    """A block that divides the channels, so that none is masked, or else holds them."""
+    divides = channels & -channels
+    return min(most, divides if divides >= 16 else _padded(channels))
+
+
 def _interpreted(problem: Problem) -> Config:
     """Time goes with programs times loop iterations, and wide tiles on tiny volumes are mostly masks."""
-    block_n = min(32, _padded(problem.out_channels))
+    padded = _padded(problem.in_channels), _padded(problem.out_channels)
     if problem.op == "conv3d_wgrad":
-        loop = _wgrad(problem).loop
-        return Config(loop, block_d=3, block_h=4, block_w=8, block_n=block_n, block_k=16, splits=2)
-    if problem.op.startswith("conv3d"):
-        loop = "slide" if slides(problem) else "tap"
-        return Config(loop, block_d=3, block_h=4, block_w=8, block_n=block_n, block_k=16)
-    return Config("rows", block_d=2, block_h=4, block_w=16, block_n=_padded(problem.out_channels), splits=2)
+        block_k = min(64, 16 * power_of_two(math.prod(problem.kernel)))
+        return Config(
+            loop_of(problem),
+            block_d=3,
+            block_h=4,
+            block_w=8,
+            block_n=min(32, padded[1]),
+            block_k=block_k,
+            splits=2,
+        )
+    if problem.op in ("conv3d_fwd", "conv3d_dgrad"):
+        depth, columns = map(_padded, contraction(problem))
+        block_k = 64 if loop_of(problem) == "few" else min(32, depth)
+        return Config(
+            loop_of(problem), block_d=3, block_h=4, block_w=8, block_n=min(32, columns), block_k=block_k
+        )
+    if problem.op.startswith("upsample"):
+        return Config("tile", block_d=2, block_h=4, block_w=4, block_n=min(32, padded[0]))
+    return Config("tile", block_w=64, block_n=min(32, padded[0]), splits=2)
 
 
 def _conv(problem: Problem) -> Config:
     """Forward and dgrad. float32 has twice the bytes and no wider registers: half the tile."""
     fp32 = problem.dtype == "fp32"
-    ci, co = _padded(problem.in_channels), _padded(problem.out_channels)
-    if slides(problem):
-        widest = max(ci, co)
+    channels, columns = contraction(problem)
+    loop = loop_of(problem)
+    padded = _padded(columns)
+    if loop == "slide":
+        block_n = min(64, padded)
+        widest = max(channels, block_n)
         return Config(
-            "slide",
+            loop,
             block_d=32,
             block_h=4 if fp32 and widest > 16 else 8,
             block_w=16,
-            block_n=min(co, 64),
-            block_k=ci,
+            block_n=block_n,
             num_warps=8 if widest > 32 else 4,
         )
+    if loop == "few":
+        block_k = min(64, _padded(math.prod(problem.kernel) * channels))
+        return Config(loop, block_d=8, block_h=8, block_w=16, block_n=min(64, padded), block_k=block_k)
     return Config(
-        "tap",
-        block_d=1,
+        loop,
+        block_d=4,
         block_h=8,
         block_w=8 if fp32 else 16,
-        block_n=min(co, 64 if fp32 else 128),
-        block_k=min(ci, 32 if fp32 else 64),
-        num_warps=8 if co > 32 else 4,
+        block_n=min(64 if fp32 else 128, padded),
+        block_k=_block_k(channels, 32 if fp32 else 64),
+        num_warps=8 if padded > 32 else 4,
         num_stages=2,
     )
 
 
 def _wgrad(problem: Problem) -> Config:
-    """Pairs of w-neighbours fill M where channels are few; 64 channels fill it alone."""
     fp32 = problem.dtype == "fp32"
-    ci, co = _padded(problem.in_channels), _padded(problem.out_channels)
-    marches = problem.kernel == (3, 3, 3) and problem.stride == (1, 1, 1)
-    if marches and max(ci, co) <= 64:
-        loop = "pair3" if max(ci, co) == 16 else "pair" if max(ci, co) == 32 else "kw"
-        return Config(loop, block_d=32, block_h=2 if fp32 else 4, block_w=16, splits=128, num_warps=8)
-    return Config(
-        "tap",
-        block_d=1,
-        block_h=4,
-        block_w=16,
-        block_n=min(co, 64),
-        block_k=min(ci, 64),
-        splits=32,
-        num_warps=4,
-    )
+    loop = loop_of(problem)
+    if loop == "tap":
+        rows = problem.in_channels * math.prod(problem.kernel)
+        block_n = min(64, _padded(problem.out_channels))
+        block_k = min(64, _padded(rows))
+        return Config(loop, block_h=4, block_w=16, block_n=block_n, block_k=block_k, splits=64)
+    return Config(loop, block_d=32, block_h=2 if fp32 else 4, block_w=16, splits=128, num_warps=8)
+
+
+def _head(problem: Problem) -> Config:
+    backward = problem.op == "head_backward"
+    return Config("tile", block_w=64 if backward else 128, splits=1024)
 
 
 def _elementwise(problem: Problem) -> Config:
-    """About 4096 elements a program: eight 16-byte loads of bfloat16 a thread."""
-    block_n = _padded(max(problem.in_channels, problem.out_channels))
-    return Config(
-        "rows", block_d=1, block_h=1, block_w=max(16, 4096 // block_n), block_n=block_n, splits=1024
-    )
+    """About 4096 elements a program: 32 a thread."""
+    block_n = min(128, _padded(problem.in_channels))
+    if problem.op.startswith("upsample"):
+        return Config("tile", block_d=4, block_h=4, block_w=max(4, 256 // block_n), block_n=block_n)
+    return Config("tile", block_w=4096 // block_n, block_n=block_n, splits=1024)
