@@ -1,0 +1,107 @@
+"""Per-channel reductions of stored values: the moments of a normalisation, and sums (gradients of a bias).
+
+Two levels, both in a fixed order: a program takes every `programs`-th tile of a sample and keeps one running result for
+each place in the tile, merged when all are read; the partial rows of all programs are merged in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effseg.kernels.config import Config
+from effseg.kernels.flat import feature, sample_stride, tile_address, tile_mask, tile_offsets, tiling
+from effseg.kernels.launch import launch
+
+
+@triton.jit
+def _moments_kernel(
+    y_ptr, partial_ptr, voxels, y_stride, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """y (N, voxels, C), samples y_stride apart -> partial (N, programs, 3, C) float32: count, mean, M2.
+
+    Welford's update for each place in the tile, in float32, then Chan's merge over the places. Masked: voxels after the
+    last, channels from C on. Every program has a tile with a voxel in it, so no count is 0.
+    """
+    CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)
+    programs = tl.num_programs(0) // CHANNEL_BLOCKS
+    channels = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    offsets = tile_offsets(channels, C, BLOCK_V)
+
+    count = tl.zeros((BLOCK_V, 1), tl.float32)
+    mean = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
+    for tile in range(program, tl.cdiv(voxels, BLOCK_V), programs):
+        mask = tile_mask(tile, voxels, channels, C, BLOCK_V, BLOCK_C)
+        y = tl.load(y_ptr + tile_address(n, tile, y_stride, C, BLOCK_V) + offsets, mask=mask, other=0.0)
+        y = y.to(tl.float32)
+        delta = tl.where(mask, y - mean, 0.0)
+        count += (tile * BLOCK_V + tl.arange(0, BLOCK_V) < voxels)[:, None].to(tl.float32)
+        mean += delta / tl.maximum(count, 1.0)
+        m2 += delta * (y - mean)
+
+    total = tl.sum(count, 0)
+    merged = tl.sum(count * mean, 0) / total
+    apart = mean - merged[None, :]
+    m2 += count * apart * apart
+    partial = partial_ptr + (n * programs + program) * 3 * C + channels
+    tl.store(partial, total + tl.zeros((BLOCK_C,), tl.float32), mask=channels < C)
+    tl.store(partial + C, merged, mask=channels < C)
+    tl.store(partial + 2 * C, tl.sum(m2, 0), mask=channels < C)
+
+
+@triton.jit
+def _channel_sums_kernel(
+    g_ptr, partial_ptr, voxels, g_stride, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """g (N, voxels, C), samples g_stride apart -> partial (N, programs, C) float32: sums over voxels, added in float32.
+
+    Masked: voxels after the last, channels from C on.
+    """
+    CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)
+    programs = tl.num_programs(0) // CHANNEL_BLOCKS
+    channels = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    offsets = tile_offsets(channels, C, BLOCK_V)
+
+    sums = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
+    for tile in range(program, tl.cdiv(voxels, BLOCK_V), programs):
+        mask = tile_mask(tile, voxels, channels, C, BLOCK_V, BLOCK_C)
+        sums += tl.load(g_ptr + tile_address(n, tile, g_stride, C, BLOCK_V) + offsets, mask=mask, other=0.0)
+    tl.store(partial_ptr + (n * programs + program) * C + channels, tl.sum(sums, 0), mask=channels < C)
+
+
+def moments(y: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over the voxels of y (N, C, d, h, w), (N, C) float32, of the values as stored."""
+    y = feature("y", y)
+    tiles = tiling("moments", y, config)
+    if tiles.voxels == 0:
+        raise ValueError("y: expected at least one voxel, got none")
+    partial = torch.empty(tiles.samples, tiles.programs, 3, tiles.channels, device=y.device)
+    launch(
+        _moments_kernel, tiles.reduction_grid, y, partial, tiles.voxels, sample_stride(y), **tiles.constants
+    )
+    count, means, m2 = partial.double().unbind(2)
+    mean = (count * means).sum(1) / tiles.voxels
+    variance = (m2 + count * (means - mean[:, None]).square()).sum(1) / tiles.voxels
+    return mean.float(), variance.float()
+
+
+def channel_sums(g: Tensor, config: Config | None = None) -> Tensor:
+    """Sums over the voxels of g (N, C, d, h, w), (N, C) float32."""
+    g = feature("g", g)
+    tiles = tiling("channel_sums", g, config)
+    partial = torch.empty(tiles.samples, tiles.programs, tiles.channels, device=g.device)
+    launch(
+        _channel_sums_kernel,
+        tiles.reduction_grid,
+        g,
+        partial,
+        tiles.voxels,
+        sample_stride(g),
+        **tiles.constants,
+    )
+    return partial.sum(1, dtype=torch.float64).float()

@@ -1,0 +1,302 @@
+"""Trilinear upsampling x2 (align_corners=False) and its transpose; arithmetic in float32, rounded once.
+
+Both are tiled by cells: cell i of an axis lies between coarse voxels i - 1 and i and holds the fine voxels 2i - 1 and
+2i, a quarter and three quarters of the way. Eight reads make the eight fine voxels of a cell. Coarse indices are
+clamped, which at the borders gives the coarse voxel itself. An axis of factor 1 is copied: cell, coarse and fine voxel
+i are the same.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effseg.kernels.config import Config, choose
+from effseg.kernels.flat import feature, output, sample_stride
+from effseg.kernels.launch import launch, problem
+
+Factors = tuple[int, int, int]
+
+
+@triton.jit
+def _position(tiles_w, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
+    """h, w (BLOCK_H * BLOCK_W, 1) and channels (1, BLOCK_C) of the program's tile of a plane."""
+    CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    channels = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = tl.program_id(0) // CHANNEL_BLOCKS
+    place = tl.arange(0, BLOCK_H * BLOCK_W)
+    h = tile // tiles_w * BLOCK_H + place // BLOCK_W
+    w = tile % tiles_w * BLOCK_W + place % BLOCK_W
+    return h[:, None], w[:, None], channels[None, :]
+
+
+@triton.jit
+def _plane_address(n, d, stride, h, w, C: tl.constexpr):
+    """Offset of plane d of (h, w, C) values in a tensor whose samples are `stride` apart; scalar, int64."""
+    return n.to(tl.int64) * stride + (tl.zeros((), tl.int64) + d) * h * w * C
+
+
+@triton.jit
+def _with_channels(inside, channels, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A mask of places, and of channels where the last block has too many."""
+    if C % BLOCK_C == 0:
+        return inside
+    else:
+        return inside & (channels < C)
+
+
+@triton.jit
+def _between(low, high):
+    """A quarter and three quarters of the way; low itself where high is low."""
+    quarter = (high - low) * 0.25
+    return low + quarter, high - quarter
+
+
+@triton.jit
+def _neighbours(cell, size, FACTOR: tl.constexpr):
+    """The coarse indices on both sides of a cell, clamped to [0, size)."""
+    if FACTOR == 2:
+        return tl.minimum(tl.maximum(cell - 1, 0), size - 1), tl.minimum(cell, size - 1)
+    else:
+        return tl.minimum(cell, size - 1), tl.minimum(cell, size - 1)
+
+
+@triton.jit
+def _fine_line(x_ptr, row, w_low, w_high, channels, C: tl.constexpr, FACTOR_W: tl.constexpr):
+    """The two fine voxels of a cell of the row at offset `row`, float32; the same one twice for factor 1."""
+    mask = channels < C
+    low = tl.load(x_ptr + (row + w_low * C + channels), mask=mask).to(tl.float32)
+    if FACTOR_W == 1:
+        return low, low
+    else:
+        return _between(low, tl.load(x_ptr + (row + w_high * C + channels), mask=mask).to(tl.float32))
+
+
+@triton.jit
+def _fine_plane(
+    x_ptr, h_low, h_high, w_low, w_high, channels, coarse_w,
+    C: tl.constexpr, FACTOR_H: tl.constexpr, FACTOR_W: tl.constexpr,
+):  # fmt: skip
+    """The four fine voxels of a cell of a coarse plane, h first: (00, 01, 10, 11)."""
+    low0, low1 = _fine_line(x_ptr, h_low * coarse_w * C, w_low, w_high, channels, C, FACTOR_W)
+    if FACTOR_H == 1:
+        return low0, low1, low0, low1
+    else:
+        high0, high1 = _fine_line(x_ptr, h_high * coarse_w * C, w_low, w_high, channels, C, FACTOR_W)
+        first0, second0 = _between(low0, high0)
+        first1, second1 = _between(low1, high1)
+        return first0, first1, second0, second1
+
+
+@triton.jit
+def _store(
+    value, out_ptr, addend_ptr, n, d, exists, h, w, channels, height, width, out_stride, addend_stride,
+    C: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out[n, d, h, w] = value + addend[n, d, h, w] where plane d exists and (h, w) is inside of height x width."""
+    limit = tl.where(exists, height, 0)
+    mask = _with_channels((h >= 0) & (h < limit) & (w >= 0) & (w < width), channels, C, BLOCK_C)
+    offsets = (h * width + w) * C + channels
+    if addend_ptr is not None:
+        addend = addend_ptr + _plane_address(n, d, addend_stride, height, width, C)
+        value += tl.load(addend + offsets, mask=mask, other=0.0)
+    out = out_ptr + _plane_address(n, d, out_stride, height, width, C)
+    tl.store(out + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _upsample_kernel(
+    x_ptr, addend_ptr, out_ptr, coarse_d, coarse_h, coarse_w, first_row, rows, height, width, tiles_w,
+    x_stride, addend_stride, out_stride,
+    FACTOR_D: tl.constexpr, FACTOR_H: tl.constexpr, FACTOR_W: tl.constexpr,
+    C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out = upsample(x) + addend: x (N, coarse_d, coarse_h, coarse_w, C); addend (or None), out (N, rows, height, width,
+    C), the fine rows from first_row on; samples *_stride apart. One plane of cells, BLOCK_H x BLOCK_W of them. Reads are
+    clamped, masked only in the channels; writes are masked in all axes."""
+    h, w, channels = _position(tiles_w, C, BLOCK_H, BLOCK_W, BLOCK_C)
+    n = tl.program_id(2)
+    d = (first_row + FACTOR_D - 1) // FACTOR_D + tl.program_id(1)
+    h_low, h_high = _neighbours(h, coarse_h, FACTOR_H)
+    w_low, w_high = _neighbours(w, coarse_w, FACTOR_W)
+    d_low, d_high = _neighbours(d, coarse_d, FACTOR_D)
+    low = x_ptr + _plane_address(n, d_low, x_stride, coarse_h, coarse_w, C)
+    low = _fine_plane(low, h_low, h_high, w_low, w_high, channels, coarse_w, C, FACTOR_H, FACTOR_W)
+    high = low
+    if FACTOR_D == 2:
+        high = x_ptr + _plane_address(n, d_high, x_stride, coarse_h, coarse_w, C)
+        high = _fine_plane(high, h_low, h_high, w_low, w_high, channels, coarse_w, C, FACTOR_H, FACTOR_W)
+
+    row = FACTOR_D * d - FACTOR_D + 1 - first_row
+    for i in tl.static_range(FACTOR_H):
+        for j in tl.static_range(FACTOR_W):
+            fine_h = FACTOR_H * h - FACTOR_H + 1 + i
+            fine_w = FACTOR_W * w - FACTOR_W + 1 + j
+            first, second = low[2 * i + j], high[2 * i + j]
+            if FACTOR_D == 2:
+                first, second = _between(first, second)
+                exists = row + 1 < rows
+                _store(
+                    second, out_ptr, addend_ptr, n, row + 1, exists, fine_h, fine_w, channels, height, width,
+                    out_stride, addend_stride, C, BLOCK_C,
+                )  # fmt: skip
+            _store(
+                first, out_ptr, addend_ptr, n, row, row >= 0, fine_h, fine_w, channels, height, width,
+                out_stride, addend_stride, C, BLOCK_C,
+            )  # fmt: skip
+
+
+@triton.jit
+def _coarse_plane(
+    grad_ptr, n, d, first_row, rows, coarse_d, h, w, channels, coarse_h, coarse_w, height, width, grad_stride,
+    FACTOR_D: tl.constexpr, FACTOR_H: tl.constexpr, FACTOR_W: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What fine row d gives to coarse voxels (h, w) of its plane: four fine voxels along an axis of factor 2, weighted
+    1/4, 3/4, 3/4, 1/4. Outside of the 2n that upsampling makes, the nearest one; 0 for those that were cut off."""
+    if FACTOR_D == 2:
+        d = tl.minimum(tl.maximum(d, 0), 2 * coarse_d - 1)
+    d -= first_row
+    limit = tl.where((d >= 0) & (d < rows), height, 0)
+    plane = grad_ptr + _plane_address(n, d, grad_stride, height, width, C)
+    total = tl.zeros((h.shape[0], BLOCK_C), tl.float32)
+    for i in tl.static_range(3 * FACTOR_H - 2):
+        fine_h = h
+        if FACTOR_H == 2:
+            fine_h = tl.minimum(tl.maximum(2 * h - 1 + i, 0), 2 * coarse_h - 1)
+        for j in tl.static_range(3 * FACTOR_W - 2):
+            fine_w = w
+            if FACTOR_W == 2:
+                fine_w = tl.minimum(tl.maximum(2 * w - 1 + j, 0), 2 * coarse_w - 1)
+            weight_h: tl.constexpr = 1.0 if FACTOR_H == 1 else (0.75 if i % 3 else 0.25)
+            weight_w: tl.constexpr = 1.0 if FACTOR_W == 1 else (0.75 if j % 3 else 0.25)
+            mask = _with_channels((fine_h < limit) & (fine_w < width), channels, C, BLOCK_C)
+            value = tl.load(plane + ((fine_h * width + fine_w) * C + channels), mask=mask, other=0.0)
+            total += (weight_h * weight_w) * value.to(tl.float32)
+    return total
+
+
+@triton.jit
+def _upsample_transpose_kernel(
+    grad_ptr, out_ptr, coarse_d, coarse_h, coarse_w, first_row, rows, height, width, tiles_w,
+    grad_stride, out_stride,
+    FACTOR_D: tl.constexpr, FACTOR_H: tl.constexpr, FACTOR_W: tl.constexpr, C: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out = the transpose of upsampling, of grad: grad (N, rows, height, width, C), the fine rows from first_row on; out
+    (N, coarse_d, coarse_h, coarse_w, C), all written; samples *_stride apart. BLOCK_H x BLOCK_W coarse voxels, marching
+    through the cells of BLOCK_D planes, so that a fine plane is read once for both coarse ones that it belongs to (twice
+    at the ends). Sums in float32."""
+    h, w, channels = _position(tiles_w, C, BLOCK_H, BLOCK_W, BLOCK_C)
+    n = tl.program_id(2)
+    start = tl.program_id(1) * BLOCK_D
+    end = tl.minimum(start + BLOCK_D, coarse_d)
+    if FACTOR_D == 1:
+        for d in range(start, end):
+            total = _coarse_plane(
+                grad_ptr, n, d, first_row, rows, coarse_d, h, w, channels, coarse_h, coarse_w, height, width,
+                grad_stride, FACTOR_D, FACTOR_H, FACTOR_W, C, BLOCK_C,
+            )  # fmt: skip
+            _store(
+                total, out_ptr, None, n, d, d >= start, h, w, channels, coarse_h, coarse_w, out_stride, 0,
+                C, BLOCK_C,
+            )  # fmt: skip
+    else:
+        carried = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
+        for cell in range(start, end + 1):
+            first = _coarse_plane(
+                grad_ptr, n, 2 * cell - 1, first_row, rows, coarse_d, h, w, channels, coarse_h, coarse_w,
+                height, width, grad_stride, FACTOR_D, FACTOR_H, FACTOR_W, C, BLOCK_C,
+            )  # fmt: skip
+            second = _coarse_plane(
+                grad_ptr, n, 2 * cell, first_row, rows, coarse_d, h, w, channels, coarse_h, coarse_w,
+                height, width, grad_stride, FACTOR_D, FACTOR_H, FACTOR_W, C, BLOCK_C,
+            )  # fmt: skip
+            _store(
+                carried + 0.75 * first + 0.25 * second, out_ptr, None, n, cell - 1, cell > start, h, w,
+                channels, coarse_h, coarse_w, out_stride, 0, C, BLOCK_C,
+            )  # fmt: skip
+            carried = 0.25 * first + 0.75 * second
+
+
+def upsample_x2(
+    x: Tensor,
+    out: Tensor,
+    *,
+    rows: tuple[int, int],
+    factors: Factors = (2, 2, 2),
+    addend: Tensor | None = None,
+    config: Config | None = None,
+) -> None:
+    """out = fine rows [rows[0], rows[1]) of x upsampled, cut to out's height and width, + addend.
+
+    x (N, C, n, hc, wc); out and addend (N, C, rows, h, w), h and w 2n or 2n - 1 along axes of factor 2. Rows are counted
+    from x's first one, and x is taken to have no neighbours: its border rows are clamped. With factor 1 along D
+    `rows` is not looked at: out has x's rows.
+    """
+    x, fine = feature("x", x), output("out", out, out.shape)
+    first, size = _first_row(x, fine, rows, factors)
+    if addend is not None:
+        addend = feature("addend", addend)
+        assert addend.shape == fine.shape
+    config = config or choose(problem("upsample", fine))
+    cells_d = (first + size[0]) // 2 - (first + 1) // 2 + 1 if factors[0] == 2 else size[0]
+    cells_h, cells_w = (s // f + f - 1 for s, f in zip(size[1:], factors[1:], strict=True))
+    tiles_w = triton.cdiv(cells_w, config.block_w)
+    tiles = triton.cdiv(cells_h, config.block_h) * tiles_w * triton.cdiv(x.shape[1], config.block_n)
+    launch(
+        _upsample_kernel, (tiles, cells_d if size[0] else 0, x.shape[0]),
+        x, addend, fine, *x.shape[2:], first, *size, tiles_w, *map(sample_stride, (x, addend, fine)),
+        FACTOR_D=factors[0], FACTOR_H=factors[1], FACTOR_W=factors[2], C=x.shape[1],
+        BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_C=config.block_n,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def upsample_x2_transpose(
+    grad: Tensor,
+    out: Tensor,
+    *,
+    rows: tuple[int, int],
+    factors: Factors = (2, 2, 2),
+    config: Config | None = None,
+) -> None:
+    """out = the transpose of `upsample_x2` (without addend), of grad; shapes as there, grad fine and out coarse."""
+    grad, coarse = feature("grad", grad), output("out", out, out.shape)
+    first, size = _first_row(coarse, grad, rows, factors)
+    config = config or choose(problem("upsample_transpose", coarse))
+    n, c, coarse_d, coarse_h, coarse_w = coarse.shape
+    tiles_w = triton.cdiv(coarse_w, config.block_w)
+    tiles = triton.cdiv(coarse_h, config.block_h) * tiles_w * triton.cdiv(c, config.block_n)
+    launch(
+        _upsample_transpose_kernel, (tiles, triton.cdiv(coarse_d, config.block_d), n),
+        grad, coarse, coarse_d, coarse_h, coarse_w, first, *size, tiles_w, *map(sample_stride, (grad, coarse)),
+        FACTOR_D=factors[0], FACTOR_H=factors[1], FACTOR_W=factors[2], C=c,
+        BLOCK_D=config.block_d, BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_C=config.block_n,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _first_row(
+    coarse: Tensor, fine: Tensor, rows: tuple[int, int], factors: Factors
+) -> tuple[int, list[int]]:
+    """The fine row that `fine` begins with, and (rows, height, width) of `fine`; raises `ValueError` where shapes do
+    not belong together."""
+    size = list(fine.shape[2:])
+    first = rows[0] if factors[0] == 2 else 0
+    lengths = [f * s for f, s in zip(factors, coarse.shape[2:], strict=True)]
+    fits = set(factors) <= {1, 2} and fine.shape[:2] == coarse.shape[:2]
+    fits &= all(
+        f * s - f < got <= f * s for f, s, got in zip(factors[1:], coarse.shape[3:], size[1:], strict=True)
+    )
+    if factors[0] == 2:
+        fits &= 0 <= rows[0] <= rows[1] <= lengths[0] and size[0] == rows[1] - rows[0]
+    else:
+        fits &= size[0] == lengths[0]
+    if not fits:
+        raise ValueError(
+            f"expected coarse and fine of one upsampling by {factors}, rows {rows}, "
+            f"got {tuple(coarse.shape)} and {tuple(fine.shape)}"
+        )
+    return first, size
