@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from effseg.data.cache import CachedCase
+from effseg.device import trim_freed_memory
 from effseg.inference import segment
 from effseg.models import build_model
 from effseg.models.base import SegmentationModel
@@ -121,6 +122,8 @@ class _Run:
                 if self._due(step, config.checkpoint_interval):
                     records.flush()
                     self._checkpoint()
+            if device.type == "cpu":
+                trim_freed_memory()
             step_started = time.monotonic()
         return spent
 
