@@ -1,8 +1,9 @@
 """What a convolution's program does with a finished plane of its tile: store it and reduce what it stores.
 
 Device code shared by forward and dgrad. A tile is BLOCK_M = BLOCK_H * BLOCK_W voxels of one plane and BLOCK_N
-channels. Sums over a tile go along with the march over planes, so that a program leaves one partial row, of
-two vectors of BLOCK_N:
+channels. Sums go along with the march over planes, so that a program leaves one partial row, of two vectors of
+BLOCK_N; meanwhile there is one of each channel, or, PER_PLACE, one of each place in the tile, which costs registers
+and saves a reduction across threads in every plane.
 
 =========== ========================= =========================================================
 epilogue    stored                    partial row
@@ -64,11 +65,18 @@ def voxels_of(h, w, height, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr)
 
 
 @triton.jit
+def empty_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_PLACE: tl.constexpr):
+    """The two sums before the first plane: (BLOCK_M, BLOCK_N) each, or (1, BLOCK_N)."""
+    zeros = tl.zeros((BLOCK_M if PER_PLACE else 1, BLOCK_N), tl.float32)
+    return zeros, zeros
+
+
+@triton.jit
 def store_plane(
     acc,
     first,
     second,
-    seen,
+    planes,
     voxels,
     out_plane_ptr,
     y_plane_ptr,
@@ -84,17 +92,17 @@ def store_plane(
     HAS_BIAS: tl.constexpr,
     SLOPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PER_PLACE: tl.constexpr,
 ):
-    """Stores acc (BLOCK_M, BLOCK_N), float32, and gives the partial row (first, second) of one plane more.
+    """Stores acc (BLOCK_M, BLOCK_N), float32, and gives the sums (first, second) of one plane more.
 
     offsets (BLOCK_M, BLOCK_N): element in the plane, of out and of y alike; inside (BLOCK_M,): voxels that
-    exist; column (BLOCK_N,): channels. bias, mean, scale and beta are rows of this sample, padded to
-    whole blocks; seen: voxels in the partial row so far, voxels: those inside.
+    exist, of which there are `voxels`; column (BLOCK_N,): channels. bias, mean, scale and beta: this sample's
+    row, padded to whole blocks. planes: how many are in the sums already. Sums per place are not masked.
     """
-    if CHANNELS % BLOCK_N == 0:
-        mask = inside[:, None]
-    else:
-        mask = inside[:, None] & (column < CHANNELS)[None, :]
+    mask = inside[:, None]
+    if CHANNELS % BLOCK_N != 0:
+        mask = mask & (column < CHANNELS)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + column)[None, :]
     if EPILOGUE == BACKWARD:
@@ -102,40 +110,66 @@ def store_plane(
         scale = tl.load(scale_ptr + column)[None, :]
         centred = y - tl.load(mean_ptr + column)[None, :]
         dz = leaky_relu_backward(acc, centred * scale + tl.load(beta_ptr + column)[None, :], SLOPE)
-        dz = tl.where(inside[:, None], dz, 0.0)
         tl.store(out_plane_ptr + offsets, (dz * scale).to(out_plane_ptr.dtype.element_ty), mask=mask)
-        first += tl.sum(dz * centred, 0)
-        second += tl.sum(dz, 0)
+        if PER_PLACE:
+            first += dz * centred
+            second += dz
+        else:
+            dz = tl.where(inside[:, None], dz, 0.0)
+            first += tl.sum(dz * centred, 0)[None, :]
+            second += tl.sum(dz, 0)[None, :]
     else:
         stored = acc.to(out_plane_ptr.dtype.element_ty)
         tl.store(out_plane_ptr + offsets, stored, mask=mask)
         if EPILOGUE == STATISTICS:
-            value = tl.where(inside[:, None], stored.to(tl.float32), 0.0)
-            mean = tl.sum(value, 0) / voxels
-            deviation = tl.where(inside[:, None], value - mean[None, :], 0.0)
-            share = voxels / (seen + voxels)  # Chan's merge
-            delta = mean - first
-            first += delta * share
-            second += tl.sum(deviation * deviation, 0) + delta * delta * (seen * share)
+            value = stored.to(tl.float32)
+            share = 1.0 / (planes + 1).to(tl.float32)
+            if PER_PLACE:  # Welford's update
+                delta = value - first
+                first += delta * share
+                second += delta * (value - first)
+            else:  # Chan's merge, of equal numbers of voxels a plane
+                mean, squares = _moments(value, inside, voxels)
+                delta = mean - first
+                first += delta * share
+                second += squares + delta * delta * (planes * voxels * share)
     return first, second
+
+
+@triton.jit
+def _moments(value, inside, voxels):
+    """Mean and sum of squared deviations over the places inside, (1, BLOCK_N) each."""
+    mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0)[None, :] / voxels
+    deviation = tl.where(inside[:, None], value - mean, 0.0)
+    return mean, tl.sum(deviation * deviation, 0)[None, :]
 
 
 @triton.jit
 def store_partial(
     first,
     second,
+    planes,
+    voxels,
+    inside,
     partial_ptr,
     n,
     tiles,
     tile,
     column,
-    channel_blocks,
+    COLUMNS: tl.constexpr,
     EPILOGUE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PER_PLACE: tl.constexpr,
 ):
-    """partial (N, tiles, 2, channel_blocks * BLOCK_N), float32."""
+    """The program's row of partial (N, tiles, 2, COLUMNS), float32, from the sums over all of its `planes`."""
     if EPILOGUE != PLAIN:
-        columns = channel_blocks * BLOCK_N
-        row = plane_base(partial_ptr, n, tile, tiles * 2 * columns, 2 * columns)
-        tl.store(row + column, first)
-        tl.store(row + columns + column, second)
+        if PER_PLACE:
+            if EPILOGUE == STATISTICS:
+                mean, squares = _moments(first, inside, voxels)
+                first = mean
+                second = tl.sum(tl.where(inside[:, None], second, 0.0), 0)[None, :] + planes * squares
+            else:
+                first = tl.sum(tl.where(inside[:, None], first, 0.0), 0)[None, :]
+                second = tl.sum(tl.where(inside[:, None], second, 0.0), 0)[None, :]
+        row = plane_base(partial_ptr, n, tile, tiles * 2 * COLUMNS, 2 * COLUMNS)
+        tl.store(row + column[None, :], first)
+        tl.store(row + COLUMNS + column[None, :], second)

@@ -7,7 +7,7 @@ where a loop over taps would waste 15 of 16 channels.
 import triton
 import triton.language as tl
 
-from effseg.kernels.conv3d_epilogue import plane_base, store_partial, store_plane, tile_of, voxels_of
+from effseg.kernels.conv3d_epilogue import empty_sums, plane_base, store_partial, store_plane, tile_of, voxels_of
 from effseg.kernels.conv3d_loops import operand
 
 
@@ -45,6 +45,7 @@ def conv3d_few_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PER_PLACE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out[q] = epilogue(sum of w[t] a(x[STEP q + (offset, *OFFSETS) + t])), t < TAPS, q < (rows, height, width).
@@ -65,8 +66,7 @@ def conv3d_few_kernel(
     offsets = (vh * width + vw)[:, None] * CHANNELS + column[None, :]
     h_first = vh * STEP[1] + OFFSETS[0]
     w_first = vw * STEP[2] + OFFSETS[1]
-    first = tl.zeros((BLOCK_N,), tl.float32)
-    second = tl.zeros((BLOCK_N,), tl.float32)
+    first, second = empty_sums(BLOCK_H * BLOCK_W, BLOCK_N, PER_PLACE)
     for q in range(first_row, end_row):
         acc = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
         d_first = q * STEP[0] + offset
@@ -94,9 +94,12 @@ def conv3d_few_kernel(
             weight = tl.load(w_ptr + k[:, None] * COLUMNS + column[None, :])
             acc = tl.dot(a, weight, acc, input_precision=PRECISION)
         first, second = store_plane(
-            acc, first, second, ((q - first_row) * voxels).to(tl.float32), voxels.to(tl.float32),
+            acc, first, second, q - first_row, voxels,
             plane_base(out_ptr, n, q, out_stride, height * width * CHANNELS), out_ptr,
             bias_ptr, bias_ptr, bias_ptr, bias_ptr, offsets, inside, column,
-            CHANNELS, EPILOGUE, HAS_BIAS, 1.0, BLOCK_N,
+            CHANNELS, EPILOGUE, HAS_BIAS, 1.0, BLOCK_N, PER_PLACE,
         )  # fmt: skip
-    store_partial(first, second, partial_ptr, n, tiles, tile, column, CHANNEL_BLOCKS, EPILOGUE, BLOCK_N)
+    store_partial(
+        first, second, end_row - first_row, voxels, inside, partial_ptr, n, tiles, tile, column,
+        COLUMNS, EPILOGUE, PER_PLACE,
+    )  # fmt: skip

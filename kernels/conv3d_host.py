@@ -62,6 +62,12 @@ def check_loop(config: Config, positions: Positions, channels: int, backward: bo
         raise ValueError(f"loop: expected 'slide', 'tap' or 'few', got {config.loop!r}")
 
 
+def sums_per_place(config: Config) -> bool:
+    """Whether registers hold two sums a place beside the accumulators, of which `slide` has three."""
+    threads = 32 * config.num_warps
+    return config.block_h * config.block_w * config.block_n <= threads * (16 if config.loop == "slide" else 32)
+
+
 def padded_terms(terms: Tensor, columns: int) -> Tensor:
     """(N, C) as (N, columns) float32, zeros after C."""
     return F.pad(terms.float(), (0, columns - terms.shape[1])).contiguous()
@@ -134,6 +140,7 @@ def contract(
         BLOCK_H=config.block_h,
         BLOCK_W=config.block_w,
         BLOCK_N=config.block_n,
+        PER_PLACE=sums_per_place(config),
         PRECISION=input_precision(out.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from effseg.kernels.common import leaky_relu
-from effseg.kernels.conv3d_epilogue import plane_base, store_partial, store_plane, tile_of, voxels_of
+from effseg.kernels.conv3d_epilogue import empty_sums, plane_base, store_partial, store_plane, tile_of, voxels_of
 
 
 @triton.jit
@@ -119,6 +119,7 @@ def conv3d_slide_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PER_PLACE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out row q = sum of w[t] x[q + offset + t], t = 0, 1, 2; height and width of out are those of x. w (3, 3, 3, C, columns).
@@ -145,8 +146,7 @@ def conv3d_slide_kernel(
     acc0 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)  # output row q, complete after this plane
     acc1 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)  # q + 1
     acc2 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)  # q + 2
-    first = tl.zeros((BLOCK_N,), tl.float32)
-    second = tl.zeros((BLOCK_N,), tl.float32)
+    first, second = empty_sums(BLOCK_H * BLOCK_W, BLOCK_N, PER_PLACE)
     for q in range(first_row - 2, end_row):
         d = q + 2 + offset
         if (d >= 0) & (d < D):
@@ -163,16 +163,19 @@ def conv3d_slide_kernel(
                 )  # fmt: skip
         if q >= first_row:
             first, second = store_plane(
-                acc0, first, second, ((q - first_row) * voxels).to(tl.float32), voxels.to(tl.float32),
+                acc0, first, second, q - first_row, voxels,
                 plane_base(out_ptr, n, q, out_stride, H * W * CHANNELS),
                 plane_base(y_ptr, n, q, y_stride, H * W * CHANNELS),
                 bias_ptr, mean_ptr + terms, scale_ptr + terms, beta_ptr + terms, offsets, inside, column,
-                CHANNELS, EPILOGUE, HAS_BIAS, EPILOGUE_SLOPE, BLOCK_N,
+                CHANNELS, EPILOGUE, HAS_BIAS, EPILOGUE_SLOPE, BLOCK_N, PER_PLACE,
             )  # fmt: skip
         acc0 = acc1
         acc1 = acc2
         acc2 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
-    store_partial(first, second, partial_ptr, n, tiles, tile, column, CHANNEL_BLOCKS, EPILOGUE, BLOCK_N)
+    store_partial(
+        first, second, end_row - first_row, voxels, inside, partial_ptr, n, tiles, tile, column,
+        COLUMNS, EPILOGUE, PER_PLACE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -219,6 +222,7 @@ def conv3d_tap_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PER_PLACE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out[SPREAD q + CLASS] = sum of w[t] x[STEP q + (offset, *OFFSETS) + t], t < TAPS; q < (rows, height, width).
@@ -242,8 +246,7 @@ def conv3d_tap_kernel(
     offsets = (vh * SPREAD[1] + CLASS[1]) * WO + vw * SPREAD[2] + CLASS[2]
     offsets = offsets[:, None] * CHANNELS + column[None, :]
     terms = n * COLUMNS
-    first = tl.zeros((BLOCK_N,), tl.float32)
-    second = tl.zeros((BLOCK_N,), tl.float32)
+    first, second = empty_sums(BLOCK_H * BLOCK_W, BLOCK_N, PER_PLACE)
     for q in range(first_row, end_row):
         acc = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
         for t in range(TAPS[0] * TAPS[1] * TAPS[2] * BLOCKS_K):
@@ -272,10 +275,13 @@ def conv3d_tap_kernel(
             acc = tl.dot(a, weight, acc, input_precision=PRECISION)
         row = q * SPREAD[0] + CLASS[0]
         first, second = store_plane(
-            acc, first, second, ((q - first_row) * voxels).to(tl.float32), voxels.to(tl.float32),
+            acc, first, second, q - first_row, voxels,
             plane_base(out_ptr, n, row, out_stride, HO * WO * CHANNELS),
             plane_base(y_ptr, n, row, y_stride, HO * WO * CHANNELS),
             bias_ptr, mean_ptr + terms, scale_ptr + terms, beta_ptr + terms, offsets, inside, column,
-            CHANNELS, EPILOGUE, HAS_BIAS, EPILOGUE_SLOPE, BLOCK_N,
+            CHANNELS, EPILOGUE, HAS_BIAS, EPILOGUE_SLOPE, BLOCK_N, PER_PLACE,
         )  # fmt: skip
-    store_partial(first, second, partial_ptr, n, tiles, tile, column, CHANNEL_BLOCKS, EPILOGUE, BLOCK_N)
+    store_partial(
+        first, second, end_row - first_row, voxels, inside, partial_ptr, n, tiles, tile, column,
+        COLUMNS, EPILOGUE, PER_PLACE,
+    )  # fmt: skip
