@@ -135,7 +135,9 @@ def head_backward(
     labels = _labels(labels, a)
     _check_class_weights(class_weights, k)
     if out.shape != a.shape or out.dtype != a.dtype or channels_last(out) is not out:
-        raise ValueError(f"out: {tuple(a.shape)} {a.dtype} in channels last, not {tuple(out.shape)} {out.dtype}")
+        raise ValueError(
+            f"out: {tuple(a.shape)} {a.dtype} in channels last, not {tuple(out.shape)} {out.dtype}"
+        )
     for name, grad, shape in zip(grads._fields, grads, ((k,), (k,), (), ()), strict=True):
         if grad.shape != shape:
             raise ValueError(f"grads.{name}: {shape}, not {tuple(grad.shape)}")
@@ -216,7 +218,13 @@ def _prepare(
     if config is None:
         dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[a.dtype]
         problem = Problem(
-            op, architecture(a.device), dtype, c, k, (size[0], size[1], size[2]), prologue=prologue is not None
+            op,
+            architecture(a.device),
+            dtype,
+            c,
+            k,
+            (size[0], size[1], size[2]),
+            prologue=prologue is not None,
         )
         config = configs.choose(problem)
     features = channels_last(a)
@@ -242,5 +250,11 @@ def _labels(labels: Tensor, a: Tensor) -> Tensor:
 
 
 def _check_class_weights(class_weights: Tensor, k: int) -> None:
-    if class_weights.shape != (k,) or class_weights.dtype != torch.float32 or not class_weights.is_contiguous():
-        raise ValueError(f"class_weights: ({k},) float32, not {tuple(class_weights.shape)} {class_weights.dtype}")
+    if (
+        class_weights.shape != (k,)
+        or class_weights.dtype != torch.float32
+        or not class_weights.is_contiguous()
+    ):
+        raise ValueError(
+            f"class_weights: ({k},) float32, not {tuple(class_weights.shape)} {class_weights.dtype}"
+        )

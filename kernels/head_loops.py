@@ -10,8 +10,7 @@ tiles p, p + P, p + 2 P, ...: which voxels meet in which sum depends on P alone.
     labels_ptr    (voxels,), any integer type
 
 C and K are padded to BLOCK_C and BLOCK_K, powers of two of at least 16: with zeros, and with logits that are so low that
-their probability is 0. Everything but the operands of products is float32. Logits are in units of ln 2, for exp2 is one
-instruction.
+their probability is 0. Everything but the operands of products is float32.
 """
 
 import triton
@@ -19,6 +18,7 @@ import triton.language as tl
 
 from effseg.kernels.common import leaky_relu
 
+# Softmax takes logits in units of ln 2: exp2 is one instruction.
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Finite, so that it may be multiplied by a weight of 0.
@@ -26,8 +26,8 @@ NO_CLASS = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _parameters(features_ptr, weight_ptr, bias_ptr, C, K, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """weight (BLOCK_C, BLOCK_K) in the features' type, and bias (BLOCK_K,) in units of ln 2."""
+def _parameters(features_ptr, weight_ptr, bias_ptr, C, K, UNIT, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """weight (BLOCK_C, BLOCK_K) in the features' type, and UNIT * bias (BLOCK_K,)."""
     c = tl.arange(0, BLOCK_C)
     k = tl.arange(0, BLOCK_K)
     weight = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
@@ -36,7 +36,7 @@ def _parameters(features_ptr, weight_ptr, bias_ptr, C, K, BLOCK_C: tl.constexpr,
         inside = (c < C)[:, None] & (k < K)[None, :]
         weight = tl.load(weight_ptr + k[None, :] * C + c[:, None], mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32) * LOG2_E
+        bias = tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32) * UNIT
     return weight.to(features_ptr.dtype.element_ty), tl.where(k < K, bias, NO_CLASS)
 
 
@@ -74,13 +74,13 @@ def _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOP
 
 
 @triton.jit
-def _logits(a, weight_ptr, weight, bias, PRECISION: tl.constexpr):
-    """(BLOCK_V, BLOCK_K) in units of ln 2; NO_CLASS beyond K."""
+def _logits(a, weight_ptr, weight, bias, UNIT, PRECISION: tl.constexpr):
+    """UNIT * (weight @ a + bias), (BLOCK_V, BLOCK_K); NO_CLASS beyond K."""
     if weight_ptr is not None:
         z = tl.dot(a, weight, input_precision=PRECISION)
     else:
         z = a.to(tl.float32)
-    return z * LOG2_E + bias[None, :]
+    return z * UNIT + bias[None, :]
 
 
 @triton.jit
@@ -101,11 +101,15 @@ def _targets(labels_ptr, tile, voxels, K, IGNORE: tl.constexpr, BLOCK_V: tl.cons
 
 
 @triton.jit
-def _add(high, low, value):
-    """high + low + value, the rounding error of the sum kept in low (Knuth's TwoSum)."""
+def _add_to_memory(high_ptr, low_ptr, value):
+    """Add to high + low, which stay in memory: a row for all classes would take many of a thread's registers.
+
+    low keeps the rounding errors of the sums (Knuth's TwoSum)."""
+    high = tl.load(high_ptr)
     total = high + value
     added = total - high
-    return total, low + ((high - (total - added)) + (value - added))
+    tl.store(high_ptr, total)
+    tl.store(low_ptr, tl.load(low_ptr) + ((high - (total - added)) + (value - added)))
 
 
 @triton.jit
@@ -144,19 +148,19 @@ def _head_sums_kernel(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     k = tl.arange(0, BLOCK_K)
-    weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, BLOCK_C, BLOCK_K)
+    weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, LOG2_E, BLOCK_C, BLOCK_K)
     scale, shift = _normalisation(mean_ptr, scale_ptr, beta_ptr, C, BLOCK_C)
     class_weights = tl.load(class_weights_ptr + k, mask=k < K, other=0.0)
     all_weights = tl.sum(class_weights, 0)
 
-    intersection = tl.zeros((BLOCK_K,), tl.float32)
-    intersection_low = tl.zeros((BLOCK_K,), tl.float32)
-    probability = tl.zeros((BLOCK_K,), tl.float32)
-    probability_low = tl.zeros((BLOCK_K,), tl.float32)
-    nll = tl.zeros((), tl.float32)
-    nll_low = tl.zeros((), tl.float32)
-    smooth = tl.zeros((), tl.float32)
-    smooth_low = tl.zeros((), tl.float32)
+    high_ptr = sums_ptr + program * 2 * (2 * BLOCK_K + 2)
+    low_ptr = high_ptr + (2 * BLOCK_K + 2)
+    tl.store(high_ptr + k, tl.zeros((BLOCK_K,), tl.float32))
+    tl.store(high_ptr + BLOCK_K + k, tl.zeros((BLOCK_K,), tl.float32))
+    tl.store(high_ptr + 2 * BLOCK_K + tl.arange(0, 2), tl.zeros((2,), tl.float32))
+    tl.store(low_ptr + k, tl.zeros((BLOCK_K,), tl.float32))
+    tl.store(low_ptr + BLOCK_K + k, tl.zeros((BLOCK_K,), tl.float32))
+    tl.store(low_ptr + 2 * BLOCK_K + tl.arange(0, 2), tl.zeros((2,), tl.float32))
     count = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
     unknown_count = tl.zeros((BLOCK_V,), tl.int32)
 
@@ -171,7 +175,7 @@ def _head_sums_kernel(
             a = _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE)
             target, unknown = _targets(labels_ptr, tile, voxels, K, IGNORE, BLOCK_V)
             counts = target >= 0
-            z = _logits(a, weight_ptr, weight, bias, PRECISION)
+            z = _logits(a, weight_ptr, weight, bias, LOG2_E, PRECISION)
             centred = z - tl.max(z, 1)[:, None]
             e = tl.exp2(centred)
             total = tl.sum(e, 1)
@@ -188,21 +192,12 @@ def _head_sums_kernel(
             chunk_intersection += p * one_hot
             count += one_hot
             unknown_count += unknown.to(tl.int32)
-        intersection, intersection_low = _add(intersection, intersection_low, tl.sum(chunk_intersection, 0))
-        probability, probability_low = _add(probability, probability_low, tl.sum(chunk_probability, 0))
-        nll, nll_low = _add(nll, nll_low, tl.sum(chunk_nll, 0) * LN_2)
-        smooth, smooth_low = _add(smooth, smooth_low, tl.sum(chunk_smooth, 0) * LN_2)
+        tl.debug_barrier()  # the row's last stores may be other threads'
+        _add_to_memory(high_ptr + k, low_ptr + k, tl.sum(chunk_intersection, 0))
+        _add_to_memory(high_ptr + BLOCK_K + k, low_ptr + BLOCK_K + k, tl.sum(chunk_probability, 0))
+        _add_to_memory(high_ptr + 2 * BLOCK_K, low_ptr + 2 * BLOCK_K, tl.sum(chunk_nll, 0) * LN_2)
+        _add_to_memory(high_ptr + 2 * BLOCK_K + 1, low_ptr + 2 * BLOCK_K + 1, tl.sum(chunk_smooth, 0) * LN_2)
 
-    row_ptr = sums_ptr + program * 2 * (2 * BLOCK_K + 2)
-    tl.store(row_ptr + k, intersection)
-    tl.store(row_ptr + BLOCK_K + k, probability)
-    tl.store(row_ptr + 2 * BLOCK_K, nll)
-    tl.store(row_ptr + 2 * BLOCK_K + 1, smooth)
-    row_ptr += 2 * BLOCK_K + 2
-    tl.store(row_ptr + k, intersection_low)
-    tl.store(row_ptr + BLOCK_K + k, probability_low)
-    tl.store(row_ptr + 2 * BLOCK_K, nll_low)
-    tl.store(row_ptr + 2 * BLOCK_K + 1, smooth_low)
     row_ptr = counts_ptr + program * (BLOCK_K + 1)
     tl.store(row_ptr + k, tl.sum(count.to(tl.int32), 0))
     tl.store(row_ptr + BLOCK_K, tl.sum(unknown_count, 0))
@@ -250,7 +245,7 @@ def _head_backward_kernel(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     k = tl.arange(0, BLOCK_K)
-    weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, BLOCK_C, BLOCK_K)
+    weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, LOG2_E, BLOCK_C, BLOCK_K)
     scale, shift = _normalisation(mean_ptr, scale_ptr, beta_ptr, C, BLOCK_C)
     g_nll = tl.load(grad_nll_ptr).to(tl.float32)
     class_weights = tl.load(class_weights_ptr + k, mask=k < K, other=0.0)
@@ -275,7 +270,7 @@ def _head_backward_kernel(
             a = _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE)
             target, _ = _targets(labels_ptr, tile, voxels, K, IGNORE, BLOCK_V)
             counts = target >= 0
-            z = _logits(a, weight_ptr, weight, bias, PRECISION)
+            z = _logits(a, weight_ptr, weight, bias, LOG2_E, PRECISION)
             e = tl.exp2(z - tl.max(z, 1)[:, None])
             p = e * tl.where(counts, 1.0 / tl.sum(e, 1), 0.0)[:, None]
             c = g_nll * tl.load(class_weights_ptr + target, mask=counts, other=0.0)
@@ -325,14 +320,14 @@ def _head_argmax_kernel(
     PRECISION: tl.constexpr,
 ):
     """out_ptr: (voxels,), any integer type: the lowest class of the largest logit; NaN counts as inf."""
-    weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, BLOCK_C, BLOCK_K)
+    weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, 1.0, BLOCK_C, BLOCK_K)
     scale, shift = _normalisation(mean_ptr, scale_ptr, beta_ptr, C, BLOCK_C)
     k = tl.arange(0, BLOCK_K)
     row = tl.arange(0, BLOCK_V)
     for tile in range(tl.program_id(0), tl.cdiv(voxels, BLOCK_V), tl.num_programs(0)):
         start, offsets, inside = _addresses(tile, voxels, C, BLOCK_V, BLOCK_C)
         a = _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE)
-        z = _logits(a, weight_ptr, weight, bias, PRECISION)
+        z = _logits(a, weight_ptr, weight, bias, 1.0, PRECISION)
         z = tl.where(z == z, z, float("inf"))
         z = tl.where((k < K)[None, :], z, -float("inf"))
         found = tl.argmax(z, 1).to(out_ptr.dtype.element_ty)
