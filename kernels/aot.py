@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,6 @@ from effseg.kernels import sass
 from effseg.kernels.launch import Launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-FLOPS_PER_CLOCK = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192}
-"""Of one multiprocessor's tensor cores in bfloat16; half in TF32."""
 
 
 class Driver:
@@ -60,7 +58,7 @@ class Pointer:
 
 
 def compiled(launch: Launch, architecture: str) -> Any:
-    """Triton's CompiledKernel of a recorded launch, for "sm_90" and the like. The process starts no kernels after."""
+    """Triton's CompiledKernel of a recorded launch, for "sm_90" and the like. Afterwards this process starts none."""
     driver.set_active(Driver(architecture))
     args = [Pointer(arg) if isinstance(arg, torch.Tensor) else arg for arg in launch.args]
     return launch.kernel.warmup(*args, grid=launch.grid, **launch.options)
@@ -79,7 +77,7 @@ class Stretch:
 @dataclass(frozen=True)
 class Report:
     """spills: instructions that reach local memory; shared: bytes; mma: tensor instructions by name; main: a
-    turn of the loop that multiplies (all code if none does); around: a turn of what encloses it."""
+    turn of the loop that multiplies (else that reads, else all code); around: a turn of what encloses it."""
 
     registers: int
     spills: int
@@ -97,17 +95,18 @@ def examined(kernel: Any) -> Report:
         usage = _tool("cuobjdump", "-res-usage", cubin.name)
         code = sass.parse(_tool("nvdisasm", "-c", cubin.name))
     warps = kernel.metadata.num_warps
-    flops = _flops(kernel.asm["ptx"], warps)
-    main, around = sass.main_and_around(code, flops)
+    mma = Counter(i.mma for i in code.instructions if i.mma)
+    main, around = sass.main_and_around(code, flops_of(kernel.asm["ptx"], warps) if mma else bytes_loaded)
 
     def stretch(path: sass.Path) -> Stretch:
-        return Stretch(path.instructions * warps / 4, path.flops, dict(code.loads(path.blocks)))
+        loads = dict(sorted(code.loads(path.blocks).items(), reverse=True))
+        return Stretch(path.instructions * warps / 4, path.work if mma else 0, loads)
 
     return Report(
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spills=code.spills,
         shared=kernel.metadata.shared,
-        mma=dict(Counter(i.mma for i in code.instructions if i.mma)),
+        mma=dict(mma),
         main=stretch(main),
         around=stretch(around),
     )
@@ -117,7 +116,13 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _flops(ptx: str, warps: int) -> Any:
+def bytes_loaded(instruction: sass.Instruction) -> int:
+    """Of global memory, by a thread."""
+    kind, width = instruction.access
+    return width if kind == "load" else 0
+
+
+def flops_of(ptx: str, warps: int) -> Callable[[sass.Instruction], int]:
     """Function of an instruction: what a program of so many warps multiplies and adds with it.
 
     HGMMA is issued by each group of four warps, HMMA by each warp, tcgen05's by one thread for the program;

@@ -206,9 +206,9 @@ def contraction(problem: Problem) -> tuple[int, int]:
 def loop_of(problem: Problem) -> str:
     """The main loop of a convolution.
 
-    The marches reuse what they have read of a 3x3x3 convolution of stride 1: forward and dgrad along D with rotating
-    accumulators; wgrad over pairs of w-neighbours, which fill the 64 rows of a tensor instruction, and over single
-    voxels where channels fill them.
+    The marches reuse what they have read of a 3x3x3 convolution of stride 1: forward and dgrad along D with
+    rotating accumulators; wgrad over pairs of w-neighbours, which fill the 64 rows of a tensor instruction,
+    and over single voxels where channels fill them.
     """
     marches = problem.kernel == (3, 3, 3) and problem.stride == (1, 1, 1)
     if problem.op == "conv3d_wgrad":

@@ -56,16 +56,16 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Path:
-    """One way through blocks of code. flops: of the program's tensor cores; stored: bytes a thread."""
+    """One way through blocks of code. work: what it is for, as the caller counts; stored: bytes a thread."""
 
-    flops: int = 0
+    work: int = 0
     stored: int = 0
     instructions: int = 0
     blocks: tuple[int, ...] = ()
 
     def __add__(self, other: Path) -> Path:
         return Path(
-            self.flops + other.flops,
+            self.work + other.work,
             self.stored + other.stored,
             self.instructions + other.instructions,
             self.blocks + other.blocks,
@@ -73,8 +73,8 @@ class Path:
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """The interior is the way that multiplies and stores most; of those the shortest: masks cost."""
-        return self.flops, self.stored, -self.instructions
+        """The interior is the way that works and stores most; of those the shortest: masks cost."""
+        return self.work, self.stored, -self.instructions
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def interior(
     code: Code,
     region: frozenset[int],
     header: int,
-    flops: Callable[[Instruction], int],
+    work: Callable[[Instruction], int],
     through: int | None = None,
 ) -> Path:
     """The interior way once through a region (a loop's body, or all blocks), from its header.
@@ -207,28 +207,28 @@ def interior(
     first = owner.get(header, header)
     best: dict[int, Path] = {}
     for b in reversed([b for b in reverse_postorder(code.successors) if b in steps]):
-        own = Path(blocks=(b,)) if b in outermost else cost(code, b, flops)
+        own = Path(blocks=(b,)) if b in outermost else cost(code, b, work)
         ways = [best[f] for f in steps[b] if f in best and f != first]
         best[b] = own + max(ways, key=lambda way: (through in way.blocks, *way.rank), default=Path())
     way = best[first]
     return replace(way, blocks=tuple(b for b in way.blocks if b not in outermost))
 
 
-def cost(code: Code, block: int, flops: Callable[[Instruction], int]) -> Path:
+def cost(code: Code, block: int, work: Callable[[Instruction], int]) -> Path:
     instructions = [code.instructions[i] for i in code.blocks[block]]
     stored = sum(width for kind, width in (i.access for i in instructions) if kind == "store")
-    return Path(sum(map(flops, instructions)), stored, len(instructions), (block,))
+    return Path(sum(map(work, instructions)), stored, len(instructions), (block,))
 
 
-def main_and_around(code: Code, flops: Callable[[Instruction], int]) -> tuple[Path, Path]:
-    """The interior way once through the loop that multiplies (the cheapest of several), and once through what
-    encloses it, a loop or the whole kernel, without it; all code and an empty path where none multiplies."""
+def main_and_around(code: Code, work: Callable[[Instruction], int]) -> tuple[Path, Path]:
+    """The interior way once through the loop that works (the cheapest of several), and once through what
+    encloses it, a loop or the whole kernel, without it; all code and an empty path where no loop works."""
     everything = frozenset(reverse_postorder(code.successors))
-    ways = {h: interior(code, body, h, flops) for h, body in code.loops.items()}
-    multiplying = [h for h, way in ways.items() if way.flops]
-    if not multiplying:
-        return interior(code, everything, 0, flops), Path()
-    main = min(multiplying, key=lambda h: ways[h].instructions / ways[h].flops)
+    ways = {h: interior(code, body, h, work) for h, body in code.loops.items()}
+    working = [h for h, way in ways.items() if way.work]
+    if not working:
+        return interior(code, everything, 0, work), Path()
+    main = min(working, key=lambda h: ways[h].instructions / ways[h].work)
     enclosing = [(body, h) for h, body in code.loops.items() if code.loops[main] < body]
-    body, header = min(enclosing, key=lambda found: len(found[0]), default=(everything, -1))
-    return ways[main], interior(code, body, header if header >= 0 else 0, flops, through=main)
+    body, header = min(enclosing, key=lambda found: len(found[0]), default=(everything, 0))
+    return ways[main], interior(code, body, header, work, through=main)
