@@ -10,17 +10,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, cast
 
 import torch
+
+from effseg.settings import Setting
 
 if TYPE_CHECKING:
     from effseg.algorithms.interface import Algorithm
 
 ALGORITHMS = ("aten", "triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_forced: ContextVar[str] = ContextVar("effseg_algorithm", default="auto")
+_forced = Setting("effseg_algorithm", "auto")
 
 
 @contextmanager
@@ -33,15 +34,13 @@ def algorithm(name: str) -> Iterator[None]:
     """
     if name not in ("auto", *ALGORITHMS):
         raise ValueError(f"algorithm: expected one of auto, {', '.join(ALGORITHMS)}, got {name!r}")
-    token = _forced.set(name)
-    try:
+    with _forced.set(name):
         yield
-    finally:
-        _forced.reset(token)
 
 
-def select(device: torch.device, dtype: torch.dtype) -> Algorithm:
-    """The forced algorithm, or the one for this device and compute type: kernels on CUDA, else ATen."""
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the forced algorithm, or of the one for this device and compute type: kernels on CUDA, else
+    ATen."""
     name = _forced.get()
     if name == "triton" and dtype not in TRITON_DTYPES:
         known = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)
@@ -49,4 +48,14 @@ def select(device: torch.device, dtype: torch.dtype) -> Algorithm:
         raise ValueError(f"algorithm: triton computes in {known}, got {got}")
     if name == "auto":
         name = "triton" if device.type == "cuda" and dtype in TRITON_DTYPES else "aten"
+    return name
+
+
+def load(name: str) -> Algorithm:
+    """The algorithm called `name`, imported when first used."""
     return cast("Algorithm", importlib.import_module(f"effseg.algorithms.{name}.ops"))
+
+
+def select(device: torch.device, dtype: torch.dtype) -> Algorithm:
+    """The algorithm that `choose` names."""
+    return load(choose(device, dtype))

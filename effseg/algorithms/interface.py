@@ -107,7 +107,7 @@ class StatisticsGradient(NamedTuple):
 class FusedConv3d(Protocol):
     """A convolution whose kernels make some expressions themselves as they read what is stored."""
 
-    def takes(self, spec: Spec) -> bool:
+    def takes(self, spec: Spec, weight: Tensor, window: Window) -> bool:
         """Whether `forward` and `backward` take it; what they do not, a sweep makes slab by slab."""
 
     def forward(

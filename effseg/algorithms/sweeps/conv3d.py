@@ -33,7 +33,7 @@ def conv3d_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = conv(expression, weight) + bias in the expression's type, and the mean and biased variance (N, Co)
     of the stored y."""
-    if ops.fused is not None and ops.fused.takes(spec):
+    if ops.fused is not None and ops.fused.takes(spec, weight, window):
         return ops.fused.forward(spec, tensors, weight, bias, window, statistics)
     n, _, *size = spec.shape
     d, h, w = size
@@ -75,7 +75,7 @@ def conv3d_backward(
     """
     through_statistics = _through_statistics(y, mean, grad_mean, grad_var)
     rows_of_slab = thickness(spec, y.shape, window, slab_elements)
-    if ops.fused is not None and ops.fused.takes(spec) and not need_bias:
+    if ops.fused is not None and ops.fused.takes(spec, weight, window) and not need_bias:
         grad_weight, grads = ops.fused.backward(
             spec, tensors, needed, weight, window, y, through_statistics, grad_y, need_weight, rows_of_slab
         )

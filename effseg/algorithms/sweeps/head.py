@@ -52,6 +52,17 @@ def head_sums_backward(
     return pullback.gradients()
 
 
+def head_gradients(
+    head: Head, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The head's gradients in the shapes and types of its parameters."""
+    w, b = head.grad_weight, head.grad_bias
+    return (
+        None if weight is None or w is None else w.view_as(weight).to(weight.dtype),
+        None if bias is None or b is None else b.to(bias.dtype),
+    )
+
+
 def head_segment(
     ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], head: Head, slab_elements: int | None
 ) -> Tensor:

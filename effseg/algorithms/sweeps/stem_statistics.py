@@ -56,3 +56,11 @@ def stem_statistics_forward(
     p, q = total[:, channels:], total[:, :channels]
     q = q + (torch.stack(reference).double() - mean.double())[..., None, None, None, None] * p
     return mean, var, p, q
+
+
+def stem_statistics_backward(
+    p: Tensor, q: Tensor, grad_mean: Tensor, grad_var: Tensor, voxels: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight's gradient, in its type."""
+    mean, var = (g.double()[..., None, None, None, None] for g in (grad_mean, grad_var))
+    return ((mean * p + 2 * var * q) / voxels).sum(0).to(dtype)

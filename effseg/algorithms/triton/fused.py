@@ -1,0 +1,159 @@
+"""Convolutions whose kernels normalise and activate their input as they read it.
+
+Forward writes y once and its statistics with it. Backward walks over slabs of output rows: the gradient of y,
+with what reaches it through its statistics, is made into a slab that stays in a GPU's cache; wgrad and dgrad
+read it from there, and dgrad writes each row of the input's gradient once, its neighbours' halo included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effseg.algorithms.interface import StatisticsGradient
+from effseg.algorithms.triton import choices
+from effseg.deferred import Plain, Raw, Spec
+from effseg.kernels.conv3d_dgrad import conv3d_dgrad
+from effseg.kernels.conv3d_fwd import conv3d_forward
+from effseg.kernels.conv3d_wgrad import conv3d_wgrad
+from effseg.kernels.launch import NormAct, empty
+from effseg.kernels.norm_act import fold
+from effseg.slabs import Window, slabs
+
+# From here on the arithmetic of a prologue, done for every tap that reads a voxel, costs more than making the
+# activated slab: wide tensors are small.
+WIDE = 128
+
+
+class Fused:
+    """See `effseg.algorithms.interface.FusedConv3d`."""
+
+    def takes(self, spec: Spec, weight: Tensor, window: Window) -> bool:
+        """A stored tensor, or a stored raw output that is not wide, where no pass is left to ATen."""
+        if not (isinstance(spec, Plain) or (isinstance(spec, Raw) and spec.shape[1] < WIDE)):
+            return False
+        passes = (choices.forward, choices.dgrad, choices.wgrad)
+        low = weight.to(spec.dtype)
+        return all(
+            choice(low, window, spec.shape[2:], isinstance(spec, Raw)) is not None for choice in passes
+        )
+
+    def forward(
+        self,
+        spec: Spec,
+        tensors: Sequence[Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        window: Window,
+        statistics: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, terms = _operands(spec, tensors)
+        n, _, d, h, w = spec.shape
+        y = empty((n, weight.shape[0], *window.output_size((d, h, w))), spec.dtype, x.device)
+        found = conv3d_forward(
+            x, weight.to(spec.dtype), y, window=window, front=window.padding[0], prologue=terms, bias=bias,
+            statistics=statistics,
+        )  # fmt: skip
+        return (y, *(found or (None, None)))
+
+    def backward(
+        self,
+        spec: Spec,
+        tensors: Sequence[Tensor],
+        needed: Sequence[bool],
+        weight: Tensor,
+        window: Window,
+        y: Tensor,
+        through_statistics: StatisticsGradient | None,
+        grad_y: Tensor | None,
+        need_weight: bool,
+        thickness: int,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        low = weight.to(spec.dtype)
+        x, terms = _operands(spec, tensors)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_x = empty(spec.shape, spec.dtype, x.device) if any(needed) else None
+        sums = torch.zeros(2, *spec.shape[:2], dtype=torch.float64, device=x.device)
+        for sample, lo, hi in slabs(y.shape[0], y.shape[2], thickness):
+            one = slice(sample, sample + 1)
+            slab = _Slab.of(window, lo, hi, spec.shape[2], y.shape[2])
+            g = _gradient(spec, y, through_statistics, grad_y, one, slab)
+            own_terms = None if terms is None else NormAct(*(t[one] for t in terms[:3]), terms.slope)
+            if grad_weight is not None:
+                first, last, pad = window.input_rows(lo, hi, spec.shape[2])
+                own = g[:, :, lo - slab.first_gradient : hi - slab.first_gradient]
+                grad_weight += conv3d_wgrad(
+                    x[one, :, first:last], own, window=window, front=pad[0], prologue=own_terms
+                )
+            if grad_x is not None:
+                rows = (one, slice(None), slice(slab.first, slab.last))
+                found = conv3d_dgrad(
+                    g, low, grad_x[rows], window=window, front=slab.front,
+                    epilogue=None if own_terms is None else (x[rows], own_terms),
+                )  # fmt: skip
+                if found is not None:
+                    sums[:, one] += torch.stack(found)
+            del g
+        grads = [None] * len(tensors) if grad_x is None else _gradients(tensors, needed, grad_x, sums)
+        return grad_weight, grads
+
+
+class _Slab(NamedTuple):
+    """The input rows [first, last) that are those of output rows [lo, hi) alone; the output rows
+    [first_gradient, last_gradient), lo and hi inside, whose gradients reach them; `front` between the two."""
+
+    first: int
+    last: int
+    first_gradient: int
+    last_gradient: int
+    front: int
+
+    @classmethod
+    def of(cls, window: Window, lo: int, hi: int, rows: int, output_rows: int) -> _Slab:
+        stride, kernel, front = window.stride[0], window.kernel[0], window.padding[0]
+        first, last = stride * lo, rows if hi == output_rows else stride * hi
+        by_last_tap = -((kernel - 1 - front - first) // stride)  # rounded up
+        begin = max(min(by_last_tap, lo), 0)
+        end = min(max((last - 1 + front) // stride + 1, hi), output_rows)
+        return cls(first, last, begin, end, front + first - stride * begin)
+
+
+def _operands(spec: Spec, tensors: Sequence[Tensor]) -> tuple[Tensor, NormAct | None]:
+    if isinstance(spec, Raw):
+        y, mean, scale, beta = tensors
+        return y, NormAct(mean, scale, beta, spec.slope)
+    return tensors[0], None
+
+
+def _gradient(
+    spec: Spec,
+    y: Tensor,
+    through_statistics: StatisticsGradient | None,
+    grad_y: Tensor | None,
+    one: slice,
+    slab: _Slab,
+) -> Tensor:
+    """The whole gradient of the slab's rows of y, in the type of the products."""
+    rows = (one, slice(None), slice(slab.first_gradient, slab.last_gradient))
+    direct = None if grad_y is None else grad_y[rows].to(spec.dtype)
+    if through_statistics is None:
+        assert direct is not None
+        return direct
+    part = y[rows]
+    out = empty(part.shape, part.dtype, part.device)
+    fold(direct, part, *(t[one] for t in through_statistics), out)
+    return out
+
+
+def _gradients(
+    tensors: Sequence[Tensor], needed: Sequence[bool], grad_x: Tensor, sums: Tensor
+) -> list[Tensor | None]:
+    """In the order of the tensors: of x, and of mean, scale and beta where it is a raw output."""
+    found = [grad_x.to(tensors[0].dtype)]
+    if len(tensors) > 1:
+        dscale, dbeta = sums.to(tensors[1].dtype)
+        found += [-tensors[2] * dbeta, dscale, dbeta]
+    return [g if need else None for g, need in zip(found, needed, strict=True)]
