@@ -81,7 +81,7 @@ class Fused:
             one = slice(sample, sample + 1)
             slab = _Slab.of(window, lo, hi, spec.shape[2], y.shape[2])
             g = _gradient(spec, y, through_statistics, grad_y, one, slab)
-            own_terms = None if terms is None else NormAct(*(t[one] for t in terms[:3]), terms.slope)
+            own_terms = None if terms is None else _of_sample(terms, one)
             if grad_weight is not None:
                 first, last, pad = window.input_rows(lo, hi, spec.shape[2])
                 own = g[:, :, lo - slab.first_gradient : hi - slab.first_gradient]
@@ -97,8 +97,9 @@ class Fused:
                 if found is not None:
                     sums[:, one] += torch.stack(found)
             del g
-        grads = [None] * len(tensors) if grad_x is None else _gradients(tensors, needed, grad_x, sums)
-        return grad_weight, grads
+        if grad_x is None:
+            return grad_weight, [None] * len(tensors)
+        return grad_weight, _gradients(tensors, needed, grad_x, sums)
 
 
 class _Slab(NamedTuple):
@@ -128,6 +129,10 @@ def _operands(spec: Spec, tensors: Sequence[Tensor]) -> tuple[Tensor, NormAct | 
     return tensors[0], None
 
 
+def _of_sample(terms: NormAct, one: slice) -> NormAct:
+    return NormAct(terms.mean[one], terms.scale[one], terms.beta[one], terms.slope)
+
+
 def _gradient(
     spec: Spec,
     y: Tensor,
@@ -144,7 +149,8 @@ def _gradient(
         return direct
     part = y[rows]
     out = empty(part.shape, part.dtype, part.device)
-    fold(direct, part, *(t[one] for t in through_statistics), out)
+    mean, scale, shift = (t[one] for t in through_statistics)
+    fold(direct, part, mean, scale, shift, out)
     return out
 
 
