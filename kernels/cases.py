@@ -31,8 +31,8 @@ POINT, CUBE = Window((1, 1, 1)), Window((3, 3, 3))
 
 @dataclass(frozen=True)
 class Case:
-    """op: of config.LOOPS; out_channels: classes of a head; fused: with normalisation and activation of the input,
-    and with statistics of the output or the gradient through them."""
+    """op: of config.LOOPS; out_channels: classes of a head; fused: with normalisation and activation of the
+    input, and with statistics of the output or the gradient through them."""
 
     op: str
     in_channels: int
@@ -103,8 +103,8 @@ def _convolution(in_channels: int, out_channels: int, window: Window) -> Iterato
 
 
 def recorded(case: Case, architecture: str, dtype: str) -> list[Launch]:
-    """What the case launches, the last launch of each kernel: of the parity classes of a strided dgrad the one
-    with most taps."""
+    """What the case launches; of each kernel the last launch: of a strided dgrad's parity classes the one with
+    most taps."""
     with FakeTensorMode(), recording(architecture) as launches:
         _call(case, TORCH_DTYPES[dtype])
     return list({id(launch.kernel): launch for launch in launches}.values())

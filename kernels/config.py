@@ -10,12 +10,14 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
 INTERPRETER = "interpreter"
 ATEN = "aten"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+"""Those with heuristics of their own, and for which kernels are inspected."""
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "tuned"
 Triple = tuple[int, int, int]
@@ -179,6 +181,12 @@ def parse_tuned(text: str) -> dict[str, Config]:
 # Heuristics
 
 
+def nearest_known(architecture: str) -> str:
+    """The newest architecture with heuristics that is not newer; the oldest for still older ones."""
+    number = int(architecture.removeprefix("sm_"))
+    return max((a for a in ARCHITECTURES if int(a[3:]) <= number), key=lambda a: int(a[3:]), default="sm_80")
+
+
 def power_of_two(n: int) -> int:
     """The least power of two >= n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -188,6 +196,7 @@ def heuristic(problem: Problem) -> Config:
     """What ahead-of-time compiles recommend: the fewest issued instructions a voxel without spills."""
     if problem.architecture == INTERPRETER:
         return _interpreted(problem)
+    problem = replace(problem, architecture=nearest_known(problem.architecture))
     if problem.op == "conv3d_wgrad":
         return _wgrad(problem)
     if problem.op in ("conv3d_fwd", "conv3d_dgrad"):

@@ -17,9 +17,8 @@ from rich.progress import track
 from rich.table import Table
 
 from effseg.atomic import atomic_path
-from effseg.kernels.config import DTYPES, LOOPS
+from effseg.kernels.config import ARCHITECTURES, DTYPES, LOOPS
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 COLUMNS = (
     "op",
     "shape",
@@ -80,11 +79,11 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m effseg.kernels.inspect",
-        description="Compiles every kernel for GPUs that need not be there, with the configurations that would "
-        "be chosen, and says what their machine code costs. Issue clocks per 128 voxels, of the main loop and "
-        "of all code, and tensor clocks are lower bounds of a kernel's time on one multiprocessor. Exit code 1 "
-        "if one does not compile, spills registers, asks for too much shared memory, or multiplies 16 channels "
-        "or more without tensor cores.",
+        description="""Compiles every kernel for GPUs that need not be there, with the configurations that would
+            be chosen, and says what their machine code costs. Issue clocks per 128 voxels, of the main loop and
+            of all code, and tensor clocks are lower bounds of a kernel's time on one multiprocessor. Exit code
+            1 if one does not compile, spills registers, asks for too much shared memory, or multiplies 16
+            channels or more without tensor cores.""",
     )
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, metavar="sm_NN")
     parser.add_argument(

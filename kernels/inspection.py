@@ -1,8 +1,8 @@
 """One row of figures for every kernel of a case: what `effseg.kernels.inspect` tabulates.
 
 Issue clocks are those in which one multiprocessor's schedulers hand out the instructions of the interior way,
-where nothing is masked, for 128 voxels (of an upsampling: fine ones); tensor clocks those that its tensor cores need
-for the same. Either is a lower bound of time.
+where nothing is masked, for 128 voxels (of an upsampling: fine ones); tensor clocks those that its tensor
+cores need for the same. Either is a lower bound of time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """For 128 voxels: flops, of tensor cores, padding included; turns of the main loop, and of what is around it."""
+    """For 128 voxels: flops of tensor cores, padding included; turns of the main loop and of what is around it."""
 
     flops: int = 0
     turns: float = 0
@@ -67,7 +67,7 @@ def work(launch: Launch, main_flops: int) -> Work:
         sharing = launch.grid[0]
         flops = 2 * 128 * sharing * constants["BLOCK_M"] * constants["BLOCK_N"]
         march = math.inf
-    # What is around the loop is passed once for a tile of a plane or, where that is all in the loop, for a march.
+    # What is around the loop is met once for a tile of a plane or, where that is all in the loop, for a march.
     tile = flops * voxels / 128 / sharing
     covered = voxels if main_flops < 0.99 * tile else voxels * march
     return Work(flops, flops / main_flops if main_flops else 0, 128 / covered * sharing)
