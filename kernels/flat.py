@@ -1,8 +1,9 @@
 """A sample as a matrix of voxels by channels: the tiling that elementwise kernels and reductions share.
 
-The channels-last rows of a sample are one array of voxels * C values. A tile is BLOCK_V voxels by BLOCK_C channels,
-so what belongs to a channel is loaded once a program and no offset is divided by C. Where BLOCK_C does not divide C
-the last block of channels is masked; masks are constant over 16 values where C is divisible by 16, so loads stay wide.
+The channels-last rows of a sample are one array of voxels * C values. A tile is BLOCK_V voxels by BLOCK_C
+channels, so what belongs to a channel is loaded once a program and no offset is divided by C. Where BLOCK_C
+does not divide C the last block of channels is masked; masks are constant over 16 values where C is divisible
+by 16, so loads stay wide.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def tile_offsets(channels, C: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def tile_mask(tile, voxels, channels, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Which values of a tile exist: (BLOCK_V, 1) where no channel is to be masked, else (BLOCK_V, BLOCK_C)."""
+    """Which values of a tile exist, (BLOCK_V, BLOCK_C); (BLOCK_V, 1) where no channel needs a mask."""
     inside = (tile * BLOCK_V + tl.arange(0, BLOCK_V) < voxels)[:, None]
     if C % BLOCK_C == 0:
         return inside
@@ -47,7 +48,7 @@ def tile_mask(tile, voxels, channels, C: tl.constexpr, BLOCK_V: tl.constexpr, BL
 
 
 class Tiling(NamedTuple):
-    """samples, channels, voxels: of the tensor; channel_blocks, tiles: of a sample; programs: that share its tiles."""
+    """samples, channels, voxels: the tensor's; channel_blocks, tiles: of a sample; programs: its reducers."""
 
     samples: int
     channels: int
@@ -79,7 +80,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(op: str, x: Tensor, config: Config | None) -> Tiling:
-    """How x (N, C, d, h, w) is tiled: block_w voxels by block_n channels, `splits` programs for a reduction."""
+    """How x (N, C, d, h, w) is tiled: block_w voxels by block_n channels, `splits` programs a reduction."""
     n, c, d, h, w = x.shape
     config = config or choose(problem(op, x))
     voxels = d * h * w
@@ -117,5 +118,5 @@ def term(name: str, t: Tensor, x: Tensor) -> Tensor:
 
 
 def sample_stride(x: Tensor | None) -> int:
-    """Elements between samples; 0 where there is one, whatever a view says, so that fewer variants are compiled."""
+    """Elements between samples; 0 for a single one, so that fewer variants are compiled."""
     return 0 if x is None or x.shape[0] == 1 else x.stride(0)

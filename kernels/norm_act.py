@@ -31,8 +31,11 @@ def _norm_act_kernel(
     y_ptr, mean_ptr, scale_ptr, beta_ptr, addend_ptr, out_ptr, voxels, y_stride, addend_stride, out_stride,
     SLOPE: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = leaky_relu((y - mean) * scale + beta + addend): y, addend (or None), out (N, voxels, C), samples *_stride
-    apart; mean, scale, beta (N, C) float32. One tile. Masked: voxels after the last, channels from C on."""
+    """out = leaky_relu((y - mean) * scale + beta + addend), one tile.
+
+    y, addend (or None), out: (N, voxels, C), samples *_stride apart; mean, scale, beta: (N, C) float32.
+    Masked: voxels after the last, channels from C on.
+    """
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tile, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)
     channels = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -55,11 +58,12 @@ def _norm_act_backward_kernel(
     grad_stride, y_stride, activated_stride, dy_stride, dz_stride,
     SLOPE: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dz = grad * act'(z), dy = dz * scale, partial (N, programs, 2, C) float32 = (sum dz (y - mean), sum dz).
+    """dz = grad * act'(z), dy = dz * scale, partial = (sum dz (y - mean), sum dz).
 
-    grad, y, activated, dy, dz (N, voxels, C), samples *_stride apart; activated, dy, dz and partial may be None. A
-    program takes every `programs`-th tile; sums are of unrounded values, added in float32 for each place in the tile.
-    A tile is read before it is written, so dz may be grad. Masked: voxels after the last, channels from C on.
+    grad, y, activated, dy, dz: (N, voxels, C), samples *_stride apart; partial: (N, programs, 2, C) float32;
+    mean, scale, beta: (N, C) float32. activated, dy, dz and partial may be None. A program takes
+    every `programs`-th tile; sums are of unrounded values, added in float32 for each place in the tile. A
+    tile is read before it is written, so dz may be grad. Masked: voxels after the last, channels from C on.
     """
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)
@@ -83,7 +87,8 @@ def _norm_act_backward_kernel(
             dz = leaky_relu_backward(dz, centred * scale + beta, SLOPE)
         else:
             activated = activated_ptr + tile_address(n, tile, activated_stride, C, BLOCK_V) + offsets
-            dz = leaky_relu_backward(dz, tl.load(activated, mask=mask, other=0.0), SLOPE)
+            activated = tl.load(activated, mask=mask, other=0.0).to(tl.float32)
+            dz = leaky_relu_backward(dz, activated, SLOPE)
         if partial_ptr is not None:
             dscale += dz * centred
             dbeta += dz
@@ -105,8 +110,11 @@ def _fold_kernel(
     grad_ptr, y_ptr, mean_ptr, scale_ptr, shift_ptr, out_ptr, voxels, grad_stride, y_stride, out_stride,
     C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = grad + (y - mean) * scale + shift: grad (or None), y, out (N, voxels, C), samples *_stride apart; mean, scale,
-    shift (N, C) float32. One tile. Masked: voxels after the last, channels from C on."""
+    """out = grad + (y - mean) * scale + shift, one tile.
+
+    grad (or None), y, out: (N, voxels, C), samples *_stride apart; mean, scale, shift: (N, C) float32.
+    Masked: voxels after the last, channels from C on.
+    """
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tile, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)
     channels = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -125,7 +133,7 @@ def _fold_kernel(
 def norm_act(
     y: Tensor, terms: NormAct, out: Tensor, addend: Tensor | None = None, config: Config | None = None
 ) -> None:
-    """out = leaky_relu((y - mean) * scale + beta + addend, slope), all (N, C, d, h, w), terms (N, C) float32."""
+    """out = leaky_relu((y - mean) * scale + beta + addend, slope); y, addend, out (N, C, d, h, w)."""
     y, out = feature("y", y), output("out", out, y.shape)
     if addend is not None:
         addend = feature("addend", addend)
@@ -150,10 +158,11 @@ def norm_act_backward(
     sums: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """dz = grad * act'(z) and dy = dz * scale, where given, and with `sums` (sum dz (y - mean), sum dz), (N, C) float32.
+    """dz = grad * act'(z) and dy = dz * scale, where given; with `sums` gives (sum dz (y - mean), sum dz).
 
-    grad, y, activated, dy, dz: (N, C, d, h, w). The sign of z is that of `activated`, needed where the forward had an
-    addend, else recomputed from y. dz may be grad, which is then overwritten.
+    grad, y, activated, dy, dz: (N, C, d, h, w); sums: (N, C) float32. The sign of z is that of
+    `activated`, needed where the forward had an addend, else recomputed from y. dz may be grad, which is then
+    overwritten.
     """
     grad, y = feature("grad", grad), feature("y", y)
     assert grad.shape == y.shape
@@ -188,7 +197,7 @@ def fold(
     out: Tensor,
     config: Config | None = None,
 ) -> None:
-    """out = grad + (y - mean) * scale + shift, grad, y, out (N, C, d, h, w), terms (N, C) float32; without grad 0 for it."""
+    """out = grad (or 0) + (y - mean) * scale + shift; grad, y, out (N, C, d, h, w), terms (N, C) float32."""
     y, out = feature("y", y), output("out", out, y.shape)
     if grad is not None:
         grad = feature("grad", grad)

@@ -1,7 +1,8 @@
 """Per-channel reductions of stored values: the moments of a normalisation, and sums (gradients of a bias).
 
-Two levels, both in a fixed order: a program takes every `programs`-th tile of a sample and keeps one running result for
-each place in the tile, merged when all are read; the partial rows of all programs are merged in float64.
+Two levels, both in a fixed order: a program takes every `programs`-th tile of a sample and keeps one running
+result for each place in the tile, merged when all are read; the partial rows of all programs are merged in
+float64.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def _moments_kernel(
 ):
     """y (N, voxels, C), samples y_stride apart -> partial (N, programs, 3, C) float32: count, mean, M2.
 
-    Welford's update for each place in the tile, in float32, then Chan's merge over the places. Masked: voxels after the
-    last, channels from C on. Every program has a tile with a voxel in it, so no count is 0.
+    Welford's update for each place in the tile, in float32, then Chan's merge over the places. Masked: voxels
+    after the last, channels from C on. Every program has a tile with a voxel in it, so no count is 0.
     """
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)
@@ -40,7 +41,7 @@ def _moments_kernel(
         y = y.to(tl.float32)
         delta = tl.where(mask, y - mean, 0.0)
         count += (tile * BLOCK_V + tl.arange(0, BLOCK_V) < voxels)[:, None].to(tl.float32)
-        mean += delta / tl.maximum(count, 1.0)
+        mean += delta * (1.0 / tl.maximum(count, 1.0))
         m2 += delta * (y - mean)
 
     total = tl.sum(count, 0)
@@ -57,9 +58,9 @@ def _moments_kernel(
 def _channel_sums_kernel(
     g_ptr, partial_ptr, voxels, g_stride, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """g (N, voxels, C), samples g_stride apart -> partial (N, programs, C) float32: sums over voxels, added in float32.
+    """g (N, voxels, C), samples g_stride apart -> partial (N, programs, C) float32: sums over voxels.
 
-    Masked: voxels after the last, channels from C on.
+    Added in float32. Masked: voxels after the last, channels from C on.
     """
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)
@@ -75,7 +76,7 @@ def _channel_sums_kernel(
 
 
 def moments(y: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over the voxels of y (N, C, d, h, w), (N, C) float32, of the values as stored."""
+    """Mean and biased variance, (N, C) float32, over the voxels of y (N, C, d, h, w) as stored."""
     y = feature("y", y)
     tiles = tiling("moments", y, config)
     if tiles.voxels == 0:

@@ -1,9 +1,9 @@
 """Trilinear upsampling x2 (align_corners=False) and its transpose; arithmetic in float32, rounded once.
 
-Both are tiled by cells: cell i of an axis lies between coarse voxels i - 1 and i and holds the fine voxels 2i - 1 and
-2i, a quarter and three quarters of the way. Eight reads make the eight fine voxels of a cell. Coarse indices are
-clamped, which at the borders gives the coarse voxel itself. An axis of factor 1 is copied: cell, coarse and fine voxel
-i are the same.
+Both are tiled by cells: cell i of an axis lies between coarse voxels i - 1 and i, and holds fine ones 2i - 1
+and 2i, a quarter and three quarters of the way. Eight reads make the eight fine voxels of a cell. Coarse
+indices are clamped, which at the borders gives the coarse voxel itself. An axis of factor 1 is copied: cell,
+coarse and fine voxel i are the same.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _store(
     value, out_ptr, addend_ptr, n, d, exists, h, w, channels, height, width, out_stride, addend_stride,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out[n, d, h, w] = value + addend[n, d, h, w] where plane d exists and (h, w) is inside of height x width."""
+    """out[n, d, h, w] = value + addend[n, d, h, w] where d exists and (h, w) is inside of height x width."""
     limit = tl.where(exists, height, 0)
     mask = _with_channels((h >= 0) & (h < limit) & (w >= 0) & (w < width), channels, C, BLOCK_C)
     offsets = (h * width + w) * C + channels
@@ -112,9 +112,11 @@ def _upsample_kernel(
     FACTOR_D: tl.constexpr, FACTOR_H: tl.constexpr, FACTOR_W: tl.constexpr,
     C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = upsample(x) + addend: x (N, coarse_d, coarse_h, coarse_w, C); addend (or None), out (N, rows, height, width,
-    C), the fine rows from first_row on; samples *_stride apart. One plane of cells, BLOCK_H x BLOCK_W of them. Reads are
-    clamped, masked only in the channels; writes are masked in all axes."""
+    """out = upsample(x) + addend, the fine rows from first_row on; BLOCK_H x BLOCK_W cells of one plane.
+
+    x: (N, coarse_d, coarse_h, coarse_w, C); addend (or None), out: (N, rows, height, width, C); samples
+    *_stride apart. Reads are clamped, and masked in the channels only; writes are masked in all axes.
+    """
     h, w, channels = _position(tiles_w, C, BLOCK_H, BLOCK_W, BLOCK_C)
     n = tl.program_id(2)
     d = (first_row + FACTOR_D - 1) // FACTOR_D + tl.program_id(1)
@@ -148,32 +150,44 @@ def _upsample_kernel(
 
 
 @triton.jit
+def _tap(coarse, i: tl.constexpr, size, FACTOR: tl.constexpr):
+    """The fine index that is tap i of coarse ones; where upsampling makes none such, the nearest."""
+    if FACTOR == 2:
+        return tl.minimum(tl.maximum(2 * coarse - 1 + i, 0), 2 * size - 1)
+    else:
+        return tl.minimum(coarse, size - 1)
+
+
+@triton.constexpr_function
+def _weight(i: int, factor: int) -> float:
+    """Of tap i along an axis."""
+    return (0.25, 0.75, 0.75, 0.25)[i] if factor == 2 else 1.0
+
+
+@triton.jit
 def _coarse_plane(
     grad_ptr, n, d, first_row, rows, coarse_d, h, w, channels, coarse_h, coarse_w, height, width, grad_stride,
-    FACTOR_D: tl.constexpr, FACTOR_H: tl.constexpr, FACTOR_W: tl.constexpr,
+    FACTOR_D: tl.constexpr, FACTOR_H: tl.constexpr, FACTOR_W: tl.constexpr, CUT: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """What fine row d gives to coarse voxels (h, w) of its plane: four fine voxels along an axis of factor 2, weighted
-    1/4, 3/4, 3/4, 1/4. Outside of the 2n that upsampling makes, the nearest one; 0 for those that were cut off."""
+    """What fine row d gives to the coarse voxels (h, w) of a plane, (BLOCK_H * BLOCK_W, BLOCK_C) float32: a
+    weighted sum of the fine row's taps, 0 for what was cut off. Taps exist in height and width unless CUT."""
     if FACTOR_D == 2:
         d = tl.minimum(tl.maximum(d, 0), 2 * coarse_d - 1)
     d -= first_row
-    limit = tl.where((d >= 0) & (d < rows), height, 0)
-    plane = grad_ptr + _plane_address(n, d, grad_stride, height, width, C)
     total = tl.zeros((h.shape[0], BLOCK_C), tl.float32)
-    for i in tl.static_range(3 * FACTOR_H - 2):
-        fine_h = h
-        if FACTOR_H == 2:
-            fine_h = tl.minimum(tl.maximum(2 * h - 1 + i, 0), 2 * coarse_h - 1)
-        for j in tl.static_range(3 * FACTOR_W - 2):
-            fine_w = w
-            if FACTOR_W == 2:
-                fine_w = tl.minimum(tl.maximum(2 * w - 1 + j, 0), 2 * coarse_w - 1)
-            weight_h: tl.constexpr = 1.0 if FACTOR_H == 1 else (0.75 if i % 3 else 0.25)
-            weight_w: tl.constexpr = 1.0 if FACTOR_W == 1 else (0.75 if j % 3 else 0.25)
-            mask = _with_channels((fine_h < limit) & (fine_w < width), channels, C, BLOCK_C)
-            value = tl.load(plane + ((fine_h * width + fine_w) * C + channels), mask=mask, other=0.0)
-            total += (weight_h * weight_w) * value.to(tl.float32)
+    if (d >= 0) & (d < rows):
+        plane = grad_ptr + _plane_address(n, d, grad_stride, height, width, C)
+        for i in tl.static_range(3 * FACTOR_H - 2):
+            fine_h = _tap(h, i, coarse_h, FACTOR_H)
+            line = fine_h * (width * C) + channels
+            for j in tl.static_range(3 * FACTOR_W - 2):
+                fine_w = _tap(w, j, coarse_w, FACTOR_W)
+                mask = channels < C
+                if CUT:
+                    mask = mask & (fine_h < height) & (fine_w < width)
+                value = tl.load(plane + (line + fine_w * C), mask=mask, other=0.0)
+                total += value.to(tl.float32) * (_weight(i, FACTOR_H) * _weight(j, FACTOR_W))
     return total
 
 
@@ -181,13 +195,17 @@ def _coarse_plane(
 def _upsample_transpose_kernel(
     grad_ptr, out_ptr, coarse_d, coarse_h, coarse_w, first_row, rows, height, width, tiles_w,
     grad_stride, out_stride,
-    FACTOR_D: tl.constexpr, FACTOR_H: tl.constexpr, FACTOR_W: tl.constexpr, C: tl.constexpr,
+    FACTOR_D: tl.constexpr, FACTOR_H: tl.constexpr, FACTOR_W: tl.constexpr, CUT: tl.constexpr,
+    C: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = the transpose of upsampling, of grad: grad (N, rows, height, width, C), the fine rows from first_row on; out
-    (N, coarse_d, coarse_h, coarse_w, C), all written; samples *_stride apart. BLOCK_H x BLOCK_W coarse voxels, marching
-    through the cells of BLOCK_D planes, so that a fine plane is read once for both coarse ones that it belongs to (twice
-    at the ends). Sums in float32."""
+    """out = the transpose of upsampling, of grad, which holds the fine rows from first_row on.
+
+    grad: (N, rows, height, width, C); out: (N, coarse_d, coarse_h, coarse_w, C), all written; samples
+    *_stride apart. A program has BLOCK_H x BLOCK_W coarse voxels and marches through the cells of BLOCK_D
+    planes, so a fine plane is read once for both coarse ones that it belongs to (twice at the ends). Sums in
+    float32.
+    """
     h, w, channels = _position(tiles_w, C, BLOCK_H, BLOCK_W, BLOCK_C)
     n = tl.program_id(2)
     start = tl.program_id(1) * BLOCK_D
@@ -196,7 +214,7 @@ def _upsample_transpose_kernel(
         for d in range(start, end):
             total = _coarse_plane(
                 grad_ptr, n, d, first_row, rows, coarse_d, h, w, channels, coarse_h, coarse_w, height, width,
-                grad_stride, FACTOR_D, FACTOR_H, FACTOR_W, C, BLOCK_C,
+                grad_stride, FACTOR_D, FACTOR_H, FACTOR_W, CUT, C, BLOCK_C,
             )  # fmt: skip
             _store(
                 total, out_ptr, None, n, d, d >= start, h, w, channels, coarse_h, coarse_w, out_stride, 0,
@@ -207,11 +225,11 @@ def _upsample_transpose_kernel(
         for cell in range(start, end + 1):
             first = _coarse_plane(
                 grad_ptr, n, 2 * cell - 1, first_row, rows, coarse_d, h, w, channels, coarse_h, coarse_w,
-                height, width, grad_stride, FACTOR_D, FACTOR_H, FACTOR_W, C, BLOCK_C,
+                height, width, grad_stride, FACTOR_D, FACTOR_H, FACTOR_W, CUT, C, BLOCK_C,
             )  # fmt: skip
             second = _coarse_plane(
                 grad_ptr, n, 2 * cell, first_row, rows, coarse_d, h, w, channels, coarse_h, coarse_w,
-                height, width, grad_stride, FACTOR_D, FACTOR_H, FACTOR_W, C, BLOCK_C,
+                height, width, grad_stride, FACTOR_D, FACTOR_H, FACTOR_W, CUT, C, BLOCK_C,
             )  # fmt: skip
             _store(
                 carried + 0.75 * first + 0.25 * second, out_ptr, None, n, cell - 1, cell > start, h, w,
@@ -231,9 +249,9 @@ def upsample_x2(
 ) -> None:
     """out = fine rows [rows[0], rows[1]) of x upsampled, cut to out's height and width, + addend.
 
-    x (N, C, n, hc, wc); out and addend (N, C, rows, h, w), h and w 2n or 2n - 1 along axes of factor 2. Rows are counted
-    from x's first one, and x is taken to have no neighbours: its border rows are clamped. With factor 1 along D
-    `rows` is not looked at: out has x's rows.
+    x (N, C, n, hc, wc); out and addend (N, C, rows, h, w), h and w 2n or 2n - 1 along axes of factor 2. Rows
+    are counted from x's first one, and x is taken to have no neighbours: its border rows are clamped. With
+    factor 1 along D `rows` is not looked at: out has x's rows.
     """
     x, fine = feature("x", x), output("out", out, out.shape)
     first, size = _first_row(x, fine, rows, factors)
@@ -262,17 +280,19 @@ def upsample_x2_transpose(
     factors: Factors = (2, 2, 2),
     config: Config | None = None,
 ) -> None:
-    """out = the transpose of `upsample_x2` (without addend), of grad; shapes as there, grad fine and out coarse."""
+    """out = the transpose of `upsample_x2` (without addend), of grad; grad is fine, out coarse."""
     grad, coarse = feature("grad", grad), output("out", out, out.shape)
     first, size = _first_row(coarse, grad, rows, factors)
     config = config or choose(problem("upsample_transpose", coarse))
     n, c, coarse_d, coarse_h, coarse_w = coarse.shape
+    cut = size[1:] != [coarse_h * factors[1], coarse_w * factors[2]]
     tiles_w = triton.cdiv(coarse_w, config.block_w)
     tiles = triton.cdiv(coarse_h, config.block_h) * tiles_w * triton.cdiv(c, config.block_n)
     launch(
         _upsample_transpose_kernel, (tiles, triton.cdiv(coarse_d, config.block_d), n),
-        grad, coarse, coarse_d, coarse_h, coarse_w, first, *size, tiles_w, *map(sample_stride, (grad, coarse)),
-        FACTOR_D=factors[0], FACTOR_H=factors[1], FACTOR_W=factors[2], C=c,
+        grad, coarse, coarse_d, coarse_h, coarse_w, first, *size, tiles_w,
+        sample_stride(grad), sample_stride(coarse),
+        FACTOR_D=factors[0], FACTOR_H=factors[1], FACTOR_W=factors[2], CUT=cut, C=c,
         BLOCK_D=config.block_d, BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_C=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -281,8 +301,8 @@ def upsample_x2_transpose(
 def _first_row(
     coarse: Tensor, fine: Tensor, rows: tuple[int, int], factors: Factors
 ) -> tuple[int, list[int]]:
-    """The fine row that `fine` begins with, and (rows, height, width) of `fine`; raises `ValueError` where shapes do
-    not belong together."""
+    """The fine row that `fine` begins with, and its (rows, height, width); raises `ValueError` for
+    shapes that do not belong together."""
     size = list(fine.shape[2:])
     first = rows[0] if factors[0] == 2 else 0
     lengths = [f * s for f, s in zip(factors, coarse.shape[2:], strict=True)]

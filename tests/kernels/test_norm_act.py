@@ -1,0 +1,235 @@
+"""Normalisation with activation, its gradient, and the gradient through statistics."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_no_worse_than_torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from effseg.kernels.config import Config
+from effseg.kernels.launch import NormAct, empty
+from effseg.kernels.norm_act import fold, norm_act, norm_act_backward
+
+NAN = float("nan")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tiles that end inside a sample and inside the channels.
+CONFIG = Config("tile", block_w=32, block_n=16, splits=6)
+
+# samples, channels, size, slope
+CASES = [
+    (torch.float32, 1, 1, (1, 1, 1), 0.01),
+    (torch.float32, 3, 5, (2, 7, 9), 0.0),
+    (torch.float32, 1, 33, (1, 9, 7), 1.5),
+    (torch.bfloat16, 1, 16, (2, 7, 11), 0.01),
+    (torch.bfloat16, 2, 48, (3, 1, 7), 1.0),
+    (torch.float16, 2, 17, (2, 2, 9), 0.2),
+]
+
+
+def values(shape, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.randn(shape, generator=generator).to(device, dtype)
+    return t.contiguous(memory_format=torch.channels_last_3d)
+
+
+def make_terms(n, c, device, slope):
+    mean, scale, beta = torch.randn(3, n, c, generator=torch.Generator().manual_seed(1)).to(device)
+    return NormAct(mean, scale, beta, slope)
+
+
+def nans(like):
+    return torch.full_like(like, NAN, memory_format=torch.preserve_format)
+
+
+def activated(y, terms, addend=None):
+    """In y's type, or float32 where that is wider, as torch promotes."""
+    mean, scale, beta = (t[..., None, None, None].to(y.dtype if y.dtype == torch.float64 else t.dtype)
+                         for t in terms[:3])  # fmt: skip
+    z = (y - mean) * scale + beta
+    return F.leaky_relu(z if addend is None else z + addend, terms.slope)
+
+
+def gradients(grad, y, terms, addend=None):
+    """dz, dy, dscale, dbeta by autograd: `dz` is the gradient of an addend."""
+    y = y.clone().requires_grad_()
+    extra = torch.zeros_like(y) if addend is None else addend.clone()
+    extra.requires_grad_()
+    wide = torch.promote_types(y.dtype, torch.float32)
+    scale, beta = (t.to(wide).requires_grad_() for t in (terms.scale, terms.beta))
+    out = activated(y, NormAct(terms.mean, scale, beta, terms.slope), extra)
+    dy, dz, dscale, dbeta = torch.autograd.grad(out, (y, extra, scale, beta), grad.to(out.dtype))
+    return dz, dy, dscale, dbeta
+
+
+@pytest.mark.parametrize("with_addend", [False, True])
+@pytest.mark.parametrize(("dtype", "n", "c", "size", "slope"), CASES)
+def test_forward(dtype, n, c, size, slope, with_addend, kernel_device):
+    y = values((n, c, *size), dtype, kernel_device)
+    addend = values(y.shape, dtype, kernel_device, seed=2) if with_addend else None
+    terms = make_terms(n, c, kernel_device, slope)
+    out = nans(y)
+    norm_act(y, terms, out, addend, CONFIG)
+    exact = activated(y.double(), terms, None if addend is None else addend.double())
+    assert_no_worse_than_torch(out, activated(y, terms, addend).to(dtype), exact)
+
+
+@pytest.mark.parametrize("with_addend", [False, True])
+@pytest.mark.parametrize(("dtype", "n", "c", "size", "slope"), CASES)
+def test_backward(dtype, n, c, size, slope, with_addend, kernel_device):
+    y, grad = (values((n, c, *size), dtype, kernel_device, seed) for seed in (0, 3))
+    addend = values(y.shape, dtype, kernel_device, seed=2) if with_addend else None
+    terms = make_terms(n, c, kernel_device, slope)
+    a = activated(y, terms, addend).to(dtype) if with_addend else None
+    dy, dz = nans(y), nans(y)
+    ours = norm_act_backward(grad, y, terms, activated=a, dy=dy, dz=dz, sums=True, config=CONFIG)
+    wide = [t.double() for t in (grad, y)]
+    exact = gradients(*wide, terms, None if addend is None else addend.double())
+    torchs = gradients(grad, y, terms, addend)
+    for name, got, theirs, expected in zip(
+        ("dz", "dy", "dscale", "dbeta"), (dz, dy, *ours), torchs, exact, strict=True
+    ):
+        assert_no_worse_than_torch(got, theirs, expected, name)
+
+
+def test_backward_in_place_and_in_parts(kernel_device):
+    y, grad = (values((2, 5, 2, 3, 5), torch.bfloat16, kernel_device, seed) for seed in (0, 1))
+    terms = make_terms(2, 5, kernel_device, 0.01)
+    dy, dz = nans(y), nans(y)
+    sums = norm_act_backward(grad, y, terms, dy=dy, dz=dz, sums=True, config=CONFIG)
+    only = norm_act_backward(grad, y, terms, sums=True, config=CONFIG)
+    assert all(torch.equal(a, b) for a, b in zip(sums, only, strict=True))
+    only_dy = nans(y)
+    assert norm_act_backward(grad, y, terms, dy=only_dy, sums=False, config=CONFIG) is None
+    assert torch.equal(only_dy, dy)
+    norm_act_backward(grad, y, terms, dz=grad, sums=False, config=CONFIG)
+    assert torch.equal(grad, dz)
+
+
+def test_zero_has_the_negative_slope(kernel_device):
+    y = torch.zeros(1, 1, 1, 1, 4, device=kernel_device)
+    grad, dz = torch.ones_like(y), nans(y)
+    one = torch.ones(1, 1, device=kernel_device)
+    norm_act_backward(grad, y, NormAct(0 * one, one, 0 * one, 0.25), dz=dz, sums=False, config=CONFIG)
+    assert torch.equal(dz, torch.full_like(y, 0.25))
+
+
+@pytest.mark.parametrize("with_grad", [False, True])
+@pytest.mark.parametrize(("dtype", "n", "c"), [(torch.float32, 3, 5), (torch.bfloat16, 1, 16)])
+def test_fold(dtype, n, c, with_grad, kernel_device):
+    y, grad = (values((n, c, 2, 7, 3), dtype, kernel_device, seed) for seed in (0, 1))
+    terms = make_terms(n, c, kernel_device, 1.0)
+    out = nans(y)
+    fold(grad if with_grad else None, y, *terms[:3], out, CONFIG)
+    addend = grad if with_grad else torch.zeros_like(grad)
+    exact = activated(y.double(), terms, addend.double())
+    assert_no_worse_than_torch(out, activated(y, terms, addend).to(dtype), exact)
+
+
+def test_any_layout_and_slabs(kernel_device):
+    """Channels first, and rows of larger tensors: what is around them is not touched."""
+    whole = values((2, 16, 5, 3, 7), torch.float32, kernel_device)
+    y = whole[:, :, 1:4]
+    terms = make_terms(2, 16, kernel_device, 0.01)
+    plain, first = nans(y.contiguous(memory_format=torch.channels_last_3d)), y.contiguous()
+    norm_act(first, terms, plain, first, CONFIG)
+    around = torch.full_like(whole, 7.0)
+    norm_act(y, terms, around[:, :, 2:5], y, CONFIG)
+    assert torch.equal(around[:, :, 2:5], plain)
+    assert bool((around[:, :, :2] == 7).all())
+
+    outs = [nans(plain), nans(plain)]
+    sums = [
+        norm_act_backward(t, t, terms, dy=out, sums=True, config=CONFIG)
+        for t, out in zip((y, first), outs, strict=True)
+    ]
+    assert torch.equal(*outs)
+    assert all(torch.equal(a, b) for a, b in zip(*sums, strict=True))
+
+
+def test_same_bits_and_no_unwritten_partials(kernel_device, monkeypatch):
+    y, grad = (values((2, 33, 2, 5, 7), torch.bfloat16, kernel_device, seed) for seed in (0, 1))
+    terms = make_terms(2, 33, kernel_device, 0.01)
+    first = norm_act_backward(grad, y, terms, sums=True, config=CONFIG)
+    allocate = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: allocate(*args, **options).fill_(NAN))
+    second = norm_act_backward(grad, y, terms, sums=True, config=CONFIG)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_chosen_configuration(kernel_device):
+    y = values((1, 3, 2, 3, 5), torch.float32, kernel_device)
+    terms = make_terms(1, 3, kernel_device, 0.01)
+    out, dz = nans(y), nans(y)
+    norm_act(y, terms, out)
+    assert_no_worse_than_torch(out, activated(y, terms), activated(y.double(), terms))
+    assert norm_act_backward(y, y, terms, dz=dz, sums=True) is not None
+    fold(y, y, *terms[:3], out)
+    assert bool(torch.isfinite(out).all() and torch.isfinite(dz).all())
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        y = empty((2, 5, 3, 4, 6), torch.bfloat16, torch.device("cpu"))
+        terms = NormAct(*torch.empty(3, 2, 5), 0.01)
+        norm_act(y, terms, torch.empty_like(y), config=CONFIG)
+        dscale, dbeta = norm_act_backward(y, y, terms, sums=True, config=CONFIG)
+    assert dscale.shape == dbeta.shape == (2, 5)
+
+
+def test_what_is_refused(kernel_device):
+    y = values((1, 3, 2, 3, 5), torch.float32, kernel_device)
+    terms = make_terms(1, 3, kernel_device, 0.01)
+    with pytest.raises(TypeError, match=r"y: expected float32.*float64"):
+        norm_act(y.double(), terms, y, config=CONFIG)
+    with pytest.raises(ValueError, match="out: expected shape"):
+        norm_act(y, terms, y[:, :, :1], config=CONFIG)
+    with pytest.raises(ValueError, match="out: expected channels last"):
+        norm_act(y, terms, y.contiguous(), config=CONFIG)
+    with pytest.raises(ValueError, match=r"scale: expected float32 of shape \(1, 3\)"):
+        norm_act(y, terms._replace(scale=terms.scale[:, :2]), y, config=CONFIG)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements(kernel_device):
+    y = empty((1, 32, 65, 1024, 1025), torch.bfloat16, kernel_device).fill_(1)
+    y[:, :, -1] = -2
+    terms = make_terms(1, 32, kernel_device, 0.5)
+    norm_act(y, terms, y)
+    last = activated(torch.full((1, 32, 1, 1, 1), -2.0, device=kernel_device), terms)
+    assert torch.equal(y[:, :, -1:], last.bfloat16().expand(1, 32, 1, 1024, 1025))
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    shape=st.tuples(*(st.integers(1, high) for high in (3, 40, 3, 9, 9))),
+    slope=st.sampled_from((0.0, 0.01, 1.0, 2.0)),
+    with_addend=st.booleans(),
+    config=st.builds(
+        Config,
+        st.just("tile"),
+        block_w=st.sampled_from((8, 32, 128)),
+        block_n=st.sampled_from((16, 32, 64)),
+        splits=st.integers(1, 12),
+    ),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(dtype, shape, slope, with_addend, config, seed, kernel_device):
+    y, grad = (values(shape, dtype, kernel_device, seed + i) for i in (0, 100))
+    addend = values(shape, dtype, kernel_device, seed + 200) if with_addend else None
+    terms = make_terms(*shape[:2], kernel_device, slope)
+    out, dy, dz = nans(y), nans(y), nans(y)
+    norm_act(y, terms, out, addend, config)
+    wide = None if addend is None else addend.double()
+    exact = activated(y.double(), terms, wide)
+    assert_no_worse_than_torch(out, activated(y, terms, addend).to(dtype), exact)
+
+    a = out if with_addend else None
+    ours = norm_act_backward(grad, y, terms, activated=a, dy=dy, dz=dz, sums=True, config=config)
+    expected = gradients(grad.double(), y.double(), terms, wide)
+    torchs = gradients(grad, y, terms, addend)
+    for got, theirs, value in zip((dz, dy, *ours), torchs, expected, strict=True):
+        assert_no_worse_than_torch(got, theirs, value)
