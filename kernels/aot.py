@@ -58,7 +58,7 @@ class Pointer:
 
 
 def compiled(launch: Launch, architecture: str) -> Any:
-    """Triton's CompiledKernel of a recorded launch, for "sm_90" and the like. The process starts none afterwards."""
+    """Triton's CompiledKernel of a recorded launch, for "sm_90" and the like; a GPU is then out of reach."""
     driver.set_active(Driver(architecture))
     args = [Pointer(arg) if isinstance(arg, torch.Tensor) else arg for arg in launch.args]
     return launch.kernel.warmup(*args, grid=launch.grid, **launch.options)

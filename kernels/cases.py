@@ -103,8 +103,7 @@ def _convolution(in_channels: int, out_channels: int, window: Window) -> Iterato
 
 
 def recorded(case: Case, architecture: str, dtype: str) -> list[Launch]:
-    """What the case launches; of each kernel the last launch: of a strided dgrad's parity classes the one with
-    most taps."""
+    """What the case launches; of each kernel the last: of a strided dgrad's classes that of most taps."""
     with FakeTensorMode(), recording(architecture) as launches:
         _call(case, TORCH_DTYPES[dtype])
     return list({id(launch.kernel): launch for launch in launches}.values())

@@ -37,9 +37,10 @@ COLUMNS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    # Asked of Triton when kernels are imported, below and in the processes that compile.
-    os.environ.pop("TRITON_INTERPRET", None)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {args.jobs}")
     import triton
 
     from effseg.kernels.cases import cases
@@ -50,8 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for architecture in args.arch
         for dtype in args.dtype
         for case in cases(args.quick)
-        if case.op in args.op and args.shape in case.name
+        if case.op in args.op and any(shape in case.name for shape in args.shape)
     ]
+    if not jobs:
+        parser.error(f"--shape: no kernel of these has a shape with {' or '.join(args.shape)!r}")
+    # The processes that compile must not import kernels as interpreted ones.
+    os.environ.pop("TRITON_INTERPRET", None)
     found = {}
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         pending = {pool.submit(rows, *job): i for i, job in enumerate(jobs)}
@@ -79,11 +84,11 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m effseg.kernels.inspect",
-        description="""Compiles every kernel for GPUs that need not be there, with the configurations that would
-            be chosen, and says what their machine code costs. Issue clocks per 128 voxels, of the main loop and
-            of all code, and tensor clocks are lower bounds of a kernel's time on one multiprocessor. Exit code
-            1 if one does not compile, spills registers, asks for too much shared memory, or multiplies 16
-            channels or more without tensor cores.""",
+        description="""Compiles every kernel for GPUs that need not be there, with the configurations that
+            would be chosen, and says what their machine code costs. Issue clocks per 128 voxels, of the main
+            loop and of all code, and tensor clocks are lower bounds of a kernel's time on one multiprocessor.
+            Exit code 1 if one does not compile, spills registers, asks for too much shared memory, or
+            multiplies 16 channels or more without tensor cores.""",
     )
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, metavar="sm_NN")
     parser.add_argument(
@@ -92,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--op", nargs="+", choices=LOOPS, default=list(LOOPS), metavar="OP", help=", ".join(LOOPS)
     )
-    parser.add_argument("--shape", default="", help="only shapes that contain this text, as in the table")
+    parser.add_argument("--shape", nargs="+", default=[""], help="only shapes with one of these texts")
     parser.add_argument("--quick", action="store_true", help="only layers of 32 channels")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--json", type=Path, help="also write the table there")

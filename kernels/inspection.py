@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """For 128 voxels: flops of tensor cores, padding included; turns of the main loop and of what is around it."""
+    """For 128 voxels: flops, padding included; turns of the main loop, and of what encloses it."""
 
     flops: int = 0
     turns: float = 0
@@ -67,7 +67,7 @@ def work(launch: Launch, main_flops: int) -> Work:
         sharing = launch.grid[0]
         flops = 2 * 128 * sharing * constants["BLOCK_M"] * constants["BLOCK_N"]
         march = math.inf
-    # What is around the loop is met once for a tile of a plane or, where that is all in the loop, for a march.
+    # What encloses the loop is met once for a tile of a plane or, if that is all in the loop, for a march.
     tile = flops * voxels / 128 / sharing
     covered = voxels if main_flops < 0.99 * tile else voxels * march
     return Work(flops, flops / main_flops if main_flops else 0, 128 / covered * sharing)

@@ -64,20 +64,27 @@ def assert_valid(problem: Problem, chosen: Config) -> None:
     cube = problem.kernel == (3, 3, 3) and problem.stride == (1, 1, 1)
     channels = (problem.in_channels, problem.out_channels)
     assert chosen.loop in LOOPS[problem.op], problem
-    assert chosen.num_warps in (1, 2, 4, 8) and 1 <= chosen.num_stages <= 4, problem
+    assert chosen.num_warps in (1, 2, 4, 8), problem
+    assert 1 <= chosen.num_stages <= 4, problem
     if chosen.loop == "slide":
-        assert cube and depth in (16, 32, 64), problem
+        assert cube, problem
+        assert depth in (16, 32, 64), problem
     if chosen.loop in ("pair", "pair3"):
-        assert cube and set(channels) <= {16, 32}, problem
+        assert cube, problem
+        assert set(channels) <= {16, 32}, problem
     if chosen.loop == "kw":
-        assert cube and max(channels) <= 64, problem
-    assert is_power_of_two(chosen.block_h) and is_power_of_two(chosen.block_w), problem
+        assert cube, problem
+        assert max(channels) <= 64, problem
+    assert is_power_of_two(chosen.block_h), problem
+    assert is_power_of_two(chosen.block_w), problem
     # Products are at least 16 in every direction; the voxels are a direction everywhere.
     assert chosen.block_h * chosen.block_w >= 16, problem
     if problem.op != "conv3d_wgrad" or chosen.loop == "tap":
-        assert is_power_of_two(chosen.block_n) and chosen.block_n >= 16, problem
+        assert is_power_of_two(chosen.block_n), problem
+        assert chosen.block_n >= 16, problem
     if chosen.loop in ("tap", "few"):
-        assert is_power_of_two(chosen.block_k) and chosen.block_k >= 16, problem
+        assert is_power_of_two(chosen.block_k), problem
+        assert chosen.block_k >= 16, problem
     if problem.op == "conv3d_wgrad":
         assert chosen.splits >= 1, problem
     else:
