@@ -17,6 +17,8 @@ from effseg.kernels.config import Config, Problem
 from effseg.kernels.head_loops import _head_argmax_kernel, _head_backward_kernel, _head_sums_kernel
 from effseg.kernels.launch import DTYPES, NormAct, architecture, channels_last, input_precision, launch
 
+# By the axis of the classes in a tile's logits: whether a row belongs to a class or to a voxel.
+LOOPS = ("classes", "voxels")
 # Tiles whose values are added up in float32 before a sum that keeps its rounding errors takes them: with a tree
 # over at most 256 voxels that is a relative error below 1e-6 in the worst case.
 CHUNK = 8
@@ -232,6 +234,7 @@ def _prepare(
         "C": c,
         "K": k,
         "SLOPE": 1.0 if prologue is None else prologue.slope,
+        "CLASS_AXIS": LOOPS.index(config.loop),
         "BLOCK_V": config.block_w,
         "BLOCK_C": max(16, triton.next_power_of_2(c)),
         "BLOCK_K": max(16, triton.next_power_of_2(k)),

@@ -11,6 +11,9 @@ tiles p, p + P, p + 2 P, ...: which voxels meet in which sum depends on P alone.
 
 C and K are padded to BLOCK_C and BLOCK_K, powers of two of at least 16: with zeros, and with logits that are so low that
 their probability is 0. Everything but the operands of products is float32.
+
+CLASS_AXIS is how a tile's logits lie: 1 as (BLOCK_V, BLOCK_K), for few classes; 0 as (BLOCK_K, BLOCK_V), which spreads many
+classes over the warps, so that a thread has few of them to keep numbers for.
 """
 
 import triton
@@ -23,6 +26,28 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Finite, so that it may be multiplied by a weight of 0.
 NO_CLASS = tl.constexpr(-1e30)
+NOT_COUNTED = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def _by_voxel(x, CLASS_AXIS: tl.constexpr):
+    """(BLOCK_V,) as it is broadcast against logits."""
+    return tl.expand_dims(x, CLASS_AXIS)
+
+
+@triton.jit
+def _by_class(x, CLASS_AXIS: tl.constexpr):
+    """(BLOCK_K,) as it is broadcast against logits."""
+    return tl.expand_dims(x, 1 - CLASS_AXIS)
+
+
+@triton.jit
+def _zeros(CLASS_AXIS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of the shape of a tile's logits."""
+    if CLASS_AXIS == 1:
+        return tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
+    else:
+        return tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
 
 
 @triton.jit
@@ -74,18 +99,21 @@ def _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOP
 
 
 @triton.jit
-def _logits(a, weight_ptr, weight, bias, UNIT, PRECISION: tl.constexpr):
-    """UNIT * (weight @ a + bias), (BLOCK_V, BLOCK_K); NO_CLASS beyond K."""
-    if weight_ptr is not None:
+def _logits(a, weight_ptr, weight, bias, UNIT, CLASS_AXIS: tl.constexpr, PRECISION: tl.constexpr):
+    """UNIT * (weight @ a + bias); NO_CLASS beyond K."""
+    if weight_ptr is None:
+        z = a.to(tl.float32) if CLASS_AXIS == 1 else tl.trans(a.to(tl.float32))
+    elif CLASS_AXIS == 1:
         z = tl.dot(a, weight, input_precision=PRECISION)
     else:
-        z = a.to(tl.float32)
-    return z * UNIT + bias[None, :]
+        z = tl.dot(tl.trans(weight), tl.trans(a), input_precision=PRECISION)
+    return z * UNIT + _by_class(bias, CLASS_AXIS)
 
 
 @triton.jit
 def _targets(labels_ptr, tile, voxels, K, IGNORE: tl.constexpr, BLOCK_V: tl.constexpr):
-    """A tile's classes (BLOCK_V,) int32, -1 for voxels that count for nothing, and which labels are unknown."""
+    """A tile's classes, (BLOCK_V,) int32 and at least NOT_COUNTED for voxels that count for nothing; whether they count;
+    whether their label is unknown."""
     row = tl.arange(0, BLOCK_V)
     inside = row < voxels - tile * BLOCK_V
     start = (tl.zeros((), tl.int64) + tile) * BLOCK_V
@@ -97,7 +125,8 @@ def _targets(labels_ptr, tile, voxels, K, IGNORE: tl.constexpr, BLOCK_V: tl.cons
     if IGNORE is not None:
         unknown = unknown & (label != IGNORE)
         counts = counts & (label != IGNORE)
-    return tl.where(counts, label, -1).to(tl.int32), unknown
+    # An `or`, where a select would be folded into every comparison with a class.
+    return label.to(tl.int32) | tl.where(counts, 0, NOT_COUNTED), counts, unknown
 
 
 @triton.jit
@@ -130,6 +159,7 @@ def _head_sums_kernel(
     IGNORE: tl.constexpr,
     SLOPE: tl.constexpr,
     CHUNK: tl.constexpr,
+    CLASS_AXIS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -161,28 +191,31 @@ def _head_sums_kernel(
     tl.store(low_ptr + k, tl.zeros((BLOCK_K,), tl.float32))
     tl.store(low_ptr + BLOCK_K + k, tl.zeros((BLOCK_K,), tl.float32))
     tl.store(low_ptr + 2 * BLOCK_K + tl.arange(0, 2), tl.zeros((2,), tl.float32))
-    count = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
+    zeros = _zeros(CLASS_AXIS, BLOCK_V, BLOCK_K)
+    count = zeros
     unknown_count = tl.zeros((BLOCK_V,), tl.int32)
 
     tiles = tl.cdiv(voxels, BLOCK_V)
     for first in range(program, tiles, CHUNK * programs):
-        chunk_intersection = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
-        chunk_probability = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
+        chunk_intersection = zeros
+        chunk_probability = zeros
         chunk_nll = tl.zeros((BLOCK_V,), tl.float32)
         chunk_smooth = tl.zeros((BLOCK_V,), tl.float32)
         for tile in range(first, min(first + CHUNK * programs, tiles), programs):
             start, offsets, inside = _addresses(tile, voxels, C, BLOCK_V, BLOCK_C)
             a = _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE)
-            target, unknown = _targets(labels_ptr, tile, voxels, K, IGNORE, BLOCK_V)
-            counts = target >= 0
-            z = _logits(a, weight_ptr, weight, bias, LOG2_E, PRECISION)
-            centred = z - tl.max(z, 1)[:, None]
+            target, counts, unknown = _targets(labels_ptr, tile, voxels, K, IGNORE, BLOCK_V)
+            z = _logits(a, weight_ptr, weight, bias, LOG2_E, CLASS_AXIS, PRECISION)
+            centred = z - _by_voxel(tl.max(z, CLASS_AXIS), CLASS_AXIS)
             e = tl.exp2(centred)
-            total = tl.sum(e, 1)
-            p = e * tl.where(counts, 1.0 / total, 0.0)[:, None]
-            is_target = target[:, None] == k[None, :]
-            at_target = tl.sum(tl.where(is_target, centred, 0.0), 1)
-            weighted = tl.sum(centred * class_weights[None, :], 1)
+            total = tl.sum(e, CLASS_AXIS)
+            # Never (a sum of exponentials), but this ties the counts to the layout of the logits: without it they
+            # are kept in another one, where all comparisons are made a second time.
+            target |= tl.where(total < 0, NOT_COUNTED, 0)
+            p = e * _by_voxel(tl.where(counts, 1.0 / total, 0.0), CLASS_AXIS)
+            is_target = _by_voxel(target, CLASS_AXIS) == _by_class(k, CLASS_AXIS)
+            at_target = tl.sum(tl.where(is_target, centred, 0.0), CLASS_AXIS)
+            weighted = tl.sum(centred * _by_class(class_weights, CLASS_AXIS), CLASS_AXIS)
             log_total = tl.log2(total)
             target_weight = tl.load(class_weights_ptr + target, mask=counts, other=0.0)
             chunk_nll += target_weight * (log_total - at_target)
@@ -193,13 +226,15 @@ def _head_sums_kernel(
             count += one_hot
             unknown_count += unknown.to(tl.int32)
         tl.debug_barrier()  # the row's last stores may be other threads'
-        _add_to_memory(high_ptr + k, low_ptr + k, tl.sum(chunk_intersection, 0))
-        _add_to_memory(high_ptr + BLOCK_K + k, low_ptr + BLOCK_K + k, tl.sum(chunk_probability, 0))
+        _add_to_memory(high_ptr + k, low_ptr + k, tl.sum(chunk_intersection, 1 - CLASS_AXIS))
+        _add_to_memory(
+            high_ptr + BLOCK_K + k, low_ptr + BLOCK_K + k, tl.sum(chunk_probability, 1 - CLASS_AXIS)
+        )
         _add_to_memory(high_ptr + 2 * BLOCK_K, low_ptr + 2 * BLOCK_K, tl.sum(chunk_nll, 0) * LN_2)
         _add_to_memory(high_ptr + 2 * BLOCK_K + 1, low_ptr + 2 * BLOCK_K + 1, tl.sum(chunk_smooth, 0) * LN_2)
 
     row_ptr = counts_ptr + program * (BLOCK_K + 1)
-    tl.store(row_ptr + k, tl.sum(count.to(tl.int32), 0))
+    tl.store(row_ptr + k, tl.sum(count.to(tl.int32), 1 - CLASS_AXIS))
     tl.store(row_ptr + BLOCK_K, tl.sum(unknown_count, 0))
 
 
@@ -226,6 +261,7 @@ def _head_backward_kernel(
     IGNORE: tl.constexpr,
     SLOPE: tl.constexpr,
     CHUNK: tl.constexpr,
+    CLASS_AXIS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -248,57 +284,59 @@ def _head_backward_kernel(
     weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, LOG2_E, BLOCK_C, BLOCK_K)
     scale, shift = _normalisation(mean_ptr, scale_ptr, beta_ptr, C, BLOCK_C)
     g_nll = tl.load(grad_nll_ptr).to(tl.float32)
-    class_weights = tl.load(class_weights_ptr + k, mask=k < K, other=0.0)
-    g_smooth = tl.load(grad_smooth_ptr).to(tl.float32) * class_weights
-    all_smooth = tl.sum(g_smooth, 0)
-    g_intersection = tl.load(grad_intersection_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    g_probability = tl.load(grad_probability_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    g_smooth = tl.load(grad_smooth_ptr).to(tl.float32)
+    all_weights = tl.sum(tl.load(class_weights_ptr + k, mask=k < K, other=0.0), 0)
 
+    weight_row = program * BLOCK_K * BLOCK_C + k[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    bias_row = program * BLOCK_K + k
     if grad_weight_ptr is not None:
-        grad_weight = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+        tl.store(grad_weight_ptr + weight_row, tl.zeros((BLOCK_K, BLOCK_C), tl.float32))
     if grad_bias_ptr is not None:
-        grad_bias = tl.zeros((BLOCK_K,), tl.float32)
+        tl.store(grad_bias_ptr + bias_row, tl.zeros((BLOCK_K,), tl.float32))
 
     tiles = tl.cdiv(voxels, BLOCK_V)
     for first in range(program, tiles, CHUNK * programs):
         if grad_weight_ptr is not None:
             chunk_weight = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
         if grad_bias_ptr is not None:
-            chunk_bias = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
+            chunk_bias = _zeros(CLASS_AXIS, BLOCK_V, BLOCK_K)
         for tile in range(first, min(first + CHUNK * programs, tiles), programs):
             start, offsets, inside = _addresses(tile, voxels, C, BLOCK_V, BLOCK_C)
             a = _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE)
-            target, _ = _targets(labels_ptr, tile, voxels, K, IGNORE, BLOCK_V)
-            counts = target >= 0
-            z = _logits(a, weight_ptr, weight, bias, LOG2_E, PRECISION)
-            e = tl.exp2(z - tl.max(z, 1)[:, None])
-            p = e * tl.where(counts, 1.0 / tl.sum(e, 1), 0.0)[:, None]
+            target, counts, _ = _targets(labels_ptr, tile, voxels, K, IGNORE, BLOCK_V)
+            z = _logits(a, weight_ptr, weight, bias, LOG2_E, CLASS_AXIS, PRECISION)
+            e = tl.exp2(z - _by_voxel(tl.max(z, CLASS_AXIS), CLASS_AXIS))
+            p = e * _by_voxel(tl.where(counts, 1.0 / tl.sum(e, CLASS_AXIS), 0.0), CLASS_AXIS)
             c = g_nll * tl.load(class_weights_ptr + target, mask=counts, other=0.0)
-            one_hot = (target[:, None] == k[None, :]).to(tl.float32)
-            pu = p * (one_hot * g_intersection[None, :] + g_probability[None, :])
-            g = pu + p * (c + all_smooth - tl.sum(pu, 1))[:, None]
-            g -= one_hot * c[:, None]
-            g -= counts.to(tl.float32)[:, None] * g_smooth[None, :]
+            one_hot = (_by_voxel(target, CLASS_AXIS) == _by_class(k, CLASS_AXIS)).to(tl.float32)
+            # Rows for all classes are read here, from the cache, and not kept: they would take too many registers.
+            g_intersection = tl.load(grad_intersection_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            g_probability = tl.load(grad_probability_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            pu = p * (one_hot * _by_class(g_intersection, CLASS_AXIS) + _by_class(g_probability, CLASS_AXIS))
+            g = pu + p * _by_voxel(c + g_smooth * all_weights - tl.sum(pu, CLASS_AXIS), CLASS_AXIS)
+            g -= one_hot * _by_voxel(c, CLASS_AXIS)
+            class_weights = tl.load(class_weights_ptr + k, mask=k < K, other=0.0)
+            g -= _by_voxel(tl.where(counts, g_smooth, 0.0), CLASS_AXIS) * _by_class(class_weights, CLASS_AXIS)
             if grad_bias_ptr is not None:
                 chunk_bias += g
             g = g.to(features_ptr.dtype.element_ty)
-            if weight_ptr is not None:
-                grad = tl.dot(g, tl.trans(weight), input_precision=PRECISION).to(out_ptr.dtype.element_ty)
-                tl.store(out_ptr + start + offsets, grad, mask=inside)
-                if grad_weight_ptr is not None:
-                    chunk_weight = tl.dot(tl.trans(g), a, chunk_weight, input_precision=PRECISION)
+            if weight_ptr is None:
+                grad = g
+            elif CLASS_AXIS == 1:
+                grad = tl.dot(g, tl.trans(weight), input_precision=PRECISION)
             else:
-                tl.store(out_ptr + start + offsets, g, mask=inside)
+                grad = tl.dot(weight, g, input_precision=PRECISION)
+            if CLASS_AXIS == 0:
+                grad = tl.trans(grad)
+            tl.store(out_ptr + start + offsets, grad.to(out_ptr.dtype.element_ty), mask=inside)
+            if grad_weight_ptr is not None:
+                by_class = tl.trans(g) if CLASS_AXIS == 1 else g
+                chunk_weight = tl.dot(by_class, a, chunk_weight, input_precision=PRECISION)
+        tl.debug_barrier()  # the row's last stores may be other threads'
         if grad_weight_ptr is not None:
-            grad_weight += chunk_weight
+            tl.store(grad_weight_ptr + weight_row, tl.load(grad_weight_ptr + weight_row) + chunk_weight)
         if grad_bias_ptr is not None:
-            grad_bias += tl.sum(chunk_bias, 0)
-
-    if grad_weight_ptr is not None:
-        row_ptr = grad_weight_ptr + program * BLOCK_K * BLOCK_C
-        tl.store(row_ptr + k[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :], grad_weight)
-    if grad_bias_ptr is not None:
-        tl.store(grad_bias_ptr + program * BLOCK_K + k, grad_bias)
+            tl.store(grad_bias_ptr + bias_row, tl.load(grad_bias_ptr + bias_row) + tl.sum(chunk_bias, 1 - CLASS_AXIS))
 
 
 @triton.jit
@@ -314,6 +352,7 @@ def _head_argmax_kernel(
     C: tl.constexpr,
     K: tl.constexpr,
     SLOPE: tl.constexpr,
+    CLASS_AXIS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -327,9 +366,9 @@ def _head_argmax_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(voxels, BLOCK_V), tl.num_programs(0)):
         start, offsets, inside = _addresses(tile, voxels, C, BLOCK_V, BLOCK_C)
         a = _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE)
-        z = _logits(a, weight_ptr, weight, bias, 1.0, PRECISION)
+        z = _logits(a, weight_ptr, weight, bias, 1.0, CLASS_AXIS, PRECISION)
         z = tl.where(z == z, z, float("inf"))
-        z = tl.where((k < K)[None, :], z, -float("inf"))
-        found = tl.argmax(z, 1).to(out_ptr.dtype.element_ty)
+        z = tl.where(_by_class(k < K, CLASS_AXIS), z, -float("inf"))
+        found = tl.argmax(z, CLASS_AXIS).to(out_ptr.dtype.element_ty)
         first = (tl.zeros((), tl.int64) + tile) * BLOCK_V
         tl.store(out_ptr + first + row, found, mask=row < voxels - tile * BLOCK_V)
