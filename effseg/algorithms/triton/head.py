@@ -8,6 +8,7 @@ from torch import Tensor
 from effseg.algorithms.aten.head import Head as AtenHead
 from effseg.algorithms.interface import Sums, VoxelSums
 from effseg.kernels.head import HeadGradients, head_argmax, head_backward, head_sums
+from effseg.kernels.launch import empty
 
 
 class Head(AtenHead):
@@ -24,7 +25,7 @@ class Head(AtenHead):
             total[sample] += part
 
     def pull(self, grads: Sums, sample: int, a: Tensor, labels: Tensor, parameters: bool = True) -> Tensor:
-        out = torch.empty_like(a)
+        out = empty(a.shape, a.dtype, a.device)
         given = HeadGradients(
             *(g[sample] for g in (grads.intersection, grads.probability, grads.nll, grads.smooth_nll))
         )

@@ -90,7 +90,7 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, mean, scale, beta, addend, slope):  # type: ignore[no-untyped-def]
-        out = torch.empty_like(y)
+        out = empty(y.shape, y.dtype, y.device)
         norm_act_kernels.norm_act(y, NormAct(mean, scale, beta, slope), out, addend)
         ctx.save_for_backward(y, mean, scale, beta, None if addend is None else out)
         ctx.slope = slope
@@ -132,7 +132,7 @@ def norm_act_backward(
 def _norm_act_backward(
     grad: Tensor, y: Tensor, terms: NormAct, a: Tensor | None, need_dz: bool, need_dy: bool, sums: bool
 ) -> NormActGradients:
-    dz, dy = (torch.empty_like(y) if needed else None for needed in (need_dz, need_dy))
+    dz, dy = (empty(y.shape, y.dtype, y.device) if needed else None for needed in (need_dz, need_dy))
     if not (need_dz or need_dy or sums):
         return NormActGradients(None, None, None, None)
     found = norm_act_kernels.norm_act_backward(grad, y, terms, activated=a, dy=dy, dz=dz, sums=sums)
@@ -140,7 +140,7 @@ def _norm_act_backward(
 
 
 def fold(grad: Tensor | None, y: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    out = torch.empty_like(y)
+    out = empty(y.shape, y.dtype, y.device)
     norm_act_kernels.fold(grad, y, mean[None], scale[None], shift[None], out)
     return out
 

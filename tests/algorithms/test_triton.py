@@ -1,0 +1,151 @@
+"""The Triton algorithm behind the operators, against float64 torch; on a CPU in Triton's interpreter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expressions import KINDS, Case, convolved_in, leaf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_no_worse_than_torch, relative_error
+
+import effseg
+from effseg import EffSegNet, functional, peak_training_memory
+from effseg.algorithms import select
+from effseg.losses import dice_cross_entropy
+
+TINY = (1, 1, 4, 5, 6)
+CLASSES = 5
+
+
+def assert_like_torch(of, out_channels=16):
+    with effseg.algorithm("triton"):
+        ours = convolved_in(of[0], *of, out_channels=out_channels)
+    torchs = convolved_in(of[0], *of, out_channels=out_channels, ours=False)
+    exact = convolved_in(torch.float64, *of, out_channels=out_channels, ours=False)
+    for name, expected in exact.items():
+        assert_no_worse_than_torch(ours[name], torchs[name], expected, f"{of} {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_convolution_of_every_expression(kind, dtype):
+    assert_like_torch((dtype, kind, 16 if kind != "stem" else 17, (4, 5, 6)))
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    channels=st.integers(1, 40),
+    out_channels=st.integers(1, 40),
+    size=st.tuples(*[st.integers(1, 9)] * 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_convolution_of_any_expression(kind, channels, out_channels, size, dtype):
+    if size[0] * size[1] * size[2] < 8:  # the variance of a few voxels is a cancelled difference
+        size = (2, 2, size[2] + 1)
+    assert_like_torch((dtype, kind, channels, size), out_channels)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3)], ids=str)
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize("size", [(7, 5, 6), (2, 1, 7)], ids=str)
+def test_slabs_leave_no_seam(kernel, stride, size):
+    """Backward walks over slabs of one output row; every gradient is that of the whole volume."""
+    torch.manual_seed(0)
+    case = Case("raw", n=2, c=3, size=size, dtype=torch.float32)
+    weight = leaf(4, 3, *kernel, dtype=torch.float32)
+    leaves = [*case.leaves(), weight]
+    expected = F.conv3d(case.eager().double(), weight.double(), None, stride, tuple(k // 2 for k in kernel))
+    grads = [torch.randn_like(expected), torch.randn(2, 4), torch.randn(2, 4)]
+    var, mean = torch.var_mean(expected, (2, 3, 4), correction=0)
+    exact = torch.autograd.grad([expected, mean, var], leaves, [g.double() for g in grads])
+    with effseg.algorithm("triton"):
+        got = functional.conv3d(case.deferred(), weight, None, stride, slab_elements=1)
+        found = torch.autograd.grad(got, leaves, [g.float() for g in grads])
+    for a, b in zip([*got, *found], [expected, mean, var, *exact], strict=True):
+        assert relative_error(a, b) < 2e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 2, "label_smoothing": 0.1}], ids=str)
+def test_loss_of_features_and_of_logits(options):
+    torch.manual_seed(0)
+    features, labels = leaf(2, 7, 3, 5, 6, dtype=torch.float32), torch.randint(0, 5, (2, 3, 5, 6))
+    weight, bias = leaf(5, 7, 1, 1, 1, dtype=torch.float32), leaf(5, dtype=torch.float32)
+    logits = F.conv3d(*(t.double() for t in (features, weight, bias)))
+    expected = dice_cross_entropy(logits, labels, **options)
+    exact = torch.autograd.grad(expected, [features, weight, bias])
+    with effseg.algorithm("triton"):
+        got = functional.segmentation_loss(features, labels, weight, bias, slab_elements=1, **options)
+        found = torch.autograd.grad(got, [features, weight, bias])
+        of_logits = functional.segmentation_loss(logits.float(), labels, **options)
+        segmented = functional.segment(features, weight, bias)
+    for a, b in zip([got, of_logits, *found], [expected, expected, *exact], strict=True):
+        assert relative_error(a, b) < 1e-5
+    assert torch.equal(segmented.long(), logits.argmax(1))
+
+
+def step(network, algorithm, image, labels):
+    with effseg.algorithm(algorithm):
+        loss = network.loss(image, labels)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in network.parameters())]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return torch.randn(TINY), torch.randint(0, CLASSES, (1, *TINY[2:]), dtype=torch.uint8)
+
+
+def network_like(memory, state, dtype=torch.float32):
+    network = EffSegNet(1, CLASSES, memory=memory)
+    network.load_state_dict(state)
+    return network.to(dtype)
+
+
+@pytest.mark.parametrize("memory", ["raw", "stream"])
+def test_a_whole_step(memory, tiny):
+    """Loss and all gradients, on a volume whose deepest levels are one voxel; twice, with the same bits."""
+    image, labels = tiny
+    state = EffSegNet(1, CLASSES).state_dict()
+    ours = step(network_like(memory, state), "triton", image, labels)
+    aten = step(network_like(memory, state), "aten", image, labels)
+    exact = step(network_like(memory, state, torch.float64), "aten", image.double(), labels)
+    largest = max(float(e.norm()) for e in exact[1:])
+    for a, b, e in zip(ours, aten, exact, strict=True):
+        # What one voxel normalised to nothing passes on is rounding alone.
+        if float(e.norm()) > 1e-6 * largest:
+            assert_no_worse_than_torch(a, b, e)
+    if memory == "raw":
+        again = step(network_like(memory, state), "triton", image, labels)
+        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize("memory", ["raw", "stream"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_memory_is_no_more_than_with_aten(memory, dtype):
+    """On fake tensors, which no kernel reads."""
+    found = []
+    for algorithm in ("triton", "aten"):
+        with effseg.algorithm(algorithm):
+            network = EffSegNet(1, 15, memory=memory)
+            found.append(peak_training_memory(network, (1, 1, 192, 192, 192), dtype=dtype))
+    ours, aten = found
+    assert ours.peak <= aten.peak
+    assert ours.split["saved"] <= aten.split["saved"]
+    assert ours.after_forward <= 1.001 * aten.after_forward
+
+
+def test_the_choice():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert select(cuda, torch.bfloat16).__name__.endswith("triton.ops")
+    assert select(cuda, torch.float64).__name__.endswith("aten.ops")
+    assert select(cpu, torch.float32).__name__.endswith("aten.ops")
+    with effseg.algorithm("aten"):
+        assert select(cuda, torch.float32).__name__.endswith("aten.ops")
+    with (
+        effseg.algorithm("triton"),
+        pytest.raises(ValueError, match=r"algorithm: triton computes in float32, .*, got float64"),
+    ):
+        functional.conv3d(leaf(1, 1, 2, 2, 2), leaf(1, 1, 1, 1, 1))
