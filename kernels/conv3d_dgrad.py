@@ -1,5 +1,5 @@
-"""Gradient of a convolution's input: the transposed convolution, and the pull-back through the normalisation and
-activation that the forward pass read its input with."""
+"""Gradient of a convolution's input: the transposed convolution, and the pull-back through the normalisation
+and activation that the forward pass read its input with."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from effseg.kernels import config as configurations
-from effseg.kernels.config import Config, Problem, Triple
-from effseg.kernels.conv3d_host import DTYPE_NAMES, Positions, check_dtypes, contract
-from effseg.kernels.launch import NormAct, architecture, channels_last
+from effseg.kernels.config import Config, Triple, choose
+from effseg.kernels.conv3d_host import Positions, check_dtypes, contract
+from effseg.kernels.launch import NormAct, channels_last, problem
 from effseg.slabs import Window
 
 
 def parity_classes(size: Triple, window: Window, front: Triple) -> Iterator[tuple[Positions, Triple]]:
     """Input voxels by what they leave modulo the stride, and the first tap that reaches each class.
 
-    Input r = stride * o + k - front: for r = stride * q + parity, taps k are first, first + stride, ... with first =
-    (parity + front) mod stride, and tap number j is that of o = q + (parity + front - first) / stride - j. Taps run
-    backwards, so that positions run forwards.
+    Input r = stride * o + k - front: for r = stride * q + parity, taps k are first, first + stride, ... with
+    first = (parity + front) mod stride, and tap number j is that of o = q + (parity + front - first) / stride
+    - j. Taps run backwards, so that positions run forwards.
     """
     for parity in product(*(range(s) for s in window.stride)):
         axes = zip(parity, size, window.kernel, window.stride, front, strict=True)
@@ -53,28 +52,24 @@ def conv3d_dgrad(
     epilogue: tuple[Tensor, NormAct] | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """out = transposed convolution of grad: row r of it is the sum over r = stride * o + kd - front, o inside grad.
+    """out = transposed convolution of grad: row r is the sum over r = stride * o + kd - front, o inside grad.
 
-    grad (N, Co, Do, Ho, Wo); weight (Co, Ci, *window.kernel); out (N, Ci, D, H, W), all of which is written, in the type
-    of the products, sums in float32. With epilogue (y, terms), y (N, Ci, D, H, W) the forward pass's input and the
-    terms its prologue: out = dz * scale for dz = act'(norm(y)) * what is above, and (dscale, dbeta) = (sum dz (y -
-    mean), sum dz), (N, Ci) float32, are given.
+    grad (N, Co, Do, Ho, Wo); weight (Co, Ci, *window.kernel); out (N, Ci, D, H, W), all of which is written,
+    in the type of the products, sums in float32. With epilogue (y, terms), y (N, Ci, D, H, W) the forward
+    pass's input and the terms its prologue: out = dz * scale for dz = act'(norm(y)) * what is above, and
+    (dscale, dbeta) = (sum dz (y - mean), sum dz), (N, Ci) float32, are given.
     """
     check_dtypes(grad=grad, out=out)
     n, ci, depth, height, width = out.shape
     kernel, stride = window.kernel, window.stride
     _, *plane = window.output_size((1, height, width))
     assert weight.shape == (grad.shape[1], ci, *kernel), (weight.shape, out.shape, grad.shape, window)
-    assert grad.shape[0] == n and list(grad.shape[3:]) == plane, (grad.shape, out.shape, window)
-    size = (depth, height, width)
-    config = config or configurations.choose(
-        Problem(
-            op="conv3d_dgrad",
-            architecture=architecture(out.device),
-            dtype=DTYPE_NAMES[out.dtype],
-            in_channels=ci,
+    assert [grad.shape[0], *grad.shape[3:]] == [n, *plane], (grad.shape, out.shape, window)
+    config = config or choose(
+        problem(
+            "conv3d_dgrad",
+            out,
             out_channels=grad.shape[1],
-            size=size,
             kernel=kernel,
             stride=stride,
             prologue=epilogue is not None,
@@ -88,7 +83,7 @@ def conv3d_dgrad(
         epilogue = channels_last(y), terms
     sums = torch.zeros(2, n, ci, dtype=torch.float64, device=out.device)
     transposed = weight.transpose(0, 1)
-    for positions, first in parity_classes(size, window, (front, *window.padding[1:])):
+    for positions, first in parity_classes((depth, height, width), window, (front, *window.padding[1:])):
         if 0 in positions.taps:
             d, h, w = (slice(p, None, s) for p, s in zip(positions.parity, stride, strict=True))
             target[:, :, d, h, w].zero_()

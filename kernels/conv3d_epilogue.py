@@ -1,9 +1,10 @@
 """What a convolution's program does with a finished plane of its tile: store it and reduce what it stores.
 
 Device code shared by forward and dgrad. A tile is BLOCK_M = BLOCK_H * BLOCK_W voxels of one plane and BLOCK_N
-channels. Sums go along with the march over planes, so that a program leaves one partial row, of two vectors of
-BLOCK_N; meanwhile there is one of each channel, or, PER_PLACE, one of each place in the tile, which costs registers
-and saves a reduction across threads in every plane.
+channels. Sums go along with the march over planes, so that a program leaves one partial row, of two vectors
+of BLOCK_N. PER_PLACE, they are registers, one of each sum for each place in the tile, which saves a reduction
+across threads in every plane; else they are kept in the partial row, as a vector would fill registers, too:
+it is repeated in every thread that holds the channel.
 
 =========== ========================= =========================================================
 epilogue    stored                    partial row
@@ -27,7 +28,7 @@ BACKWARD = tl.constexpr(2)
 
 @triton.jit
 def plane_base(ptr, n, d, stride_n, plane):
-    """ptr + n * stride_n + d * plane, where plane = H W C elements: the only 64-bit arithmetic, on scalars."""
+    """ptr + n * stride_n + d * plane, plane = H W C elements: the only 64-bit arithmetic, and on scalars."""
     zero = tl.zeros((), tl.int64)  # n and d may be Python ints in the interpreter
     return ptr + (zero + n) * stride_n + (zero + d) * plane
 
@@ -66,8 +67,8 @@ def voxels_of(h, w, height, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr)
 
 @triton.jit
 def empty_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_PLACE: tl.constexpr):
-    """The two sums before the first plane: (BLOCK_M, BLOCK_N) each, or (1, BLOCK_N)."""
-    zeros = tl.zeros((BLOCK_M if PER_PLACE else 1, BLOCK_N), tl.float32)
+    """The two sums before the first plane, (BLOCK_M, BLOCK_N) each if PER_PLACE."""
+    zeros = tl.zeros((BLOCK_M, BLOCK_N) if PER_PLACE else (1, 1), tl.float32)
     return zeros, zeros
 
 
@@ -80,6 +81,7 @@ def store_plane(
     voxels,
     out_plane_ptr,
     y_plane_ptr,
+    row_ptr,
     bias_ptr,
     mean_ptr,
     scale_ptr,
@@ -88,13 +90,15 @@ def store_plane(
     inside,
     column,
     CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SLOPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PER_PLACE: tl.constexpr,
 ):
-    """Stores acc (BLOCK_M, BLOCK_N), float32, and gives the sums (first, second) of one plane more.
+    """Stores acc (BLOCK_M, BLOCK_N), float32, and adds a plane to the sums: (first, second), which it gives,
+    if PER_PLACE, else those at row_ptr.
 
     offsets (BLOCK_M, BLOCK_N): element in the plane, of out and of y alike; inside (BLOCK_M,): voxels that
     exist, of which there are `voxels`; column (BLOCK_N,): channels. bias, mean, scale and beta: this sample's
@@ -116,8 +120,8 @@ def store_plane(
             second += dz
         else:
             dz = tl.where(inside[:, None], dz, 0.0)
-            first += tl.sum(dz * centred, 0)[None, :]
-            second += tl.sum(dz, 0)[None, :]
+            so_far, too = load_row(row_ptr, column, COLUMNS, planes)
+            store_row(row_ptr, column, COLUMNS, so_far + tl.sum(dz * centred, 0), too + tl.sum(dz, 0))
     else:
         stored = acc.to(out_plane_ptr.dtype.element_ty)
         tl.store(out_plane_ptr + offsets, stored, mask=mask)
@@ -129,47 +133,57 @@ def store_plane(
                 first += delta * share
                 second += delta * (value - first)
             else:  # Chan's merge, of equal numbers of voxels a plane
-                mean, squares = _moments(value, inside, voxels)
-                delta = mean - first
-                first += delta * share
-                second += squares + delta * delta * (planes * voxels * share)
+                mean, squares = moments(value, inside, voxels)
+                mean_so_far, squares_so_far = load_row(row_ptr, column, COLUMNS, planes)
+                delta = mean - mean_so_far
+                squares += squares_so_far + delta * delta * (planes * voxels * share)
+                store_row(row_ptr, column, COLUMNS, mean_so_far + delta * share, squares)
     return first, second
 
 
 @triton.jit
-def _moments(value, inside, voxels):
-    """Mean and sum of squared deviations over the places inside, (1, BLOCK_N) each."""
-    mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0)[None, :] / voxels
-    deviation = tl.where(inside[:, None], value - mean, 0.0)
-    return mean, tl.sum(deviation * deviation, 0)[None, :]
+def moments(value, inside, voxels):
+    """Mean and sum of squared deviations over the places inside, (BLOCK_N,) each."""
+    mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / voxels
+    deviation = tl.where(inside[:, None], value - mean[None, :], 0.0)
+    return mean, tl.sum(deviation * deviation, 0)
 
 
 @triton.jit
-def store_partial(
+def load_row(row_ptr, column, COLUMNS: tl.constexpr, planes):
+    """What the planes before left in the partial row; zeros before the first."""
+    tl.debug_barrier()  # other threads may have stored what this one reads
+    some = tl.zeros_like(column) < planes
+    first = tl.load(row_ptr + column, mask=some, other=0.0)
+    return first, tl.load(row_ptr + COLUMNS + column, mask=some, other=0.0)
+
+
+@triton.jit
+def store_row(row_ptr, column, COLUMNS: tl.constexpr, first, second):
+    tl.store(row_ptr + column, first)
+    tl.store(row_ptr + COLUMNS + column, second)
+
+
+@triton.jit
+def store_sums(
     first,
     second,
     planes,
     voxels,
+    row_ptr,
     inside,
-    partial_ptr,
-    n,
-    tiles,
-    tile,
     column,
     COLUMNS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     PER_PLACE: tl.constexpr,
 ):
-    """The program's row of partial (N, tiles, 2, COLUMNS), float32, from the sums over all of its `planes`."""
-    if EPILOGUE != PLAIN:
-        if PER_PLACE:
-            if EPILOGUE == STATISTICS:
-                mean, squares = _moments(first, inside, voxels)
-                first = mean
-                second = tl.sum(tl.where(inside[:, None], second, 0.0), 0)[None, :] + planes * squares
-            else:
-                first = tl.sum(tl.where(inside[:, None], first, 0.0), 0)[None, :]
-                second = tl.sum(tl.where(inside[:, None], second, 0.0), 0)[None, :]
-        row = plane_base(partial_ptr, n, tile, tiles * 2 * COLUMNS, 2 * COLUMNS)
-        tl.store(row + column[None, :], first)
-        tl.store(row + COLUMNS + column[None, :], second)
+    """The partial row (2, COLUMNS), float32, from the sums per place over all of the program's `planes`."""
+    if PER_PLACE:
+        if EPILOGUE == STATISTICS:
+            mean, squares = moments(first, inside, voxels)
+            squares = tl.sum(tl.where(inside[:, None], second, 0.0), 0) + planes * squares
+            store_row(row_ptr, column, COLUMNS, mean, squares)
+        elif EPILOGUE == BACKWARD:
+            first = tl.sum(tl.where(inside[:, None], first, 0.0), 0)
+            second = tl.sum(tl.where(inside[:, None], second, 0.0), 0)
+            store_row(row_ptr, column, COLUMNS, first, second)

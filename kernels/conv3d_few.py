@@ -7,7 +7,7 @@ where a loop over taps would waste 15 of 16 channels.
 import triton
 import triton.language as tl
 
-from effseg.kernels.conv3d_epilogue import empty_sums, plane_base, store_partial, store_plane, tile_of, voxels_of
+from effseg.kernels.conv3d_epilogue import empty_sums, plane_base, store_plane, store_sums, tile_of, voxels_of
 from effseg.kernels.conv3d_loops import operand
 
 
@@ -48,11 +48,11 @@ def conv3d_few_kernel(
     PER_PLACE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[q] = epilogue(sum of w[t] a(x[STEP q + (offset, *OFFSETS) + t])), t < TAPS, q < (rows, height, width).
+    """out[q] = epilogue(sum of w[t] a(x[STEP q + (offset, *OFFSETS) + t]) for t < TAPS).
 
     x (N, D, H, W, C), out (N, rows, height, width, CHANNELS); w (*TAPS, C) flattened and padded to whole
-    blocks of BLOCK_K, then columns; pre_scale and pre_shift (N, C). Sums as in `conv3d_loops`. Every element of a
-    load has its own mask. Up to BLOCK_K elements of the contraction are one product.
+    blocks of BLOCK_K, then columns; pre_scale and pre_shift (N, C). Products are accumulated in float32, up
+    to BLOCK_K of a sum in one instruction's. Every element of a load has its own mask.
     """
     COLUMNS: tl.constexpr = CHANNEL_BLOCKS * BLOCK_N
     DEPTH: tl.constexpr = TAPS[0] * TAPS[1] * TAPS[2] * C
@@ -66,6 +66,7 @@ def conv3d_few_kernel(
     offsets = (vh * width + vw)[:, None] * CHANNELS + column[None, :]
     h_first = vh * STEP[1] + OFFSETS[0]
     w_first = vw * STEP[2] + OFFSETS[1]
+    row_ptr = plane_base(partial_ptr, n, tile, tiles * 2 * COLUMNS, 2 * COLUMNS)
     first, second = empty_sums(BLOCK_H * BLOCK_W, BLOCK_N, PER_PLACE)
     for q in range(first_row, end_row):
         acc = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
@@ -96,10 +97,9 @@ def conv3d_few_kernel(
         first, second = store_plane(
             acc, first, second, q - first_row, voxels,
             plane_base(out_ptr, n, q, out_stride, height * width * CHANNELS), out_ptr,
-            bias_ptr, bias_ptr, bias_ptr, bias_ptr, offsets, inside, column,
-            CHANNELS, EPILOGUE, HAS_BIAS, 1.0, BLOCK_N, PER_PLACE,
+            row_ptr, bias_ptr, bias_ptr, bias_ptr, bias_ptr, offsets, inside, column,
+            CHANNELS, COLUMNS, EPILOGUE, HAS_BIAS, 1.0, BLOCK_N, PER_PLACE,
         )  # fmt: skip
-    store_partial(
-        first, second, end_row - first_row, voxels, inside, partial_ptr, n, tiles, tile, column,
-        COLUMNS, EPILOGUE, PER_PLACE,
-    )  # fmt: skip
+    store_sums(
+        first, second, end_row - first_row, voxels, row_ptr, inside, column, COLUMNS, EPILOGUE, PER_PLACE
+    )

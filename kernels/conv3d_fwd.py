@@ -1,15 +1,14 @@
-"""Forward convolution: normalisation and activation of the input as it is read, statistics of the output as
-it is written."""
+"""Forward convolution: normalisation and activation of the input as it is read, statistics of the output
+as it is written."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from effseg.kernels import config as configurations
-from effseg.kernels.config import Config, Problem
-from effseg.kernels.conv3d_host import DTYPE_NAMES, Positions, check_dtypes, contract, merge_statistics
-from effseg.kernels.launch import NormAct, architecture, channels_last
+from effseg.kernels.config import Config, choose
+from effseg.kernels.conv3d_host import Positions, check_dtypes, contract, merge_statistics
+from effseg.kernels.launch import NormAct, channels_last, problem
 from effseg.slabs import Window
 
 
@@ -27,9 +26,10 @@ def conv3d_forward(
 ) -> tuple[Tensor, Tensor] | None:
     """out = conv(a(x), weight) + bias, with a the prologue (or nothing); zero padded after a.
 
-    x (N, Ci, D, H, W), float32, bfloat16, float16 or int16; weight (Co, Ci, *window.kernel); out (N, Co, Do, Ho, Wo) in the
-    type of the products, sums in float32. Output row o reads rows stride * o + kd - front of x, those outside
-    being zero. With `statistics`: mean and biased variance (N, Co) of the stored values, float32.
+    x (N, Ci, D, H, W), float32, bfloat16, float16 or int16; weight (Co, Ci, *window.kernel); out (N, Co, Do,
+    Ho, Wo) in the type of the products, sums in float32. Output row o reads rows stride * o + kd - front of
+    x, those outside being zero. With `statistics`: mean and biased variance (N, Co) of the stored values,
+    float32.
     """
     check_dtypes(out=out)
     if x.dtype != torch.int16:
@@ -38,19 +38,11 @@ def conv3d_forward(
     kernel, stride, padding = window.kernel, window.stride, window.padding
     _, *plane = window.output_size((1, height, width))
     assert weight.shape == (out.shape[1], ci, *kernel), (weight.shape, out.shape, x.shape, window)
-    assert out.shape[0] == n and list(out.shape[3:]) == plane, (out.shape, x.shape, window)
+    assert [out.shape[0], *out.shape[3:]] == [n, *plane], (out.shape, x.shape, window)
     size = (out.shape[2], out.shape[3], out.shape[4])
-    config = config or configurations.choose(
-        Problem(
-            op="conv3d_fwd",
-            architecture=architecture(x.device),
-            dtype=DTYPE_NAMES[out.dtype],
-            in_channels=ci,
-            out_channels=out.shape[1],
-            size=size,
-            kernel=kernel,
-            stride=stride,
-            prologue=prologue is not None,
+    config = config or choose(
+        problem(
+            "conv3d_fwd", out, in_channels=ci, kernel=kernel, stride=stride, prologue=prologue is not None
         )
     )
     positions = Positions(size, taps=kernel, offset=(-front, -padding[1], -padding[2]), step=stride)

@@ -12,14 +12,13 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from effseg.kernels.config import Config, Triple
+from effseg.kernels.config import INTERPRETER, Config, Triple
 from effseg.kernels.conv3d_epilogue import BACKWARD, PLAIN, STATISTICS
 from effseg.kernels.conv3d_few import conv3d_few_kernel
 from effseg.kernels.conv3d_loops import conv3d_slide_kernel, conv3d_tap_kernel
-from effseg.kernels.launch import DTYPES, NormAct, input_precision, launch
+from effseg.kernels.launch import DTYPES, NormAct, architecture, input_precision, launch
 
 SLIDE_CHANNELS = (16, 32, 64)
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 Backward = tuple[Tensor, NormAct]
 
 
@@ -62,10 +61,16 @@ def check_loop(config: Config, positions: Positions, channels: int, backward: bo
         raise ValueError(f"loop: expected 'slide', 'tap' or 'few', got {config.loop!r}")
 
 
-def sums_per_place(config: Config) -> bool:
-    """Whether registers hold two sums a place beside the accumulators, of which `slide` has three."""
-    threads = 32 * config.num_warps
-    return config.block_h * config.block_w * config.block_n <= threads * (16 if config.loop == "slide" else 32)
+def sums_per_place(config: Config, channels: int, arch: str) -> bool:
+    """Whether registers hold two sums a place beside the accumulators.
+
+    `slide` has three of those, and, where the tensor core reads its operands from registers (mma and not
+    wgmma or tcgen05), the operands.
+    """
+    room = 32
+    if config.loop == "slide":
+        room = 16 if arch.startswith((INTERPRETER, "sm_9", "sm_10")) else 256 // channels
+    return config.block_h * config.block_w * config.block_n <= 32 * config.num_warps * room
 
 
 def padded_terms(terms: Tensor, columns: int) -> Tensor:
@@ -74,8 +79,8 @@ def padded_terms(terms: Tensor, columns: int) -> Tensor:
 
 
 def packed_weight(weight: Tensor, dtype: torch.dtype, flat: bool, block_k: int, columns: int) -> Tensor:
-    """(out, in, *taps) as (*taps, in, columns); the contraction's axis, `in` or, flat, all but the last, is padded
-    to whole blocks, both with zeros."""
+    """(out, in, *taps) as (*taps, in, columns), the last two padded with zeros: columns, and what is contracted
+    to whole blocks. That is `in` or, flat, all but the last."""
     packed = weight.to(dtype).permute(2, 3, 4, 1, 0)
     if flat:
         packed = packed.reshape(-1, packed.shape[-1])
@@ -94,10 +99,10 @@ def contract(
     statistics: bool = False,
     backward: Backward | None = None,
 ) -> Tensor | None:
-    """One launch of a main loop: out = epilogue(sum over taps t of a(x[...]) weight[:, :, t]), at `positions`.
+    """One launch of a main loop: out = epilogue(sum over taps t of a(x[...]) weight[..., t]), at `positions`.
 
-    x and out are channels last; weight (out channels, channels of x, *taps). Gives the partial rows (N, tiles, 2,
-    out channels) of an epilogue that reduces.
+    x and out are channels last; weight (out channels, channels of x, *taps). Gives the partial rows
+    (N, tiles, 2, out channels) of an epilogue that reduces.
     """
     samples, channels, depth, height, width = x.shape
     out_channels = out.shape[1]
@@ -140,7 +145,7 @@ def contract(
         BLOCK_H=config.block_h,
         BLOCK_W=config.block_w,
         BLOCK_N=config.block_n,
-        PER_PLACE=sums_per_place(config),
+        PER_PLACE=sums_per_place(config, channels, architecture(x.device)),
         PRECISION=input_precision(out.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -167,16 +172,16 @@ def contract(
 
 
 def merge_statistics(partial: Tensor, positions: Positions, config: Config) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (N, C) float32, of partial rows (mean, sum of squared deviations) of tiles, by Chan's
-    formula in float64."""
+    """Mean and biased variance, (N, C) float32, from the tiles' means and sums of squared deviations: Chan's
+    formula, in float64."""
     blocks = (config.block_d, config.block_h, config.block_w)
     voxels = torch.ones((), dtype=torch.float64, device=partial.device)
     for size, block in zip(positions.size, blocks, strict=True):
         starts = torch.arange(0, size, block, dtype=torch.float64, device=partial.device)
         voxels = (voxels[..., None] * (size - starts).clamp(max=block)).flatten()
-    voxels = voxels[:, None] / math.prod(positions.size)
-    means, deviations = partial.double().unbind(2)
-    mean = (voxels * means).sum(1)
-    variance = (voxels * (means - mean[:, None]).square()).sum(1)
-    variance += deviations.sum(1) / math.prod(positions.size)
+    total = math.prod(positions.size)
+    share = voxels[:, None] / total
+    means, squares = partial.double().unbind(2)
+    mean = (share * means).sum(1)
+    variance = (share * (means - mean[:, None]).square()).sum(1) + squares.sum(1) / total
     return mean.float(), variance.float()

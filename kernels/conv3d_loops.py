@@ -1,8 +1,8 @@
 """The main loops of a convolution: what forward, stride-1 dgrad and a parity class of strided dgrad share.
 
-All three are out[SPREAD q + R] = epilogue(sum over taps t and channels of a(x[STEP q + offset + t]) w[t]) for q in
-(rows, height, width), with rows, heights and widths outside x counting as zero; only positions, the layout
-of the weights and the epilogue tell forward and dgrad apart, and the host decides on those.
+All three are out[SPREAD q + CLASS] = epilogue(sum over taps t and channels of a(x[STEP q + offset + t]) w[t])
+for q < (rows, height, width), where what is outside x counts as zero; only positions, the layout of the
+weights and the epilogue tell forward and dgrad apart, and the host decides on those.
 
 ========== ====================================== ========================================================
 loop       for                                    how
@@ -13,22 +13,23 @@ tap        any                                    a loop over taps and blocks of
 few        few channels and taps                  taps and channels together are the contraction's axis
 ========== ====================================== ========================================================
 
-x (N, D, H, W, C) and out (N, DO, HO, WO, CHANNELS) as they are in memory. w: taps first, the contraction's axis
-padded to whole blocks with zeros, then columns: channel_blocks * BLOCK_N. pre_scale and pre_shift (N, padded
-C), float32: the prologue a = leaky_relu(x * scale + shift). Products are accumulated in float32. Grid: (tiles *
-channel_blocks, N).
+x (N, D, H, W, C), out (N, DO, HO, WO, CHANNELS) and y, of out's shape, as they are in memory. w: taps first,
+then the contraction's axis padded to whole blocks with zeros, then columns = CHANNEL_BLOCKS * BLOCK_N.
+pre_scale and pre_shift (N, padded C), float32: the prologue a = leaky_relu(x * scale + shift). bias
+(columns,), mean, scale and beta (N, columns), float32, are the epilogue's, partial (N, tiles, 2, columns),
+float32, what it leaves. Products are accumulated in float32. Grid: (tiles * CHANNEL_BLOCKS, N).
 """
 
 import triton
 import triton.language as tl
 
 from effseg.kernels.common import leaky_relu
-from effseg.kernels.conv3d_epilogue import empty_sums, plane_base, store_partial, store_plane, tile_of, voxels_of
+from effseg.kernels.conv3d_epilogue import empty_sums, plane_base, store_plane, store_sums, tile_of, voxels_of
 
 
 @triton.jit
 def operand(x, scale, shift, DTYPE: tl.constexpr, PROLOGUE: tl.constexpr, SLOPE: tl.constexpr):
-    """a(x) in the type of the products. Padding is of the activated tensor: masked positions are not zero here."""
+    """a(x) in the type of the products; where a load is masked that is a(0), not zero."""
     if PROLOGUE:
         return leaky_relu(x.to(tl.float32) * scale + shift, SLOPE).to(DTYPE)
     elif x.dtype == DTYPE:
@@ -122,7 +123,7 @@ def conv3d_slide_kernel(
     PER_PLACE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out row q = sum of w[t] x[q + offset + t], t = 0, 1, 2; height and width of out are those of x. w (3, 3, 3, C, columns).
+    """Output row q reads rows q + offset + (0, 1, 2); out is as high and wide as x. w (3, 3, 3, C, columns).
 
     Tiles whose neighbours all exist take a branch without masks.
     """
@@ -146,6 +147,7 @@ def conv3d_slide_kernel(
     acc0 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)  # output row q, complete after this plane
     acc1 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)  # q + 1
     acc2 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)  # q + 2
+    row_ptr = plane_base(partial_ptr, n, tile, tiles * 2 * COLUMNS, 2 * COLUMNS)
     first, second = empty_sums(BLOCK_H * BLOCK_W, BLOCK_N, PER_PLACE)
     for q in range(first_row - 2, end_row):
         d = q + 2 + offset
@@ -166,16 +168,15 @@ def conv3d_slide_kernel(
                 acc0, first, second, q - first_row, voxels,
                 plane_base(out_ptr, n, q, out_stride, H * W * CHANNELS),
                 plane_base(y_ptr, n, q, y_stride, H * W * CHANNELS),
-                bias_ptr, mean_ptr + terms, scale_ptr + terms, beta_ptr + terms, offsets, inside, column,
-                CHANNELS, EPILOGUE, HAS_BIAS, EPILOGUE_SLOPE, BLOCK_N, PER_PLACE,
+                row_ptr, bias_ptr, mean_ptr + terms, scale_ptr + terms, beta_ptr + terms, offsets, inside,
+                column, CHANNELS, COLUMNS, EPILOGUE, HAS_BIAS, EPILOGUE_SLOPE, BLOCK_N, PER_PLACE,
             )  # fmt: skip
         acc0 = acc1
         acc1 = acc2
         acc2 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
-    store_partial(
-        first, second, end_row - first_row, voxels, inside, partial_ptr, n, tiles, tile, column,
-        COLUMNS, EPILOGUE, PER_PLACE,
-    )  # fmt: skip
+    store_sums(
+        first, second, end_row - first_row, voxels, row_ptr, inside, column, COLUMNS, EPILOGUE, PER_PLACE
+    )
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -225,7 +226,7 @@ def conv3d_tap_kernel(
     PER_PLACE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[SPREAD q + CLASS] = sum of w[t] x[STEP q + (offset, *OFFSETS) + t], t < TAPS; q < (rows, height, width).
+    """out[SPREAD q + CLASS] = sum of w[t] x[STEP q + (offset, *OFFSETS) + t] for t < TAPS.
 
     w (*TAPS, padded C, columns). Triples are per axis (D, H, W), OFFSETS of H and W. Loads are masked along
     H and W, and in the channels where C is no multiple of BLOCK_K.
@@ -246,6 +247,7 @@ def conv3d_tap_kernel(
     offsets = (vh * SPREAD[1] + CLASS[1]) * WO + vw * SPREAD[2] + CLASS[2]
     offsets = offsets[:, None] * CHANNELS + column[None, :]
     terms = n * COLUMNS
+    row_ptr = plane_base(partial_ptr, n, tile, tiles * 2 * COLUMNS, 2 * COLUMNS)
     first, second = empty_sums(BLOCK_H * BLOCK_W, BLOCK_N, PER_PLACE)
     for q in range(first_row, end_row):
         acc = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
@@ -257,10 +259,9 @@ def conv3d_tap_kernel(
             w = w_first + tap % TAPS[2]
             h_end = tl.where((d >= 0) & (d < D), H, 0)  # masks every voxel of a row outside
             exists = ((h >= 0) & (h < h_end) & (w >= 0) & (w < W))[:, None]
-            if C % BLOCK_K == 0:
-                mask = exists
-            else:
-                mask = exists & (k < C)[None, :]
+            mask = exists
+            if C % BLOCK_K != 0:
+                mask = mask & (k < C)[None, :]
             plane_ptr = plane_base(x_ptr, n, d, x_stride, H * W * C)
             x = tl.load(plane_ptr + (h * W + w)[:, None] * C + k[None, :], mask=mask, other=0)
             scale = 1.0
@@ -278,10 +279,9 @@ def conv3d_tap_kernel(
             acc, first, second, q - first_row, voxels,
             plane_base(out_ptr, n, row, out_stride, HO * WO * CHANNELS),
             plane_base(y_ptr, n, row, y_stride, HO * WO * CHANNELS),
-            bias_ptr, mean_ptr + terms, scale_ptr + terms, beta_ptr + terms, offsets, inside, column,
-            CHANNELS, EPILOGUE, HAS_BIAS, EPILOGUE_SLOPE, BLOCK_N, PER_PLACE,
+            row_ptr, bias_ptr, mean_ptr + terms, scale_ptr + terms, beta_ptr + terms, offsets, inside, column,
+            CHANNELS, COLUMNS, EPILOGUE, HAS_BIAS, EPILOGUE_SLOPE, BLOCK_N, PER_PLACE,
         )  # fmt: skip
-    store_partial(
-        first, second, end_row - first_row, voxels, inside, partial_ptr, n, tiles, tile, column,
-        COLUMNS, EPILOGUE, PER_PLACE,
-    )  # fmt: skip
+    store_sums(
+        first, second, end_row - first_row, voxels, row_ptr, inside, column, COLUMNS, EPILOGUE, PER_PLACE
+    )

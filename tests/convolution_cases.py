@@ -1,0 +1,59 @@
+"""What the tests of a convolution's passes share: inputs, terms, and float64 answers by the definition."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effseg.kernels.config import Config
+from effseg.kernels.launch import NormAct
+from effseg.slabs import Window
+
+# The interpreter's time goes with the number of operations and hardly with their size.
+SLIDE = Config("slide", block_d=2, block_h=4, block_w=8, block_n=16)
+TAP = Config("tap", block_d=2, block_h=8, block_w=16, block_n=32, block_k=32)
+FEW = Config("few", block_d=2, block_h=4, block_w=8, block_n=16, block_k=32)
+CUBE = Window((3, 3, 3))
+
+
+def normal(*shape: int, seed: int = 0, offset: float = 0.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + offset
+
+
+def some_terms(samples: int, channels: int, slope: float = 0.01) -> NormAct:
+    scale = normal(samples, channels, seed=2).abs() + 0.5
+    return NormAct(normal(samples, channels, seed=1) / 2, scale, normal(samples, channels, seed=3) / 4, slope)
+
+
+def on(terms: NormAct | None, device: torch.device) -> NormAct | None:
+    if terms is None:
+        return None
+    return NormAct(*(t.to(device) for t in terms[:3]), terms.slope)
+
+
+def norm(y: Tensor, terms: NormAct) -> Tensor:
+    """(y - mean) * scale + beta in y's type."""
+    mean, scale, beta = (t.to(y)[..., None, None, None] for t in terms[:3])
+    return (y - mean) * scale + beta
+
+
+def activated(y: Tensor, terms: NormAct | None) -> Tensor:
+    return y if terms is None else F.leaky_relu(norm(y, terms), terms.slope)
+
+
+def convolution(
+    a: Tensor, weight: Tensor, bias: Tensor | None, window: Window, front: int, rows: int
+) -> Tensor:
+    """The first `rows` output rows, where output row 0 reads rows from -front of a on; differentiable."""
+    (kd, _, _), (sd, _, _) = window.kernel, window.stride
+    behind = sd * (rows - 1) + kd - front - a.shape[2]
+    padded = F.pad(a, (0, 0, 0, 0, front, behind))
+    return F.conv3d(padded, weight, bias, window.stride, (0, *window.padding[1:]))
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """NaN, channels last."""
+    return torch.full(shape, torch.nan, dtype=dtype, device=device).contiguous(
+        memory_format=torch.channels_last_3d
+    )
