@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {args.jobs}")
+    if args.json and args.json.is_dir():
+        parser.error(f"--json: {args.json} is a folder")
     import triton
 
     from effseg.kernels.cases import cases

@@ -188,6 +188,7 @@ def test_a_configuration_that_spills_is_a_fault(tmp_path):
         (["--op", "conv4d"], "conv4d"),
         (["--dtype", "fp64"], "fp64"),
         (["--jobs", "0"], "--jobs"),
+        (["--json", "."], "--json"),
         (["--shape", "no such shape"], "no such shape"),
         (["--what"], "--what"),
     ],
