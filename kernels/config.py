@@ -264,8 +264,8 @@ def _interpreted(problem: Problem) -> Config:
             loop_of(problem), block_d=3, block_h=4, block_w=8, block_n=min(32, columns), block_k=block_k
         )
     if problem.op.startswith("upsample"):
-        return Config("tile", block_d=2, block_h=4, block_w=4, block_n=min(32, padded[0]))
-    return Config("tile", block_w=64, block_n=min(32, padded[0]), splits=2)
+        return Config("tile", block_d=2, block_h=8, block_w=8, block_n=min(32, padded[0]))
+    return Config("tile", block_w=32, block_n=min(32, padded[0]), splits=4)
 
 
 def _conv(problem: Problem) -> Config:
@@ -316,9 +316,20 @@ def _head(problem: Problem) -> Config:
     return Config("tile", block_w=64 if backward else 128, splits=1024)
 
 
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+
+
 def _elementwise(problem: Problem) -> Config:
-    """About 4096 elements a program: 32 a thread."""
-    block_n = min(128, _padded(problem.in_channels))
+    """Tiles of whole 16-byte loads, as many as leave registers for several programs a multiprocessor."""
+    block_n = min(64, power_of_two(problem.in_channels))
+    one_load = (
+        4 * 32 * (4 if problem.dtype == "fp32" else 8)
+    )  # values that four warps read with an instruction
     if problem.op.startswith("upsample"):
-        return Config("tile", block_d=4, block_h=4, block_w=max(4, 256 // block_n), block_n=block_n)
-    return Config("tile", block_w=4096 // block_n, block_n=block_n, splits=1024)
+        return Config(
+            "tile", block_d=8, block_h=4, block_w=max(1, one_load // (4 * block_n)), block_n=block_n
+        )
+    resident = 4 if problem.op == "norm_act_backward" else 8
+    loads = 2 if problem.op in ("norm_act_backward", "moments") else 4
+    splits = resident * MULTIPROCESSORS[problem.architecture]
+    return Config("tile", block_w=loads * one_load // block_n, block_n=block_n, splits=splits)
