@@ -55,7 +55,7 @@ class Case:
 def cases(quick: bool = False) -> list[Case]:
     """All of them; `quick`: those of one layer of 32 channels."""
     found = [case for shape in convolutions() for case in _convolution(*shape)]
-    widths = sorted({c for case in found for c in (case.in_channels, case.out_channels) if c >= 16})
+    widths = sorted({case.out_channels for case in found})
     for op in LOOPS:
         if op.startswith("head"):
             found += [Case(op, c, k, fused=True) for c in (16, 32) for k in CLASSES]
@@ -76,14 +76,13 @@ def cases(quick: bool = False) -> list[Case]:
 def convolutions() -> list[tuple[int, int, Window]]:
     """(in channels, out channels, window) of every convolution of the presets and of nnU-Net's widths."""
     found = {}
-    for preset in PRESETS:
-        for thick_axis in (None, 0):
-            with torch.device("meta"):
-                network = EffSegNet(1, CLASSES[0], preset=preset, thick_axis=thick_axis)
-            for layer in network.modules():
-                if isinstance(layer, nn.Conv3d) and layer.out_channels >= 16:
-                    window = Window(layer.kernel_size, layer.stride)
-                    found[layer.in_channels, layer.out_channels, window] = None
+    with torch.device("meta"):
+        networks = [EffSegNet(1, CLASSES[0], preset=preset) for preset in PRESETS]
+        networks.append(EffSegNet(1, CLASSES[0], thick_axis=0))
+    for network in networks:
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv3d) and layer.out_channels >= 16:
+                found[layer.in_channels, layer.out_channels, Window(layer.kernel_size, layer.stride)] = None
     down = Window((3, 3, 3), (2, 2, 2))
     for i, width in enumerate(NNUNET_WIDTHS):
         found[width, width, CUBE] = None
@@ -94,8 +93,9 @@ def convolutions() -> list[tuple[int, int, Window]]:
 
 
 def _convolution(in_channels: int, out_channels: int, window: Window) -> Iterator[Case]:
-    """Every pass: fused, as networks of deferred activations run it, and plain, on activated slabs."""
-    for fused in (True, False):
+    """Every pass: fused, as networks of deferred activations run it, and on slabs that an elementwise kernel
+    activates, which is worth it where a convolution reads them often."""
+    for fused in (True, False) if window == CUBE and in_channels >= 16 else (True,):
         yield Case("conv3d_fwd", in_channels, out_channels, window, fused)
         if in_channels >= 16:
             yield Case("conv3d_dgrad", in_channels, out_channels, window, fused)
