@@ -1,7 +1,8 @@
-"""The segmentation head: a 1x1x1 convolution, softmax and the sums of Dice and cross-entropy, without logits in memory.
+"""The segmentation head: 1x1x1 convolution, softmax, sums of Dice and cross-entropy; no logits in memory.
 
-Slabs are (1, C, d, h, w) in channels last, so that their voxels are the rows of a (voxels, C) matrix. Without a weight
-the features are the logits. A configuration's block_w is the voxels of a tile, its splits the number of programs.
+Slabs are (1, C, d, h, w) in channels last, so that their voxels are the rows of a (voxels, C) matrix. Without
+a weight the features are the logits. A configuration's block_w is the voxels of a tile, its splits the number
+of programs; its loop is "tile", or "classes" where a tile's logits lie with a row for each class, not voxel.
 """
 
 from __future__ import annotations
@@ -12,24 +13,24 @@ import torch
 import triton
 from torch import Tensor
 
-from effseg.kernels import config as configs
-from effseg.kernels.config import Config, Problem
+from effseg.kernels.config import Config, choose
 from effseg.kernels.head_loops import _head_argmax_kernel, _head_backward_kernel, _head_sums_kernel
-from effseg.kernels.launch import DTYPES, NormAct, architecture, channels_last, input_precision, launch
+from effseg.kernels.launch import DTYPES, NormAct, channels_last, input_precision, launch, problem
 
-# By the axis of the classes in a tile's logits: whether a row belongs to a class or to a voxel.
-LOOPS = ("classes", "voxels")
-# Tiles whose values are added up in float32 before a sum that keeps its rounding errors takes them: with a tree
-# over at most 256 voxels that is a relative error below 1e-6 in the worst case.
+CLASS_AXIS = {"classes": 0, "tile": 1}
+# Tiles whose values are added up in float32 before a sum that keeps its rounding errors takes them: with a
+# tree over at most 128 voxels that is at most 14 roundings, a relative error below 1e-6.
 CHUNK = 8
+# Gradients of the parameters, of either sign, ask for less, and their rows are larger.
+GRADIENT_CHUNK = 32
 
 
 class HeadSums(NamedTuple):
-    """What Dice and cross-entropy need of a slab, float64, over the voxels that are neither ignored nor unknown.
+    """What Dice and cross-entropy need of a slab, float64, over voxels that are neither ignored nor unknown.
 
-    intersection, probability, voxels: (K,), the sums of p [label = k], p, and [label = k]; nll: (), of
-    w_label (-log p_label); smooth_nll: (), of the sum over k of w_k (-log p_k); unknown: (), voxels whose label is
-    neither a class nor ignored.
+    intersection, probability, voxels: (K,), the sums of p [label = k], p, and [label = k];
+    nll: (), the sum of w_label (-log p_label); smooth_nll: (), the sum over k of w_k (-log p_k);
+    unknown: (), voxels whose label is neither a class nor ignored.
     """
 
     intersection: Tensor
@@ -41,7 +42,7 @@ class HeadSums(NamedTuple):
 
 
 class HeadGradients(NamedTuple):
-    """The loss's gradients with respect to a sample's sums: intersection, probability (K,), nll, smooth_nll ()."""
+    """The loss's gradients with respect to a sample's sums, (K,), (K,), () and (), of any float type."""
 
     intersection: Tensor
     probability: Tensor
@@ -126,8 +127,10 @@ def head_backward(
     parameters: bool = True,
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of what `grads` are the gradients of its sums: into `out`, like a, that of the activated features;
-    returned, float32 and where asked for, those of weight (K, C) and bias (K,), None where there is none.
+    """The loss's gradients from those of the sums: into `out`, like a, that of the activated features.
+
+    Returned, float32, are the gradients of weight (K, C) and bias (K,): None where there is none, or where
+    `parameters` is false.
 
     Other arguments as for `head_sums`.
     """
@@ -160,7 +163,7 @@ def head_backward(
         grad_bias,
         head.voxels,
         IGNORE=ignore_index,
-        CHUNK=CHUNK,
+        CHUNK=GRADIENT_CHUNK,
         **head.options,
     )
     if grad_weight is not None:
@@ -217,24 +220,13 @@ def _prepare(
     terms: tuple[Tensor | None, ...] = (None, None, None)
     if prologue is not None:
         terms = tuple(term.reshape(c).contiguous() for term in (prologue.mean, prologue.scale, prologue.beta))
-    if config is None:
-        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[a.dtype]
-        problem = Problem(
-            op,
-            architecture(a.device),
-            dtype,
-            c,
-            k,
-            (size[0], size[1], size[2]),
-            prologue=prologue is not None,
-        )
-        config = configs.choose(problem)
+    config = config or choose(problem(op, a, out_channels=k, prologue=prologue is not None))
     features = channels_last(a)
     constants = {
         "C": c,
         "K": k,
         "SLOPE": 1.0 if prologue is None else prologue.slope,
-        "CLASS_AXIS": LOOPS.index(config.loop),
+        "CLASS_AXIS": CLASS_AXIS[config.loop],
         "BLOCK_V": config.block_w,
         "BLOCK_C": max(16, triton.next_power_of_2(c)),
         "BLOCK_K": max(16, triton.next_power_of_2(k)),

@@ -1,19 +1,20 @@
-"""The segmentation head's device code: logits of a tile of voxels, what is summed over them, and its gradients.
+"""The segmentation head's device code: logits of a tile of voxels, what is summed over them, its gradients.
 
-A tile is BLOCK_V consecutive voxels of a slab whose features lie as a (voxels, C) matrix. Program p of P works on
-tiles p, p + P, p + 2 P, ...: which voxels meet in which sum depends on P alone. Arguments that all kernels share:
+A tile is BLOCK_V consecutive voxels of a slab whose features lie as a (voxels, C) matrix. Program p of P
+works on tiles p, p + P, p + 2 P, ...: which voxels meet in which sum depends on P alone. Common arguments:
 
-    features_ptr  (voxels, C), fp32, bf16 or fp16: activated features; raw ones with mean_ptr, scale_ptr, beta_ptr
-                  (C,) float32; without weight_ptr the logits, C = K
+    features_ptr  (voxels, C), fp32, bf16 or fp16: activated features; raw ones if there are mean_ptr,
+                  scale_ptr and beta_ptr, (C,) float32; logits, C = K, if there is no weight_ptr
     weight_ptr    (K, C), any float type, rounded to the features' for the product; or None
     bias_ptr      (K,), any float type; or None
     labels_ptr    (voxels,), any integer type
+    class_weights_ptr  (K,) float32
 
-C and K are padded to BLOCK_C and BLOCK_K, powers of two of at least 16: with zeros, and with logits that are so low that
-their probability is 0. Everything but the operands of products is float32.
+C and K are padded to BLOCK_C and BLOCK_K, powers of two of at least 16: with zeros, and with logits that are
+so low that their probability is 0. Everything but the operands of products is float32.
 
-CLASS_AXIS is how a tile's logits lie: 1 as (BLOCK_V, BLOCK_K), for few classes; 0 as (BLOCK_K, BLOCK_V), which spreads many
-classes over the warps, so that a thread has few of them to keep numbers for.
+CLASS_AXIS is how a tile's logits lie: 1 as (BLOCK_V, BLOCK_K), for few classes; 0 as (BLOCK_K, BLOCK_V),
+which spreads many classes over the warps, so that a thread has few of them to keep numbers for.
 """
 
 import triton
@@ -90,7 +91,7 @@ def _addresses(tile, voxels, C, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE: tl.constexpr):
-    """(BLOCK_V, BLOCK_C) in the stored type. Rows beyond the last voxel are finite, columns beyond C are 0."""
+    """(BLOCK_V, BLOCK_C) in the stored type; finite beyond the last voxel, 0 beyond C."""
     a = tl.load(features_ptr + start + offsets, mask=inside, other=0.0)
     if mean_ptr is not None:
         z = a.to(tl.float32) * scale[None, :] + shift[None, :]
@@ -112,8 +113,8 @@ def _logits(a, weight_ptr, weight, bias, UNIT, CLASS_AXIS: tl.constexpr, PRECISI
 
 @triton.jit
 def _targets(labels_ptr, tile, voxels, K, IGNORE: tl.constexpr, BLOCK_V: tl.constexpr):
-    """A tile's classes, (BLOCK_V,) int32 and at least NOT_COUNTED for voxels that count for nothing; whether they count;
-    whether their label is unknown."""
+    """(BLOCK_V,) each: a tile's classes, int32, none of them where a voxel counts for nothing; whether it
+    counts; whether its label is unknown."""
     row = tl.arange(0, BLOCK_V)
     inside = row < voxels - tile * BLOCK_V
     start = (tl.zeros((), tl.int64) + tile) * BLOCK_V
@@ -167,13 +168,13 @@ def _head_sums_kernel(
 ):
     """One row of partial sums a program.
 
-    class_weights_ptr: (K,) float32
-    sums_ptr: (programs, 2, 2 BLOCK_K + 2) float32, [intersection, probability, nll, smooth_nll], as two rows to be added
-    counts_ptr: (programs, BLOCK_K + 1) int32, [voxels, unknown]
+    sums_ptr: (programs, 2, 2 BLOCK_K + 2) float32: intersection, probability, nll, smooth_nll, and again what
+        is to be added to them
+    counts_ptr: (programs, BLOCK_K + 1) int32: voxels, unknown
 
-    A position of the tile adds up CHUNK tiles in float32; their total over the voxels goes to the program's sums, which
-    carry their rounding errors along. So the relative error of a sum of positive terms is at most that of CHUNK - 1
-    additions and a tree over BLOCK_V values, however many voxels there are.
+    A position of the tile adds up CHUNK tiles in float32; their total over the voxels goes to the program's
+    sums, which carry their rounding errors along. So the relative error of a sum of positive terms is at most
+    that of CHUNK - 1 additions and a tree over BLOCK_V values, however many voxels there are.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -209,8 +210,8 @@ def _head_sums_kernel(
             centred = z - _by_voxel(tl.max(z, CLASS_AXIS), CLASS_AXIS)
             e = tl.exp2(centred)
             total = tl.sum(e, CLASS_AXIS)
-            # Never (a sum of exponentials), but this ties the counts to the layout of the logits: without it they
-            # are kept in another one, where all comparisons are made a second time.
+            # Never (a sum of exponentials), but this ties the counts to the layout of the logits: without it
+            # they are kept in another one, where all comparisons are made a second time.
             target |= tl.where(total < 0, NOT_COUNTED, 0)
             p = e * _by_voxel(tl.where(counts, 1.0 / total, 0.0), CLASS_AXIS)
             is_target = _by_voxel(target, CLASS_AXIS) == _by_class(k, CLASS_AXIS)
@@ -268,15 +269,15 @@ def _head_backward_kernel(
     PRECISION: tl.constexpr,
 ):
     """With u_k = g_probability_k + g_intersection_k [label = k], c = g_nll w_label and s = g_smooth:
-    dL/dlogit_k = p_k (u_k - sum_j p_j u_j + c + s sum_j w_j) - c [label = k] - s w_k, 0 where the label counts for nothing.
+    dL/dlogit_k = p_k (u_k - sum_j p_j u_j + c + s sum_j w_j) - c [label = k] - s w_k, and 0 for voxels that
+    count for nothing.
 
-    class_weights_ptr: (K,) float32
     grad_intersection_ptr, grad_probability_ptr: (K,); grad_nll_ptr, grad_smooth_ptr: (1,); any float type
     out_ptr: (voxels, C), the features' type, dL/dlogits (in that type) @ weight
     grad_weight_ptr: (programs, BLOCK_K, BLOCK_C) float32, partial sums; or None
     grad_bias_ptr: (programs, BLOCK_K) float32, partial sums; or None
 
-    Partial sums of the parameters' gradients are added up CHUNK tiles at a time before they meet the program's.
+    The parameters' gradients are added up CHUNK tiles at a time before they meet the program's.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -309,7 +310,7 @@ def _head_backward_kernel(
             p = e * _by_voxel(tl.where(counts, 1.0 / tl.sum(e, CLASS_AXIS), 0.0), CLASS_AXIS)
             c = g_nll * tl.load(class_weights_ptr + target, mask=counts, other=0.0)
             one_hot = (_by_voxel(target, CLASS_AXIS) == _by_class(k, CLASS_AXIS)).to(tl.float32)
-            # Rows for all classes are read here, from the cache, and not kept: they would take too many registers.
+            # Rows for all classes are read here, from the cache: kept, they would take too many registers.
             g_intersection = tl.load(grad_intersection_ptr + k, mask=k < K, other=0.0).to(tl.float32)
             g_probability = tl.load(grad_probability_ptr + k, mask=k < K, other=0.0).to(tl.float32)
             pu = p * (one_hot * _by_class(g_intersection, CLASS_AXIS) + _by_class(g_probability, CLASS_AXIS))
@@ -336,7 +337,10 @@ def _head_backward_kernel(
         if grad_weight_ptr is not None:
             tl.store(grad_weight_ptr + weight_row, tl.load(grad_weight_ptr + weight_row) + chunk_weight)
         if grad_bias_ptr is not None:
-            tl.store(grad_bias_ptr + bias_row, tl.load(grad_bias_ptr + bias_row) + tl.sum(chunk_bias, 1 - CLASS_AXIS))
+            tl.store(
+                grad_bias_ptr + bias_row,
+                tl.load(grad_bias_ptr + bias_row) + tl.sum(chunk_bias, 1 - CLASS_AXIS),
+            )
 
 
 @triton.jit
