@@ -92,7 +92,7 @@ def reference_conv(a, weight, bias, kernel, stride):
 
 def convolved_in(like, dtype, kind, channels, size, out_channels=32, ours=True):
     """y, mean, var of a convolution of an expression computed in `like`, by us or by torch, and the gradients
-    of what is stored, of the weight and of a norm's scale; all from values that `dtype` holds exactly."""
+    of weights, of what is stored and of the scales of norms; all from values that `dtype` holds exactly."""
     case = Case(kind, n=1, c=channels, size=size, dtype=like)
     case.weight = case.weight.detach().to(like).requires_grad_()
     if like == torch.float64:
@@ -114,10 +114,8 @@ def convolved_in(like, dtype, kind, channels, size, out_channels=32, ours=True):
     torch.manual_seed(1)
     grads = [torch.randn(t.shape, dtype=torch.float64).to(t.dtype) for t in (y, mean, var)]
     names = {"y": y, "mean": mean, "var": var}
-    leaves = {"grad of y": case.y, "grad of weight": weight}
-    if kind == "up_add":
-        leaves["grad of coarse"] = case.coarse
-    if kind != "plain":
-        leaves["grad of scale"] = case.terms[0].scale
+    scales = [terms.scale for terms in case.terms]
+    chosen = [t for t in case.leaves() if t.dim() > 2 or any(t is scale for scale in scales)]
+    leaves = {f"grad {i}": t for i, t in enumerate([weight, *chosen])}
     found = torch.autograd.grad([y, mean, var], list(leaves.values()), grads)
     return {k: t.detach() for k, t in (names | dict(zip(leaves, found, strict=True))).items()}
