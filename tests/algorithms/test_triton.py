@@ -27,7 +27,7 @@ def assert_like_torch(of, out_channels=16):
         assert own <= 2 * theirs + ATOL[of[0]], f"{of} {name}: ours {own:.2e}, torch's {theirs:.2e}"
 
 
-# Where an activation follows rounded values, a sign that flips among a hundred voxels is an error of a percent.
+# Where an activation follows rounded values, a sign that flips among a hundred voxels is a large error.
 STEADY = ("plain", "raw", "up", "up_add")
 CASES = [(kind, torch.float32) for kind in KINDS] + [(kind, torch.bfloat16) for kind in STEADY]
 
