@@ -1,9 +1,9 @@
 """Weight gradient of a convolution: `conv3d_wgrad`.
 
-Loops (`Config.loop`): "pair3", "pair" and "kw" march along D, for 3x3x3 with stride 1; "tap" takes any window. Of the
-configuration, block_d is the rows of a march (0: all), block_h x block_w the tile over which one product contracts
-(pairs of neighbours along W in "pair" and "pair3", else voxels), block_n and block_k, in "tap" alone, output channels and
-flattened (tap, input channel)s of a program, splits how many programs share the voxels.
+Loops (`Config.loop`): "pair3", "pair" and "kw" march along D, for 3x3x3 with stride 1; "tap" takes any window.
+Of the configuration, block_d is the rows of a march (0: all), block_h x block_w the tile over which one product
+contracts (pairs of neighbours along W in "pair" and "pair3", else voxels), splits how many programs share the
+voxels; in "tap" alone, block_n is the output channels of a program and block_k its (tap, input channel) pairs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 class Fold(NamedTuple):
     """The gradient of y through its statistics: g = grad + (y - mean) * scale + shift, written to `out`.
 
-    y and out (N, Co, Do, Ho, Wo); out of grad's type, channels last, and neither grad's memory nor y's. mean, scale,
-    shift (N, Co) float32.
+    y and out (N, Co, Do, Ho, Wo); out of grad's type, channels last, and neither grad's memory nor y's. mean,
+    scale, shift (N, Co) float32.
     """
 
     y: Tensor
@@ -49,9 +49,9 @@ def conv3d_wgrad(
 ) -> Tensor:
     """(Co, Ci, kd, kh, kw) float32: the sum over samples and output voxels of input times gradient.
 
-    x (N, Ci, D, H, W), of any type but float64, converted to grad's; grad (N, Co, Do, Ho, Wo). Input row = stride *
-    output row + tap - front, and rows outside x are zeros. With `prologue` x stands for its normalised activation,
-    with `fold` grad for what that describes.
+    x (N, Ci, D, H, W), of any type but float64, converted to grad's; grad (N, Co, Do, Ho, Wo). Input row =
+    stride * output row + tap - front, and rows outside x are zeros. With `prologue` x stands for its normalised
+    activation, with `fold` grad for what that describes.
     """
     _check(x, grad, window, fold)
     if config is None:
@@ -77,7 +77,9 @@ def _check(x: Tensor, grad: Tensor, window: Window, fold: Fold | None) -> None:
     if x.dtype == torch.float64:
         raise TypeError("x: expected at most 32 bits, got torch.float64")
     if x.shape[0] != grad.shape[0] or grad.shape[3:] != window.output_size(tuple(x.shape[2:]))[1:]:
-        raise ValueError(f"grad: {tuple(grad.shape)} is not of the output of x {tuple(x.shape)} under {window}")
+        raise ValueError(
+            f"grad: {tuple(grad.shape)} is not of the output of x {tuple(x.shape)} under {window}"
+        )
     if fold is not None:
         if fold.y.shape != grad.shape or fold.out.shape != grad.shape or fold.out.dtype != grad.dtype:
             raise ValueError("fold: y and out must be of the shape, out also of the type, of grad")
@@ -130,7 +132,8 @@ def _padded(channels: int) -> int:
 
 
 def _march(
-    x: Tensor, grad: Tensor, window: Window, front: int, prologue: NormAct | None, fold: Fold | None, config: Config
+    x: Tensor, grad: Tensor, window: Window, front: int, prologue: NormAct | None, fold: Fold | None,
+    config: Config,
 ) -> Tensor:  # fmt: skip
     samples, ci, rows, h, w = x.shape
     co, out_rows = grad.shape[1:3]
@@ -171,7 +174,8 @@ def _march(
 
 
 def _tap(
-    x: Tensor, grad: Tensor, window: Window, front: int, prologue: NormAct | None, fold: Fold | None, config: Config
+    x: Tensor, grad: Tensor, window: Window, front: int, prologue: NormAct | None, fold: Fold | None,
+    config: Config,
 ) -> Tensor:  # fmt: skip
     samples, ci, rows, h, w = x.shape
     co, out_rows, out_h, out_w = grad.shape[1:]

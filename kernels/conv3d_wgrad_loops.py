@@ -3,18 +3,32 @@
 Both write one partial row a split, whole: a split without work writes zeros. Features are channels last;
 x_stride and the like are the strides of the samples. Common arguments:
 
-x_ptr         (samples, rows, H, W, CI), of any type, converted to the gradient's as it is read
-grad_ptr      (samples, out_rows, out_H, out_W, CO)
-scale_ptr, shift_ptr            (samples, CI) float32; PROLOGUE: x stands for leaky_relu(x * scale + shift, SLOPE)
-fold_scale_ptr, fold_shift_ptr  (samples, CO) float32; FOLD: the gradient is grad + y * scale + shift, rounded to
-                                grad's type and written to out_ptr; y_ptr and out_ptr are of grad's shape
-front         input row = stride * output row + tap - front
+x_ptr                           (samples, rows, H, W, CI), of any type, converted to grad's as it is read
+grad_ptr, y_ptr, out_ptr        (samples, out_rows, out_H, out_W, CO)
+scale_ptr, shift_ptr            (samples, CI) float32; PROLOGUE: x stands for leaky_relu(x * scale + shift,
+                                SLOPE), zero outside x
+fold_scale_ptr, fold_shift_ptr  (samples, CO) float32; FOLD: the gradient is grad + y * scale + shift, rounded
+                                to grad's type and written to out_ptr
+front                           input row = stride * output row + tap - front
 """
 
 import triton
 import triton.language as tl
 
 from effseg.kernels.common import leaky_relu
+
+
+@triton.jit
+def _within(index, size):
+    """0 <= index < size, in one comparison of unsigned numbers."""
+    size = (tl.zeros((), tl.int32) + size).to(tl.uint32, bitcast=True)
+    return index.to(tl.uint32, bitcast=True) < size
+
+
+@triton.jit
+def _plane(H, W, C: tl.constexpr):
+    """Elements of a row of the volume, 64-bit."""
+    return (tl.zeros((), tl.int64) + H) * W * C
 
 
 @triton.jit
@@ -34,15 +48,22 @@ def _terms(scale_ptr, shift_ptr, n, channel, C: tl.constexpr, USED: tl.constexpr
 
 
 @triton.jit
-def _activated(x, scale, shift, TYPE: tl.constexpr, PROLOGUE: tl.constexpr, SLOPE: tl.constexpr):
+def _activated(x, terms, TYPE: tl.constexpr, PROLOGUE: tl.constexpr, SLOPE: tl.constexpr):
     if PROLOGUE:
-        return leaky_relu(x.to(tl.float32) * scale + shift, SLOPE).to(TYPE)
+        return leaky_relu(x.to(tl.float32) * terms[0] + terms[1], SLOPE).to(TYPE)
+    elif x.dtype == TYPE:
+        return x
     else:
-        return x.to(TYPE)
+        return x.to(tl.float32).to(TYPE)
 
 
 @triton.jit
-def _march_input(pointers, h, w, channel, H, W, scale, shift, inside,
+def _folded(grad, y, terms):
+    return (grad.to(tl.float32) + (y.to(tl.float32) * terms[0] + terms[1])).to(grad.dtype)
+
+
+@triton.jit
+def _march_input(pointers, h, w, channel, H, W, terms, inside,
                  C: tl.constexpr, TYPE: tl.constexpr, PROLOGUE: tl.constexpr, SLOPE: tl.constexpr):  # fmt: skip
     """The activated input of a tile, zero outside the volume; H is 0 if the row is outside.
 
@@ -51,44 +72,40 @@ def _march_input(pointers, h, w, channel, H, W, scale, shift, inside,
     """
     if PROLOGUE:
         if inside & (H > 0):
-            a = _activated(tl.load(pointers), scale, shift, TYPE, True, SLOPE)
+            a = _activated(tl.load(pointers), terms, TYPE, True, SLOPE)
         else:
-            ok = (h >= 0) & (h < H) & (w >= 0) & (w < W) & (channel < C)
-            a = tl.where(ok, _activated(tl.load(pointers, mask=ok), scale, shift, TYPE, True, SLOPE), 0.0)
+            ok = _within(h, H) & _within(w, W) & (channel < C)
+            a = tl.where(ok, _activated(tl.load(pointers, mask=ok), terms, TYPE, True, SLOPE), 0.0)
         return a
     else:
-        ok = (h >= 0) & (h < H) & (w >= 0) & (w < W) & (channel < C)
-        return tl.load(pointers, mask=ok, other=0.0).to(TYPE)
+        ok = _within(h, H) & _within(w, W) & (channel < C)
+        return _activated(tl.load(pointers, mask=ok, other=0.0), terms, TYPE, False, SLOPE)
 
 
 @triton.jit
-def _folded(grad, y, scale, shift):
-    return (grad.to(tl.float32) + (y.to(tl.float32) * scale + shift)).to(grad.dtype)
+def _march_gradient(bases, row, rows, tile, H, W, terms, inside, owner,
+                    C: tl.constexpr, FOLD: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
+    """The folded gradient of a tile of `row`, zero outside the volume; written by `owner` where WRITE.
 
-
-@triton.jit
-def _march_gradient(grad_ptr, y_ptr, out_ptr, grad_stride, y_stride, out_stride, n, row, out_rows, offsets, h, w, channel,
-                    H, W, scale, shift, inside, owner, C: tl.constexpr, FOLD: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
-    """The folded gradient of a tile of `row`, zero outside the volume; written where `owner` and WRITE."""
+    bases: the sample's first element in grad, y and out; tile: (offsets in the row, h, w, channel).
+    """
+    offsets, h, w, channel = tile
     row = tl.zeros((), tl.int64) + row
-    plane = row * H * W * C
-    height = tl.where((row >= 0) & (row < out_rows), H, 0)
-    pointers = grad_ptr + (n * grad_stride + plane) + offsets
+    start = row * _plane(H, W, C)
+    height = tl.where((row >= 0) & (row < rows), H, 0)
+    pointers = bases[0] + start + offsets
     if FOLD:
-        y_pointers = y_ptr + (n * y_stride + plane) + offsets
-        out_pointers = out_ptr + (n * out_stride + plane) + offsets
+        y_pointers = bases[1] + start + offsets
+        out_pointers = bases[2] + start + offsets
         if inside & (height > 0):
-            g = _folded(tl.load(pointers), tl.load(y_pointers), scale, shift)
-            if WRITE:
-                if owner:
-                    tl.store(out_pointers, g, mask=channel < C)
+            g = _folded(tl.load(pointers), tl.load(y_pointers), terms)
+            if WRITE and owner:
+                tl.store(out_pointers, g, mask=channel < C)
         else:
             ok = (h < height) & (w < W) & (channel < C)
-            g = _folded(tl.load(pointers, mask=ok), tl.load(y_pointers, mask=ok), scale, shift)
-            g = tl.where(ok, g, 0.0)
-            if WRITE:
-                if owner:
-                    tl.store(out_pointers, g, mask=ok)
+            g = tl.where(ok, _folded(tl.load(pointers, mask=ok), tl.load(y_pointers, mask=ok), terms), 0.0)
+            if WRITE and owner:
+                tl.store(out_pointers, g, mask=ok)
         return g
     else:
         ok = (h < height) & (w < W) & (channel < C)
@@ -98,21 +115,21 @@ def _march_gradient(grad_ptr, y_ptr, out_ptr, grad_stride, y_stride, out_stride,
 @triton.jit(do_not_specialize=["samples", "rows", "out_rows", "front", "segment", "splits"])
 def march(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr, fold_shift_ptr, partial_ptr,
           x_stride, grad_stride, y_stride, out_stride, samples, rows, out_rows, H, W, front, segment, splits,
-          CI: tl.constexpr, CO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
-          PROLOGUE: tl.constexpr, FOLD: tl.constexpr, ROTATE: tl.constexpr, SLOPE: tl.constexpr,
-          BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """3x3x3, stride 1, marching along D with the gradient's last three rows, so that a row is read and folded once
-    a program where ROTATE, and else three times (then the loads go to shared memory without registers).
+          CI: tl.constexpr, CO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+          LOOP: tl.constexpr, PROLOGUE: tl.constexpr, FOLD: tl.constexpr, ROTATE: tl.constexpr,
+          SLOPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """3x3x3, stride 1, marching along D with the gradient's last three rows, so that a row is read and folded
+    once a program where ROTATE, and else three times (then loads go to shared memory without registers).
 
-    LOOP "pair", "pair3": the contraction runs over pairs of neighbours along W, 2u and 2u + 1. Its operands are
-    x[2u - 1 .. 2u + 2], 4 CI contiguous values, and g[2u], g[2u + 1], 2 CO contiguous values; their product holds
-    the tap kw at [kw, 0] and [kw + 1, 1], and the sum of both is the gradient: 6 of its 8 blocks are used, which
-    is the price of M = 4 CI >= 64. CI, CO are powers of two.
+    LOOP "pair", "pair3": the contraction runs over pairs of neighbours along W, 2u and 2u + 1. Its operands
+    are x[2u - 1 .. 2u + 2], 4 CI contiguous values, and g[2u], g[2u + 1], 2 CO contiguous values; their product
+    holds the tap kw at [kw, 0] and [kw + 1, 1], and the sum of both is the gradient: 6 of its 8 blocks are
+    used, which is the price of M = 4 CI >= 64. CI, CO are powers of two.
     LOOP "kw": over voxels; M = BLOCK_M >= CI, N = BLOCK_N >= CO.
     BLOCK_W counts pairs or voxels. "pair" and "kw" have one value of kh a program, "pair3" all.
 
-    grid (1 if "pair3" else 3, splits); partial (splits, kh, 3, BLOCK_M, BLOCK_N) "pair", "pair3", with kd the
-    third axis, and (splits, kh, kw, kd, BLOCK_M, BLOCK_N) "kw".
+    grid (1 if "pair3" else 3, splits); partial (splits, kh, kd, BLOCK_M, BLOCK_N) "pair", "pair3", and
+    (splits, kh, kw, kd, BLOCK_M, BLOCK_N) "kw".
     """
     PAIRS: tl.constexpr = LOOP != "kw"
     VOXELS: tl.constexpr = 2 if PAIRS else 1
@@ -123,7 +140,8 @@ def march(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr,
     tiles_h = tl.cdiv(H, BLOCK_H)
     tiles_w = tl.cdiv(W, BLOCK_W * VOXELS)
     # The last rows of x meet the gradient's last row two steps after that was read.
-    segments = tl.cdiv(out_rows + 2, segment)
+    steps = out_rows + 2
+    segments = tl.cdiv(steps, segment)
     k = tl.arange(0, BLOCK_H * BLOCK_W)
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
@@ -139,33 +157,39 @@ def march(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr,
         inside = (first_h > 0) & (first_w > 0) & (first_h + BLOCK_H < H) & (first_w + BLOCK_W * VOXELS < W)
         h = (first_h + k // BLOCK_W)[:, None]
         w = (first_w + k % BLOCK_W * VOXELS)[:, None]
-        g_offsets = (h * W + w) * CO + j[None, :]
         g_w = w + (j // CO)[None, :] if PAIRS else w
-        x_offsets = (h * W + w - 1) * CI + i[None, :]
+        g_tile = ((h * W + w) * CO + j[None, :], h, g_w, co[None, :])
+        x_h = h if LOOP == "pair3" else h + (group - 1)
         x_w = w + (i // CI)[None, :] - 1 if PAIRS else w - 1
-        scale, shift = _terms(scale_ptr, shift_ptr, n, ci, CI, PROLOGUE, BLOCK_M > CI and not PAIRS)
-        f_scale, f_shift = _terms(fold_scale_ptr, fold_shift_ptr, n, co, CO, FOLD, BLOCK_N > CO and not PAIRS)
+        x_offsets = (x_h * W + w - 1) * CI + i[None, :]
+        terms = _terms(scale_ptr, shift_ptr, n, ci, CI, PROLOGUE, BLOCK_M > CI and not PAIRS)
+        f_terms = _terms(fold_scale_ptr, fold_shift_ptr, n, co, CO, FOLD, BLOCK_N > CO and not PAIRS)
+        bases = (grad_ptr + n * grad_stride, y_ptr + n * y_stride, out_ptr + n * out_stride)
         if ROTATE:
-            g0 = _march_gradient(grad_ptr, y_ptr, out_ptr, grad_stride, y_stride, out_stride, n, start - 2, out_rows,
-                                 g_offsets, h, g_w, co[None, :], H, W, f_scale, f_shift, inside, owner, CO, FOLD, False)  # fmt: skip
-            g1 = _march_gradient(grad_ptr, y_ptr, out_ptr, grad_stride, y_stride, out_stride, n, start - 1, out_rows,
-                                 g_offsets, h, g_w, co[None, :], H, W, f_scale, f_shift, inside, owner, CO, FOLD, False)  # fmt: skip
-        for out_row in range(start, tl.minimum(start + segment, out_rows + 2)):
-            g2 = _march_gradient(grad_ptr, y_ptr, out_ptr, grad_stride, y_stride, out_stride, n, out_row, out_rows,
-                                 g_offsets, h, g_w, co[None, :], H, W, f_scale, f_shift, inside, owner, CO, FOLD, True)  # fmt: skip
+            g0 = _march_gradient(
+                bases, start - 2, out_rows, g_tile, H, W, f_terms, inside, owner, CO, FOLD, 0
+            )
+            g1 = _march_gradient(
+                bases, start - 1, out_rows, g_tile, H, W, f_terms, inside, owner, CO, FOLD, 0
+            )
+        for step in range(start, tl.minimum(start + segment, steps)):
+            g2 = _march_gradient(bases, step, out_rows, g_tile, H, W, f_terms, inside, owner, CO, FOLD, 1)
             if not ROTATE:
-                g1 = _march_gradient(grad_ptr, y_ptr, out_ptr, grad_stride, y_stride, out_stride, n, out_row - 1, out_rows,
-                                     g_offsets, h, g_w, co[None, :], H, W, f_scale, f_shift, inside, owner, CO, FOLD, False)  # fmt: skip
-                g0 = _march_gradient(grad_ptr, y_ptr, out_ptr, grad_stride, y_stride, out_stride, n, out_row - 2, out_rows,
-                                     g_offsets, h, g_w, co[None, :], H, W, f_scale, f_shift, inside, owner, CO, FOLD, False)  # fmt: skip
-            row = tl.zeros((), tl.int64) + out_row - front
+                g1 = _march_gradient(
+                    bases, step - 1, out_rows, g_tile, H, W, f_terms, inside, owner, CO, FOLD, 0
+                )
+                g0 = _march_gradient(
+                    bases, step - 2, out_rows, g_tile, H, W, f_terms, inside, owner, CO, FOLD, 0
+                )
+            row = tl.zeros((), tl.int64) + step - front
             height = tl.where((row >= 0) & (row < rows), H, 0)
-            x_row = x_ptr + (n * x_stride + row * H * W * CI)
+            x_row = x_ptr + (n * x_stride + row * _plane(H, W, CI))
             for tap in tl.static_range(1 if LOOP == "pair" else 3):
-                kh = tap if LOOP == "pair3" else group
-                kw = tap if LOOP == "kw" else 0
-                a = _march_input(x_row + ((kh - 1) * W + kw) * CI + x_offsets, h + (kh - 1), x_w + kw, ci[None, :],
-                                 height, W, scale, shift, inside, CI, TYPE, PROLOGUE, SLOPE)  # fmt: skip
+                dh = tap - 1 if LOOP == "pair3" else 0
+                dw = tap if LOOP == "kw" else 0
+                pointers = x_row + (dh * W + dw) * CI + x_offsets
+                a = _march_input(pointers, x_h + dh, x_w + dw, ci[None, :], height, W, terms, inside,
+                                 CI, TYPE, PROLOGUE, SLOPE)  # fmt: skip
                 a = tl.trans(a)
                 if tap == 0:
                     c00 = tl.dot(a, g2, c00, input_precision=PRECISION)
@@ -230,7 +254,7 @@ def tap(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr, f
     v = tl.arange(0, BLOCK_H * BLOCK_W)
     v_h = (v // BLOCK_W)[:, None]
     v_w = (v % BLOCK_W)[:, None]
-    x_offsets = kd.to(tl.int64) * H * W * CI + (kh * W + kw) * CI + ci[None, :]
+    x_offsets = kd * _plane(H, W, CI) + (kh * W + kw) * CI + ci[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     tiles_h = tl.cdiv(out_H, BLOCK_H)
     tiles_w = tl.cdiv(out_W, BLOCK_W)
@@ -249,23 +273,23 @@ def tap(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr, f
         w = tile_w * BLOCK_W + v_w
         ok = (h < out_H) & (w < out_W)
         g_ok = ok & (co < CO)[None, :]
-        plane = row * out_H * out_W * CO
+        plane = row * _plane(out_H, out_W, CO)
         offsets = (h * out_W + w) * CO + co[None, :]
         g = tl.load(grad_ptr + (sample * grad_stride + plane) + offsets, mask=g_ok, other=0.0)
         if FOLD:
-            f_scale, f_shift = _terms(fold_scale_ptr, fold_shift_ptr, sample, co, CO, True, True)
+            f_terms = _terms(fold_scale_ptr, fold_shift_ptr, sample, co, CO, True, True)
             y = tl.load(y_ptr + (sample * y_stride + plane) + offsets, mask=g_ok, other=0.0)
-            g = tl.where(g_ok, _folded(g, y, f_scale, f_shift), 0.0)
+            g = tl.where(g_ok, _folded(g, y, f_terms), 0.0)
             if block % BLOCKS_M == 0:
                 tl.store(out_ptr + (sample * out_stride + plane) + offsets, g, mask=g_ok)
         x_h = h * STRIDE_H + kh
         x_w = w * STRIDE_W + kw
         x_d = out_row * STRIDE_D + kd
-        x_ok = ok & (x_h >= 0) & (x_h < H) & (x_w >= 0) & (x_w < W) & (x_d >= 0) & (x_d < rows)
-        origin = x_ptr + (sample * x_stride + row * STRIDE_D * H * W * CI)
+        x_ok = _within(x_h, tl.where(_within(x_d, rows), H, 0)) & _within(x_w, W)
+        origin = x_ptr + (sample * x_stride + row * STRIDE_D * _plane(H, W, CI))
         pointers = origin + x_offsets + (h * STRIDE_H * W + w * STRIDE_W) * CI
-        scale, shift = _terms(scale_ptr, shift_ptr, sample, ci, CI, PROLOGUE, False)
-        a = _activated(tl.load(pointers, mask=x_ok, other=0.0), scale, shift, TYPE, PROLOGUE, SLOPE)
+        terms = _terms(scale_ptr, shift_ptr, sample, ci, CI, PROLOGUE, False)
+        a = _activated(tl.load(pointers, mask=x_ok, other=0.0), terms, TYPE, PROLOGUE, SLOPE)
         if PROLOGUE:
             a = tl.where(x_ok, a, 0.0)
         acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
