@@ -18,7 +18,7 @@ from effseg.kernels.conv3d_few import conv3d_few_kernel
 from effseg.kernels.conv3d_loops import conv3d_slide_kernel, conv3d_tap_kernel
 from effseg.kernels.launch import DTYPES, NormAct, architecture, input_precision, launch
 
-SLIDE_CHANNELS = (16, 32, 64)
+SLIDE_CHANNELS = 64
 Backward = tuple[Tensor, NormAct]
 
 
@@ -49,9 +49,9 @@ def check_loop(config: Config, positions: Positions, channels: int, backward: bo
     """A ValueError for a configuration that does not fit the problem."""
     if config.loop == "slide":
         units = (positions.step, positions.spread)
-        if positions.taps != (3, 3, 3) or units != ((1, 1, 1),) * 2 or channels not in SLIDE_CHANNELS:
+        if positions.taps != (3, 3, 3) or units != ((1, 1, 1),) * 2 or channels > SLIDE_CHANNELS:
             raise ValueError(
-                f"loop 'slide' is for 3x3x3 convolutions of stride 1 over {SLIDE_CHANNELS} channels, "
+                f"loop 'slide' is for 3x3x3 convolutions of stride 1 over at most {SLIDE_CHANNELS} channels, "
                 f"got {positions} over {channels}"
             )
     elif config.loop == "few":
@@ -61,7 +61,7 @@ def check_loop(config: Config, positions: Positions, channels: int, backward: bo
         raise ValueError(f"loop: expected 'slide', 'tap' or 'few', got {config.loop!r}")
 
 
-def sums_per_place(config: Config, channels: int, arch: str) -> bool:
+def sums_per_place(config: Config, block_k: int, arch: str) -> bool:
     """Whether registers hold two sums a place beside the accumulators.
 
     `slide` has three of those, and, where the tensor core reads its operands from registers (mma and not
@@ -69,7 +69,7 @@ def sums_per_place(config: Config, channels: int, arch: str) -> bool:
     """
     room = 32
     if config.loop == "slide":
-        room = 16 if arch.startswith((INTERPRETER, "sm_9", "sm_10")) else 256 // channels
+        room = 16 if arch.startswith((INTERPRETER, "sm_9", "sm_10")) else 256 // block_k
     return config.block_h * config.block_w * config.block_n <= 32 * config.num_warps * room
 
 
@@ -79,8 +79,8 @@ def padded_terms(terms: Tensor, columns: int) -> Tensor:
 
 
 def packed_weight(weight: Tensor, dtype: torch.dtype, flat: bool, block_k: int, columns: int) -> Tensor:
-    """(out, in, *taps) as (*taps, in, columns), the last two padded with zeros: columns, and what is contracted
-    to whole blocks. That is `in` or, flat, all but the last."""
+    """(out, in, *taps) as (*taps, in, columns), zeros up to `columns` and, in what is contracted (`in` or,
+    flat, all but the last), up to whole blocks."""
     packed = weight.to(dtype).permute(2, 3, 4, 1, 0)
     if flat:
         packed = packed.reshape(-1, packed.shape[-1])
@@ -99,7 +99,7 @@ def contract(
     statistics: bool = False,
     backward: Backward | None = None,
 ) -> Tensor | None:
-    """One launch of a main loop: out = epilogue(sum over taps t of a(x[...]) weight[..., t]), at `positions`.
+    """One launch of a main loop: out = epilogue(sum over taps t of a(x[...]) weight[..., t]).
 
     x and out are channels last; weight (out channels, channels of x, *taps). Gives the partial rows
     (N, tiles, 2, out channels) of an epilogue that reduces.
@@ -108,7 +108,7 @@ def contract(
     out_channels = out.shape[1]
     check_loop(config, positions, channels, backward is not None)
     flat, slide = config.loop == "few", config.loop == "slide"
-    block_k = channels if slide else config.block_k
+    block_k = max(16, triton.next_power_of_2(channels)) if slide else config.block_k
     channel_blocks = triton.cdiv(out_channels, config.block_n)
     columns = channel_blocks * config.block_n
     tiles = positions.tiles(config)
@@ -145,15 +145,14 @@ def contract(
         BLOCK_H=config.block_h,
         BLOCK_W=config.block_w,
         BLOCK_N=config.block_n,
-        PER_PLACE=sums_per_place(config, channels, architecture(x.device)),
+        BLOCK_K=block_k,
+        PER_PLACE=sums_per_place(config, block_k, architecture(x.device)),
         PRECISION=input_precision(out.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     if not slide:
-        options |= dict(
-            TAPS=positions.taps, STEP=positions.step, OFFSETS=positions.offset[1:], BLOCK_K=block_k
-        )
+        options |= dict(TAPS=positions.taps, STEP=positions.step, OFFSETS=positions.offset[1:])
     if not flat:
         options["EPILOGUE_SLOPE"] = float(after_slope)
     grid = (tiles * channel_blocks, samples)

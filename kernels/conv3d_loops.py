@@ -7,7 +7,7 @@ weights and the epilogue tell forward and dgrad apart, and the host decides on t
 ========== ====================================== ========================================================
 loop       for                                    how
 ========== ====================================== ========================================================
-slide      3x3x3, step 1, C = 16, 32, 64          marches along D: a tile of input is read and activated
+slide      3x3x3, step 1, C <= 64                 marches along D: a tile of input is read and activated
                                                   9 times and not 27, feeding the three output rows it is in
 tap        any                                    a loop over taps and blocks of channels
 few        few channels and taps                  taps and channels together are the contraction's axis
@@ -51,9 +51,11 @@ def slide_plane(
     vw,
     inner,
     weights,
+    channels,
     H,
     W,
     C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROLOGUE: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -62,27 +64,32 @@ def slide_plane(
 ):
     """Adds an input plane's share to the three output rows that read it.
 
-    inner (BLOCK_M, C): element of tap (0, 0) in the plane; weights (C, BLOCK_N): element in one tap.
+    inner (BLOCK_M, BLOCK_K): element of tap (0, 0) in the plane; weights (BLOCK_K, BLOCK_N): element in one
+    tap; channels (1, BLOCK_K): whether they exist, the only mask of what is not MASKED, and needed only
+    where C is not BLOCK_K.
     """
+    TAP: tl.constexpr = BLOCK_K * COLUMNS
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     for kh in range(3):
         row_ptr = plane_ptr + kh * W * C
         for kw in tl.static_range(3):
-            mask = None
-            other = None
+            x_ptr = row_ptr + kw * C + inner
             if MASKED:
                 h = vh + (kh - 1)
                 w = vw + (kw - 1)
-                mask = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-                other = 0
-            x = tl.load(row_ptr + kw * C + inner, mask=mask, other=other)
+                exists = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+                x = tl.load(x_ptr, mask=exists if C == BLOCK_K else exists & channels, other=0)
+            elif C == BLOCK_K:
+                x = tl.load(x_ptr)
+            else:
+                x = tl.load(x_ptr, mask=channels, other=0)
             a = operand(x, scale, shift, dtype, PROLOGUE, SLOPE)
             if MASKED and PROLOGUE:
-                a = tl.where(mask, a, 0.0)
-            tap_ptr = w_ptr + (kh * 3 + kw) * (C * COLUMNS) + weights
+                a = tl.where(exists, a, 0.0)
+            tap_ptr = w_ptr + (kh * 3 + kw) * TAP + weights
             acc2 = tl.dot(a, tl.load(tap_ptr), acc2, input_precision=PRECISION)
-            acc1 = tl.dot(a, tl.load(tap_ptr + 9 * C * COLUMNS), acc1, input_precision=PRECISION)
-            acc0 = tl.dot(a, tl.load(tap_ptr + 18 * C * COLUMNS), acc0, input_precision=PRECISION)
+            acc1 = tl.dot(a, tl.load(tap_ptr + 9 * TAP), acc1, input_precision=PRECISION)
+            acc0 = tl.dot(a, tl.load(tap_ptr + 18 * TAP), acc0, input_precision=PRECISION)
     return acc0, acc1, acc2
 
 
@@ -120,10 +127,12 @@ def conv3d_slide_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PER_PLACE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Output row q reads rows q + offset + (0, 1, 2); out is as high and wide as x. w (3, 3, 3, C, columns).
+    """Output row q reads rows q + offset + (0, 1, 2); out is as high and wide as x. w (3, 3, 3, BLOCK_K,
+    columns).
 
     Tiles whose neighbours all exist take a branch without masks.
     """
@@ -133,10 +142,11 @@ def conv3d_slide_kernel(
     vh, vw, inside, voxels = voxels_of(h, w, H, W, BLOCK_H, BLOCK_W)
     interior = (h > 0) & (w > 0) & (h + BLOCK_H < H) & (w + BLOCK_W < W)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, C)
+    k = tl.arange(0, BLOCK_K)
+    channels = (k < C)[None, :]
     if PROLOGUE:
-        scale = tl.load(pre_scale_ptr + n * C + k)[None, :]
-        shift = tl.load(pre_shift_ptr + n * C + k)[None, :]
+        scale = tl.load(pre_scale_ptr + n * BLOCK_K + k)[None, :]
+        shift = tl.load(pre_shift_ptr + n * BLOCK_K + k)[None, :]
     else:
         scale = 1.0
         shift = 0.0
@@ -155,13 +165,13 @@ def conv3d_slide_kernel(
             plane_ptr = plane_base(x_ptr, n, d, x_stride, H * W * C)
             if interior:
                 acc0, acc1, acc2 = slide_plane(
-                    acc0, acc1, acc2, plane_ptr, w_ptr, scale, shift, vh, vw, inner, weights, H, W,
-                    C, COLUMNS, PROLOGUE, SLOPE, False, PRECISION,
+                    acc0, acc1, acc2, plane_ptr, w_ptr, scale, shift, vh, vw, inner, weights, channels,
+                    H, W, C, BLOCK_K, COLUMNS, PROLOGUE, SLOPE, False, PRECISION,
                 )  # fmt: skip
             else:
                 acc0, acc1, acc2 = slide_plane(
-                    acc0, acc1, acc2, plane_ptr, w_ptr, scale, shift, vh, vw, inner, weights, H, W,
-                    C, COLUMNS, PROLOGUE, SLOPE, True, PRECISION,
+                    acc0, acc1, acc2, plane_ptr, w_ptr, scale, shift, vh, vw, inner, weights, channels,
+                    H, W, C, BLOCK_K, COLUMNS, PROLOGUE, SLOPE, True, PRECISION,
                 )  # fmt: skip
         if q >= first_row:
             first, second = store_plane(

@@ -70,6 +70,7 @@ def check(
         (SLIDE, (16, 16), (1, 2, 9, 17), FP32),  # a tile without borders in the middle
         (SLIDE, (16, 33), (1, 2, 1, 7), BF16),
         (SLIDE, (32, 3), (2, 1, 3, 2), FP16),
+        (SLIDE, (17, 2), (1, 1, 9, 17), FP32),
         (TAP, (5, 1), (1, 1, 9, 7), FP32),
         (TAP, (33, 17), (1, 1, 2, 11), BF16),
         (replace(TAP, block_n=16, block_k=16), (48, 17), (1, 1, 5, 5), FP16),
@@ -179,7 +180,7 @@ def test_what_does_not_fit_is_named(kernel_device):
     with pytest.raises(TypeError, match="float64"):
         conv3d_forward(x.double(), weight, out, window=CUBE, front=1, config=TAP)
     with pytest.raises(ValueError, match="slide"):
-        conv3d_forward(x, weight, out, window=CUBE, front=1, config=SLIDE)
+        conv3d_forward(x, weight[:, :, :1], out, window=Window((1, 3, 3)), front=0, config=SLIDE)
     with pytest.raises(ValueError, match="spiral"):
         conv3d_forward(x, weight, out, window=CUBE, front=1, config=Config("spiral", 2, 4, 4, 16, 16))
 
