@@ -55,8 +55,8 @@ def check_loop(config: Config, positions: Positions, channels: int, backward: bo
                 f"got {positions} over {channels}"
             )
     elif config.loop == "few":
-        if backward:
-            raise ValueError("loop 'few' is for the forward pass")
+        if backward or positions.spread != (1, 1, 1):
+            raise ValueError("loop 'few' has neither a stride in its output nor dgrad's epilogue")
     elif config.loop != "tap":
         raise ValueError(f"loop: expected 'slide', 'tap' or 'few', got {config.loop!r}")
 
