@@ -163,8 +163,8 @@ def test_what_does_not_fit_is_named(kernel_device):
     weight = normal(16, 3, 3, 3, 3).to(kernel_device)
     with pytest.raises(TypeError, match="float64"):
         conv3d_dgrad(grad.double(), weight, out, window=CUBE, front=1, config=TAP)
+    few = replace(TAP, loop="few")
     with pytest.raises(ValueError, match="few"):
-        few = replace(TAP, loop="few")
         conv3d_dgrad(grad, weight, out, window=CUBE, front=1, epilogue=(out, some_terms(1, 3)), config=few)
     with pytest.raises(ValueError, match="slide"):
         conv3d_dgrad(grad[:, :, :1], weight, out, window=Window((3, 3, 3), (2, 1, 1)), front=1, config=SLIDE)
