@@ -34,7 +34,7 @@ LOOPS = {
     "upsample": ("tile",),
     "upsample_transpose": ("tile",),
     "head_sums": ("tile",),
-    "head_backward": ("tile",),
+    "head_backward": ("tile", "classes"),
     "head_argmax": ("tile",),
 }
 """The main loops of each operator; every operator may also be left to ATEN."""
@@ -312,11 +312,21 @@ def _wgrad(problem: Problem) -> Config:
 
 
 def _head(problem: Problem) -> Config:
-    backward = problem.op == "head_backward"
-    return Config("tile", block_w=64 if backward else 128, splits=1024)
-
-
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+    """Sums are kept for every logit of a tile, and a thread has registers for 16 of them at most."""
+    channels, classes = _padded(problem.in_channels), _padded(problem.out_channels)
+    oldest, backward = problem.architecture == "sm_80", problem.op == "head_backward"
+    if problem.op == "head_argmax":
+        return Config("tile", block_w=max(16, min(64, 8192 // classes)), splits=512)
+    logits = 1024 if oldest or problem.dtype == "fp32" or channels > 64 else 2048
+    if backward and (classes > 16 or channels > 32):
+        logits = 1024 if channels <= 64 else 512
+    wide = classes > 128 or (backward and classes >= 128 and channels >= 128)
+    return Config(
+        "classes" if backward and classes >= 64 and (oldest or channels >= 128) else "tile",
+        block_w=max(16, logits // classes),
+        splits=512,
+        num_warps=8 if wide else 4,
+    )
 
 
 def _elementwise(problem: Problem) -> Config:
