@@ -329,6 +329,9 @@ def _head(problem: Problem) -> Config:
     )
 
 
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+
+
 def _elementwise(problem: Problem) -> Config:
     """Tiles of whole 16-byte loads, as many as leave registers for several programs a multiprocessor."""
     block_n = min(64, power_of_two(problem.in_channels))
