@@ -1,9 +1,10 @@
 """Weight gradient of a convolution: `conv3d_wgrad`.
 
-Loops (`Config.loop`): "pair3", "pair" and "kw" march along D, for 3x3x3 with stride 1; "tap" takes any window.
-Of the configuration, block_d is the rows of a march (0: all), block_h x block_w the tile over which one product
-contracts (pairs of neighbours along W in "pair" and "pair3", else voxels), splits how many programs share the
-voxels; in "tap" alone, block_n is the output channels of a program and block_k its (tap, input channel) pairs.
+Loops (`Config.loop`): "pair3", "pair" and "kw" march along D, for 3x3x3 with stride 1; "tap" takes any
+window. Of the configuration, block_d is the rows of a march (0: all), block_h x block_w the tile over which
+one product contracts (pairs of neighbours along W in "pair" and "pair3", else voxels), splits how many
+programs share the voxels; in "tap" alone, block_n is the output channels of a program and block_k its (tap,
+input channel)s.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def conv3d_wgrad(
     """(Co, Ci, kd, kh, kw) float32: the sum over samples and output voxels of input times gradient.
 
     x (N, Ci, D, H, W), of any type but float64, converted to grad's; grad (N, Co, Do, Ho, Wo). Input row =
-    stride * output row + tap - front, and rows outside x are zeros. With `prologue` x stands for its normalised
-    activation, with `fold` grad for what that describes.
+    stride * output row + tap - front, and rows outside x are zeros. With `prologue` x stands for its
+    normalised activation, with `fold` grad for what that describes.
     """
     _check(x, grad, window, fold)
     if config is None:

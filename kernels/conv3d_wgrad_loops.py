@@ -64,7 +64,8 @@ def _folded(grad, y, terms):
 
 @triton.jit
 def _march_input(pointers, h, w, channel, H, W, terms, inside,
-                 C: tl.constexpr, TYPE: tl.constexpr, PROLOGUE: tl.constexpr, SLOPE: tl.constexpr):  # fmt: skip
+                 C: tl.constexpr, TYPE: tl.constexpr, PROLOGUE: tl.constexpr,
+                 SLOPE: tl.constexpr):  # fmt: skip
     """The activated input of a tile, zero outside the volume; H is 0 if the row is outside.
 
     Tiles with registers to spend on the prologue branch, so that those inside neither mask the loads nor the
@@ -117,14 +118,15 @@ def march(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr,
           x_stride, grad_stride, y_stride, out_stride, samples, rows, out_rows, H, W, front, segment, splits,
           CI: tl.constexpr, CO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
           LOOP: tl.constexpr, PROLOGUE: tl.constexpr, FOLD: tl.constexpr, ROTATE: tl.constexpr,
-          SLOPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+          SLOPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+          PRECISION: tl.constexpr):  # fmt: skip
     """3x3x3, stride 1, marching along D with the gradient's last three rows, so that a row is read and folded
     once a program where ROTATE, and else three times (then loads go to shared memory without registers).
 
     LOOP "pair", "pair3": the contraction runs over pairs of neighbours along W, 2u and 2u + 1. Its operands
-    are x[2u - 1 .. 2u + 2], 4 CI contiguous values, and g[2u], g[2u + 1], 2 CO contiguous values; their product
-    holds the tap kw at [kw, 0] and [kw + 1, 1], and the sum of both is the gradient: 6 of its 8 blocks are
-    used, which is the price of M = 4 CI >= 64. CI, CO are powers of two.
+    are x[2u - 1 .. 2u + 2], 4 CI contiguous values, and g[2u], g[2u + 1], 2 CO contiguous values; their
+    product holds the tap kw at [kw, 0] and [kw + 1, 1], and the sum of both is the gradient: 6 of its 8
+    blocks are used, which is the price of M = 4 CI >= 64. CI, CO are powers of two.
     LOOP "kw": over voxels; M = BLOCK_M >= CI, N = BLOCK_N >= CO.
     BLOCK_W counts pairs or voxels. "pair" and "kw" have one value of kh a program, "pair3" all.
 
@@ -224,19 +226,20 @@ def march(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr,
 
 @triton.jit(do_not_specialize=["samples", "rows", "out_rows", "front", "splits"])
 def tap(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr, fold_shift_ptr, partial_ptr,
-        x_stride, grad_stride, y_stride, out_stride, samples, rows, out_rows, H, W, out_H, out_W, front, splits,
-        CI: tl.constexpr, CO: tl.constexpr, GROUP: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+        x_stride, grad_stride, y_stride, out_stride, samples, rows, out_rows, H, W, out_H, out_W, front,
+        splits, CI: tl.constexpr, CO: tl.constexpr, GROUP: tl.constexpr,
+        KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
         STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
         PROLOGUE: tl.constexpr, FOLD: tl.constexpr, SLOPE: tl.constexpr,
         BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
         PRECISION: tl.constexpr):  # fmt: skip
-    """Any window: the axis M is (kd, kh, kw, ci) flattened, cut into blocks, so that narrow inputs fill the tensor
-    core and the channels of neighbours along W are read in one piece. The contraction runs over tiles of BLOCK_H x
-    BLOCK_W output voxels, a split's being consecutive.
+    """Any window: the axis M is (kd, kh, kw, ci) flattened, cut into blocks, so that narrow inputs fill the
+    tensor core and the channels of neighbours along W are read in one piece. The contraction runs over tiles
+    of BLOCK_H x BLOCK_W output voxels, a split's being consecutive.
 
     GROUP: a power of two that divides CI; what is computed for a tap is computed once a group.
-    grid (blocks of M times blocks of CO, splits); partial (splits, KD * KH * KW * CI, CO). The programs of the
-    first block of M write the folded gradient.
+    grid (blocks of M times blocks of CO, splits); partial (splits, KD * KH * KW * CI, CO). The programs of
+    the first block of M write the folded gradient.
     """
     TYPE: tl.constexpr = grad_ptr.dtype.element_ty
     ROWS_M: tl.constexpr = KD * KH * KW * CI
