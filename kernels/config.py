@@ -9,10 +9,14 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 INTERPRETER = "interpreter"
 ATEN = "aten"
@@ -84,6 +88,8 @@ def choose(problem: Problem) -> Config:
         raise ValueError(f"op: expected one of {', '.join(LOOPS)}, got {problem.op!r}")
     if problem.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {problem.dtype!r}")
+    if (answer := _answer.get()) is not None:
+        return answer(problem)
     if problem.architecture == INTERPRETER:
         return heuristic(problem)
     for path in tuned_files(problem.gpu):
@@ -95,6 +101,20 @@ def choose(problem: Problem) -> Config:
 
 def uses_aten(config: Config) -> bool:
     return config.loop == ATEN
+
+
+Answer = Callable[[Problem], Config]
+_answer: ContextVar[Answer | None] = ContextVar("effseg_answer", default=None)
+
+
+@contextmanager
+def answering(answer: Answer) -> Iterator[None]:
+    """Inside, `choose` gives what `answer` says, and so tells it every problem that is met."""
+    token = _answer.set(answer)
+    try:
+        yield
+    finally:
+        _answer.reset(token)
 
 
 # Tuned files
@@ -138,11 +158,29 @@ def key(problem: Problem) -> str:
     )
 
 
-def tuned_document(entries: Mapping[str, Config]) -> str:
-    """The text of a tuned file."""
-    return json.dumps(
-        {"schema": SCHEMA, "entries": {k: asdict(c) for k, c in sorted(entries.items())}}, indent=1
-    )
+@lru_cache(maxsize=1)
+def compilers() -> Mapping[str, str]:
+    """The installed versions of what measurements depend on."""
+    found = {}
+    for name in ("torch", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def tuned_document(
+    entries: Mapping[str, Config], measured: Mapping[str, Mapping[str, Any]] | None = None, gpu: str = ""
+) -> str:
+    """The text of a tuned file. measured: what else is kept of an entry, as JSON; gpu: its name."""
+    notes = measured or {}
+    rows = {
+        name: asdict(config) | ({"measured": dict(notes[name])} if name in notes else {})
+        for name, config in sorted(entries.items())
+    }
+    document = {"schema": SCHEMA, "gpu": gpu, "versions": dict(compilers()), "entries": rows}
+    return json.dumps(document, indent=1) + "\n"
 
 
 @lru_cache(maxsize=64)
@@ -167,7 +205,14 @@ def parse_tuned(text: str) -> dict[str, Config]:
     document = json.loads(text)
     if document["schema"] != SCHEMA:
         raise ValueError(f"schema {document['schema']!r}, this version reads {SCHEMA}")
-    entries = {name: Config(**entry) for name, entry in document["entries"].items()}
+    for name, installed in compilers().items():
+        written = document["versions"][name]
+        if written.split(".")[:2] != installed.split(".")[:2]:
+            raise ValueError(f"measured with {name} {written}, installed is {installed}: run `effseg tune`")
+    entries = {
+        name: Config(**{field: value for field, value in entry.items() if field != "measured"})
+        for name, entry in document["entries"].items()
+    }
     for name, config in entries.items():
         op = name.split(" ")[0]
         wrong = [
@@ -192,15 +237,22 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def heuristic(problem: Problem) -> Config:
-    """What ahead-of-time compiles recommend: the fewest issued instructions a voxel without spills."""
-    if problem.architecture == INTERPRETER:
-        return _interpreted(problem)
-    problem = replace(problem, architecture=nearest_known(problem.architecture))
+def heuristic(problem: Problem, loop: str = "") -> Config:
+    """What ahead-of-time compiles recommend: the fewest issued instructions a voxel without spills.
+
+    loop: of a convolution, in place of that which is recommended.
+    """
+    interpreted = problem.architecture == INTERPRETER
+    if not interpreted:
+        problem = replace(problem, architecture=nearest_known(problem.architecture))
+    if problem.op.startswith("conv3d"):
+        loop = loop or loop_of(problem)
+    if interpreted:
+        return _interpreted(problem, loop)
     if problem.op == "conv3d_wgrad":
-        return _wgrad(problem)
+        return _wgrad(problem, loop)
     if problem.op in ("conv3d_fwd", "conv3d_dgrad"):
-        return _conv(problem)
+        return _conv(problem, loop)
     if problem.op.startswith("head"):
         return _head(problem)
     return _elementwise(problem)
@@ -228,9 +280,18 @@ def loop_of(problem: Problem) -> str:
             return "pair"
         return "kw" if marches and max(channels) <= 64 else "tap"
     depth, _ = contraction(problem)
-    if marches and depth in (16, 32, 64):
-        return "slide"
-    return "few" if problem.op == "conv3d_fwd" and depth < 16 else "tap"
+    if problem.op == "conv3d_fwd" and depth < 16:
+        return "few"
+    return "slide" if marches and depth <= _widest_slide(problem) else "tap"
+
+
+def _widest_slide(problem: Problem) -> int:
+    """Channels for which the registers hold three accumulators."""
+    if problem.dtype == "fp32" or (
+        problem.architecture == "sm_80" and problem.op == "conv3d_fwd" and problem.prologue
+    ):
+        return 32
+    return 64
 
 
 def _padded(channels: int) -> int:
@@ -243,13 +304,13 @@ def _block_k(channels: int, most: int) -> int:
     return min(most, divides if divides >= 16 else _padded(channels))
 
 
-def _interpreted(problem: Problem) -> Config:
+def _interpreted(problem: Problem, loop: str) -> Config:
     """Time goes with programs times loop iterations, and wide tiles on tiny volumes are mostly masks."""
     padded = _padded(problem.in_channels), _padded(problem.out_channels)
     if problem.op == "conv3d_wgrad":
         block_k = min(64, 16 * power_of_two(math.prod(problem.kernel)))
         return Config(
-            loop_of(problem),
+            loop,
             block_d=3,
             block_h=4,
             block_w=8,
@@ -259,50 +320,50 @@ def _interpreted(problem: Problem) -> Config:
         )
     if problem.op in ("conv3d_fwd", "conv3d_dgrad"):
         depth, columns = map(_padded, contraction(problem))
-        block_k = 64 if loop_of(problem) == "few" else min(32, depth)
-        return Config(
-            loop_of(problem), block_d=3, block_h=4, block_w=8, block_n=min(32, columns), block_k=block_k
-        )
+        block_k = 64 if loop == "few" else min(32, depth)
+        return Config(loop, block_d=3, block_h=4, block_w=8, block_n=min(32, columns), block_k=block_k)
     if problem.op.startswith("upsample"):
         return Config("tile", block_d=2, block_h=8, block_w=8, block_n=min(32, padded[0]))
     return Config("tile", block_w=32, block_n=min(32, padded[0]), splits=4)
 
 
-def _conv(problem: Problem) -> Config:
-    """Forward and dgrad. float32 has twice the bytes and no wider registers: half the tile."""
-    fp32 = problem.dtype == "fp32"
-    channels, columns = contraction(problem)
-    loop = loop_of(problem)
-    padded = _padded(columns)
+def _conv(problem: Problem, loop: str) -> Config:
+    """Forward and dgrad: the largest tile whose accumulators, operands and epilogue the registers hold."""
+    fp32, oldest = problem.dtype == "fp32", problem.architecture == "sm_80"
+    channels, columns = map(_padded, contraction(problem))
     if loop == "slide":
-        block_n = min(64, padded)
-        widest = max(channels, block_n)
+        # mma, unlike wgmma, reads both operands from registers.
+        small = fp32 or (oldest and channels > 16)
+        block_n = min(32 if oldest else 64, columns)
+        wide = max(channels, block_n) > (32 if oldest else 16)
         return Config(
             loop,
             block_d=32,
-            block_h=4 if fp32 and widest > 16 else 8,
-            block_w=16,
+            block_h=8,
+            block_w=8 if small else 16,
             block_n=block_n,
-            num_warps=8 if widest > 32 else 4,
+            num_warps=8 if wide else 4,
         )
     if loop == "few":
-        block_k = min(64, _padded(math.prod(problem.kernel) * channels))
-        return Config(loop, block_d=8, block_h=8, block_w=16, block_n=min(64, padded), block_k=block_k)
+        block_k = min(64, _padded(math.prod(problem.kernel) * problem.in_channels))
+        return Config(loop, block_d=8, block_h=8, block_w=16, block_n=min(64, columns), block_k=block_k)
+    block_n = min(64 if fp32 else 128, columns)
+    # dgrad's epilogue holds the forward pass's input beside the accumulators; so does a prologue, with tcgen05.
+    crowded = problem.prologue and (problem.op == "conv3d_dgrad" or problem.architecture == "sm_100")
     return Config(
         loop,
         block_d=4,
-        block_h=8,
-        block_w=8 if fp32 else 16,
-        block_n=min(64 if fp32 else 128, padded),
-        block_k=_block_k(channels, 32 if fp32 else 64),
-        num_warps=8 if padded > 32 else 4,
+        block_h=4 if crowded and block_n > 64 else 8,
+        block_w=16,
+        block_n=block_n,
+        block_k=_block_k(contraction(problem)[0], 32 if fp32 else 64),
+        num_warps=8 if block_n > 32 else 4,
         num_stages=2,
     )
 
 
-def _wgrad(problem: Problem) -> Config:
+def _wgrad(problem: Problem, loop: str) -> Config:
     fp32 = problem.dtype == "fp32"
-    loop = loop_of(problem)
     if loop == "tap":
         rows = problem.in_channels * math.prod(problem.kernel)
         block_n = min(64, _padded(problem.out_channels))

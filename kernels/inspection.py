@@ -47,11 +47,10 @@ def work(launch: Launch, main_flops: int) -> Work:
         return Work(turns=128 / fine * blocks)
     if "CHANNEL_BLOCKS" in constants:  # forward and dgrad
         sharing = constants["CHANNEL_BLOCKS"]
-        depth = constants["C"] * math.prod(constants.get("TAPS", (3, 3, 3)))
-        if "BLOCK_K" in constants:
-            flat = "SPREAD" not in constants
-            taps = 1 if flat else math.prod(constants["TAPS"])
-            depth = taps * math.ceil(depth / taps / constants["BLOCK_K"]) * constants["BLOCK_K"]
+        taps, channels = math.prod(constants.get("TAPS", (3, 3, 3))), constants["C"]
+        if launch.kernel.__name__ == "conv3d_few_kernel":
+            taps, channels = 1, taps * channels
+        depth = taps * math.ceil(channels / constants["BLOCK_K"]) * constants["BLOCK_K"]
         flops = 2 * 128 * depth * sharing * constants["BLOCK_N"]
         march = constants["BLOCK_D"]
     elif (
