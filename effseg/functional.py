@@ -207,7 +207,7 @@ def _head_input(x: Tensor | Deferred, weight: Tensor | None) -> Deferred:
 
 
 def _loss(options: LossOptions, sums: Sums, x: Deferred) -> Tensor:
-    if not isinstance(sums.unknown, FakeTensor) and (unknown := int(sums.unknown.sum())):
-        last = sums.voxels.shape[1] - 1
-        raise ValueError(f"labels: expected 0 to {last} or ignore_index, {unknown} voxels have other values")
+    # Compiled operators check by themselves: whether to raise is not known when they are traced.
+    if not torch.compiler.is_compiling() and not isinstance(sums.unknown, FakeTensor):
+        checks.unknown_labels(sums.unknown, sums.voxels.shape[1])
     return options.of_sums(sums).to(torch.float64 if x.dtype == torch.float64 else torch.float32)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -127,9 +129,9 @@ class ResidualBlock3d(nn.Module):
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), frozen_running_statistics()
 
-        value = checkpoint(
-            run, *x.tensors, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-        )
+        # torch.compile takes no contexts here, and updates running statistics once without them.
+        options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
+        value = checkpoint(run, *x.tensors, use_reentrant=False, preserve_rng_state=False, **options)
         return plain(value, x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

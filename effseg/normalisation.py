@@ -8,19 +8,43 @@ autograd differentiates the normalisation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from effseg.deferred import Normalisation
+from effseg.settings import Setting
 
 Norm = nn.InstanceNorm3d | nn.BatchNorm3d | nn.GroupNorm
 NORMS = ("instance", "batch", "group")
 
-_frozen: ContextVar[bool] = ContextVar("effseg_frozen_running_statistics", default=False)
+_frozen = Setting("effseg_frozen_running_statistics", False)
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What a norm does to the statistics of an (n, c) before it divides by them: it merges those of `groups`
+    of channels, those of all `samples`, or neither."""
+
+    eps: float
+    groups: int | None = None
+    samples: bool = False
+
+
+Running = tuple[Tensor, Tensor] | None
+"""Running mean and variance that take the place of a batch's, (C,) each."""
+
+
+def merging(norm: Norm) -> tuple[Merging, Running]:
+    """`norm`'s settings without its parameters, and the statistics that it uses instead of a batch's."""
+    if isinstance(norm, nn.GroupNorm):
+        return Merging(norm.eps, groups=norm.num_groups), None
+    running = None
+    if norm.running_mean is not None and norm.running_var is not None and not norm.training:
+        running = norm.running_mean, norm.running_var
+    return Merging(norm.eps, samples=isinstance(norm, nn.BatchNorm3d)), running
 
 
 def make_norm(norm: str, channels: int) -> Norm:
@@ -41,27 +65,29 @@ def normalisation(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> Normali
     """
     if type(norm) not in (nn.InstanceNorm3d, nn.BatchNorm3d, nn.GroupNorm):
         raise TypeError(f"norm: expected InstanceNorm3d, BatchNorm3d or GroupNorm, got {type(norm).__name__}")
-    made = terms(norm, mean, var, norm.weight, norm.bias)
+    made = terms(*merging(norm), mean, var, norm.weight, norm.bias)
     track(norm, mean, var, voxels)
     return made
 
 
-def terms(norm: Norm, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Normalisation:
-    """(mean, scale, beta), each (N, C), with `norm`'s settings but the weight and bias that are given.
+def terms(
+    how: Merging, running: Running, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Normalisation:
+    """(mean, scale, beta), each (N, C), of a norm with these settings, weight and bias.
 
-    scale = weight / sqrt(var + eps), beta = bias. Changes nothing.
+    scale = weight / sqrt(var + eps), beta = bias.
     """
-    if isinstance(norm, nn.GroupNorm):
-        grouped = mean.unflatten(1, (norm.num_groups, -1))
+    if how.groups is not None:
+        grouped = mean.unflatten(1, (how.groups, -1))
         centre = grouped.mean(2, keepdim=True)
-        spread = (var.unflatten(1, (norm.num_groups, -1)) + (grouped - centre).square()).mean(2, keepdim=True)
+        spread = (var.unflatten(1, (how.groups, -1)) + (grouped - centre).square()).mean(2, keepdim=True)
         mean, var = centre.expand_as(grouped).flatten(1), spread.expand_as(grouped).flatten(1)
-    elif norm.running_mean is not None and norm.running_var is not None and not norm.training:
-        mean, var = (t.to(mean.dtype).expand_as(mean) for t in (norm.running_mean, norm.running_var))
-    elif isinstance(norm, nn.BatchNorm3d):
+    elif running is not None:
+        mean, var = (t.to(mean.dtype).expand_as(mean) for t in running)
+    elif how.samples:
         centre = mean.mean(0)
         mean, var = centre.expand_as(mean), (var + (mean - centre).square()).mean(0).expand_as(var)
-    scale = torch.rsqrt(var + norm.eps)
+    scale = torch.rsqrt(var + how.eps)
     return Normalisation(
         mean,
         scale if weight is None else scale * weight,
@@ -76,7 +102,7 @@ def track(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> None:
         return
     if not norm.training or _frozen.get():
         return
-    momentum = norm.momentum or 0.0
+    momentum: float | Tensor = norm.momentum or 0.0
     if isinstance(norm, nn.BatchNorm3d):
         var = var + (mean - mean.mean(0)).square()
         voxels *= mean.shape[0]
@@ -84,17 +110,12 @@ def track(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> None:
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
-            momentum = 1 / float(norm.num_batches_tracked)
+            momentum = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
     unbiased = var.mean(0) * (voxels / max(1, voxels - 1))
     norm.running_mean.lerp_(mean.mean(0).to(norm.running_mean.dtype), momentum)
     norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
 
 
-@contextmanager
-def frozen_running_statistics() -> Iterator[None]:
+def frozen_running_statistics() -> AbstractContextManager[None]:
     """A forward pass that is run again, for recomputation, must not be tracked twice."""
-    token = _frozen.set(True)
-    try:
-        yield
-    finally:
-        _frozen.reset(token)
+    return _frozen.set(True)

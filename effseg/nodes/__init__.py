@@ -1,6 +1,7 @@
 """Operators: autograd nodes over deferred expressions.
 
 Each file holds one `torch.autograd.Function`: what it saves, which algorithm it asks, and nothing else.
+Under torch.compile `effseg.nodes.compiled` takes its place.
 Arithmetic is in `effseg.algorithms`, validation in `effseg.functional`.
 """
 

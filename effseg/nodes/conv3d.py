@@ -10,6 +10,7 @@ from torch import Tensor
 from effseg.algorithms import select
 from effseg.algorithms.sweeps.conv3d import conv3d_backward, conv3d_forward
 from effseg.deferred import Deferred
+from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
 from effseg.slabs import Window
 
@@ -56,5 +57,7 @@ def conv3d(
     slab_elements: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `effseg.functional.conv3d`."""
+    if torch.compiler.is_compiling():
+        return compiled.conv3d(x, weight, bias, window, statistics, slab_elements)
     with torch.autocast(x.device.type, enabled=False):
         return Conv3dFunction.apply(x.spec, window, statistics, slab_elements, weight, bias, *x.tensors)

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms import select
-from effseg.algorithms.interface import Head, Sums
-from effseg.algorithms.sweeps.head import head_segment, head_sums_backward, head_sums_forward
+from effseg.algorithms.interface import Sums
+from effseg.algorithms.sweeps.head import (
+    head_gradients,
+    head_segment,
+    head_sums_backward,
+    head_sums_forward,
+)
 from effseg.deferred import Deferred
+from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
 
 
@@ -52,17 +58,6 @@ class HeadSumsFunction(torch.autograd.Function):
         return None, None, None, None, None, *head_gradients(head, weight, bias), *grad_tensors
 
 
-def head_gradients(
-    head: Head, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The head's gradients in the shapes and types of its parameters."""
-    w, b = head.grad_weight, head.grad_bias
-    return (
-        None if weight is None or w is None else w.view_as(weight).to(weight.dtype),
-        None if bias is None or b is None else b.to(bias.dtype),
-    )
-
-
 def head_sums(
     x: Deferred,
     weight: Tensor | None,
@@ -73,6 +68,8 @@ def head_sums(
     slab_elements: int | None = None,
 ) -> Sums:
     """`Sums` of head(x) against labels (N, D, H, W); differentiable but for the counts."""
+    if torch.compiler.is_compiling():
+        return compiled.head_sums(x, weight, bias, labels, class_weights, ignore_index, slab_elements)
     with torch.autocast(x.device.type, enabled=False):
         return Sums(
             *HeadSumsFunction.apply(
@@ -86,6 +83,8 @@ def segment(
     x: Deferred, weight: Tensor | None, bias: Tensor | None, slab_elements: int | None = None
 ) -> Tensor:
     """See `effseg.functional.segment`."""
+    if torch.compiler.is_compiling():
+        return compiled.segment(x, weight, bias, slab_elements)
     with torch.autocast(x.device.type, enabled=False):
         ops = select(x.device, x.dtype)
         head = ops.make_head(x.spec, weight, bias, x.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 from effseg.algorithms import select
 from effseg.algorithms.sweeps.materialise import materialise_backward, materialise_forward
 from effseg.deferred import Deferred
+from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
 
 
@@ -35,5 +36,7 @@ class MaterialiseFunction(torch.autograd.Function):
 
 def materialise(x: Deferred, slab_elements: int | None = None) -> Tensor:
     """See `effseg.functional.materialise`."""
+    if torch.compiler.is_compiling():
+        return compiled.materialise(x, slab_elements)
     with torch.autocast(x.device.type, enabled=False):
         return MaterialiseFunction.apply(x.spec, slab_elements, *x.tensors)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effseg.algorithms import select
-from effseg.algorithms.sweeps.stem_statistics import stem_statistics_forward
+from effseg.algorithms.sweeps.stem_statistics import stem_statistics_backward, stem_statistics_forward
+from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
 from effseg.slabs import Window
 
@@ -28,22 +30,22 @@ class StemStatisticsFunction(torch.autograd.Function):
         ctx.device_type = image.device.type
         ctx.save_for_backward(p, q)
         d, h, w = image.shape[2:]
-        out = window.output_size((d, h, w))
-        ctx.voxels, ctx.dtype = out[0] * out[1] * out[2], weight.dtype
+        ctx.voxels, ctx.dtype = math.prod(window.output_size((d, h, w))), weight.dtype
         return mean, var
 
     @staticmethod
     @node_backward
     def backward(ctx: Any, grad_mean, grad_var):  # type: ignore[no-untyped-def]
         p, q = ctx.saved_tensors
-        mean, var = (g.double()[..., None, None, None, None] for g in (grad_mean, grad_var))
-        grad = ((mean * p + 2 * var * q) / ctx.voxels).sum(0)
-        return None, grad.to(ctx.dtype), None, None, None
+        grad = stem_statistics_backward(p, q, grad_mean, grad_var, ctx.voxels, ctx.dtype)
+        return None, grad, None, None, None
 
 
 def stem_statistics(
     image: Tensor, weight: Tensor, window: Window, dtype: torch.dtype, slab_elements: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `effseg.functional.stem_statistics`."""
+    if torch.compiler.is_compiling():
+        return compiled.stem_statistics(image, weight, window, dtype, slab_elements)
     with torch.autocast(image.device.type, enabled=False):
         return StemStatisticsFunction.apply(image, weight, window, dtype, slab_elements)

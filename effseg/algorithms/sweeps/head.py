@@ -63,13 +63,16 @@ def head_gradients(
     )
 
 
+def label_dtype(classes: int) -> torch.dtype:
+    return torch.uint8 if classes <= 256 else torch.int16
+
+
 def head_segment(
     ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], head: Head, slab_elements: int | None
 ) -> Tensor:
     """argmax over classes, (N, D, H, W) uint8, or int16 for more than 256 classes."""
     n, _, d, h, w = spec.shape
-    dtype = torch.uint8 if head.classes <= 256 else torch.int16
-    out = torch.empty(n, d, h, w, dtype=dtype, device=tensors[0].device)
+    out = torch.empty(n, d, h, w, dtype=label_dtype(head.classes), device=tensors[0].device)
     for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements)):
         out[sample, lo:hi] = head.segment(rows(ops, spec, tensors, sample, lo, hi))
     return out

@@ -73,13 +73,17 @@ def layer_statistics(layer: Layer) -> tuple[Tensor, Tensor]:
     return moments.merge()
 
 
+def collects(layer: Layer, head: Head) -> bool:
+    """Whether sweep F4 collects what B1 would."""
+    return head.shows_probabilities and NormSums.pays(layer.weight, head.classes)
+
+
 def tail_sums_forward(
     layer: Layer, norm: Normalisation, head: Head, labels: Tensor
 ) -> tuple[Sums, Tensor | None]:
     """Sweep F4: the sums, and what stands in for sweep B1 where that is cheaper, (N, 3, K, 4, C)."""
     sums = Sums.zeros(layer.shape[0], head.classes, labels.device)
-    collects = head.shows_probabilities and NormSums.pays(layer.weight, head.classes)
-    collected = NormSums(layer.shape[0], head) if collects else None
+    collected = NormSums(layer.shape[0], head) if collects(layer, head) else None
     for sample, lo, hi in layer.slabs():
         y = layer.raw(sample, lo, hi)
         z = layer.activated(y, sample, norm)
