@@ -348,7 +348,7 @@ def _conv(problem: Problem, loop: str) -> Config:
         block_k = min(64, _padded(math.prod(problem.kernel) * problem.in_channels))
         return Config(loop, block_d=8, block_h=8, block_w=16, block_n=min(64, columns), block_k=block_k)
     block_n = min(64 if fp32 else 128, columns)
-    # dgrad's epilogue holds the forward pass's input beside the accumulators; so does a prologue, with tcgen05.
+    # dgrad's epilogue holds the forward pass's input beside the accumulators, a prologue, with tcgen05, its own.
     crowded = problem.prologue and (problem.op == "conv3d_dgrad" or problem.architecture == "sm_100")
     return Config(
         loop,
@@ -396,9 +396,8 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 def _elementwise(problem: Problem) -> Config:
     """Tiles of whole 16-byte loads, as many as leave registers for several programs a multiprocessor."""
     block_n = min(64, power_of_two(problem.in_channels))
-    one_load = (
-        4 * 32 * (4 if problem.dtype == "fp32" else 8)
-    )  # values that four warps read with an instruction
+    # Values that four warps read with one instruction.
+    one_load = 4 * 32 * (4 if problem.dtype == "fp32" else 8)
     if problem.op.startswith("upsample"):
         return Config(
             "tile", block_d=8, block_h=4, block_w=max(1, one_load // (4 * block_n)), block_n=block_n
