@@ -348,7 +348,7 @@ def _conv(problem: Problem, loop: str) -> Config:
         block_k = min(64, _padded(math.prod(problem.kernel) * problem.in_channels))
         return Config(loop, block_d=8, block_h=8, block_w=16, block_n=min(64, columns), block_k=block_k)
     block_n = min(64 if fp32 else 128, columns)
-    # dgrad's epilogue holds the forward pass's input beside the accumulators, a prologue, with tcgen05, its own.
+    # dgrad's epilogue holds the forward pass's input beside the accumulators, and tcgen05 a prologue its own.
     crowded = problem.prologue and (problem.op == "conv3d_dgrad" or problem.architecture == "sm_100")
     return Config(
         loop,
