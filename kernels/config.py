@@ -383,7 +383,7 @@ def _head(problem: Problem) -> Config:
         logits = 1024 if channels <= 64 else 512
     wide = classes > 128 or (backward and classes >= 128 and channels >= 128)
     return Config(
-        "classes" if backward and classes >= 64 and (oldest or channels >= 128) else "tile",
+        "classes" if backward and classes >= 64 and (oldest or channels not in (32, 64)) else "tile",
         block_w=max(16, logits // classes),
         splits=512,
         num_warps=8 if wide else 4,
