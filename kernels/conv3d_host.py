@@ -61,15 +61,16 @@ def check_loop(config: Config, positions: Positions, channels: int, backward: bo
         raise ValueError(f"loop: expected 'slide', 'tap' or 'few', got {config.loop!r}")
 
 
-def sums_per_place(config: Config, block_k: int, arch: str) -> bool:
-    """Whether registers hold two sums a place beside the accumulators.
+def operands_in_registers(arch: str) -> bool:
+    """Whether the tensor core reads its operands from registers (mma, and not wgmma or tcgen05)."""
+    return not arch.startswith((INTERPRETER, "sm_9", "sm_10"))
 
-    `slide` has three of those, and, where the tensor core reads its operands from registers (mma and not
-    wgmma or tcgen05), the operands.
-    """
+
+def sums_per_place(config: Config, block_k: int, arch: str) -> bool:
+    """Whether registers hold two sums a place beside the accumulators, of which `slide` has three."""
     room = 32
     if config.loop == "slide":
-        room = 16 if arch.startswith((INTERPRETER, "sm_9", "sm_10")) else 256 // block_k
+        room = 256 // block_k if operands_in_registers(arch) else 16
     return config.block_h * config.block_w * config.block_n <= 32 * config.num_warps * room
 
 
@@ -155,16 +156,18 @@ def contract(
         options |= dict(TAPS=positions.taps, STEP=positions.step, OFFSETS=positions.offset[1:])
     if not flat:
         options["EPILOGUE_SLOPE"] = float(after_slope)
+        options["UNROLLED"] = not operands_in_registers(architecture(x.device))
     grid = (tiles * channel_blocks, samples)
     offset = positions.offset[0]
     if slide:
-        sizes = (depth, height, width, positions.size[0], offset, tiles)
+        sizes = (depth, height, width, positions.size[0], offset, positions.taps[1], tiles)
         launch(conv3d_slide_kernel, grid, *pointers, y, *after, *strides, *sizes, **options)
     elif flat:
         sizes = (depth, height, width, *positions.size, offset, tiles)
         launch(conv3d_few_kernel, grid, *pointers, *strides[:2], *sizes, **options)
     else:
-        sizes = (depth, height, width, *positions.size, *out.shape[3:], offset, tiles)
+        turns = math.prod(positions.taps) * triton.cdiv(channels, block_k)
+        sizes = (depth, height, width, *positions.size, *out.shape[3:], offset, turns, tiles)
         options |= dict(SPREAD=positions.spread, CLASS=positions.parity)
         launch(conv3d_tap_kernel, grid, *pointers, y, *after, *strides, *sizes, **options)
     return None if epilogue is PLAIN else partial[..., :out_channels]

@@ -17,7 +17,9 @@ x (N, D, H, W, C), out (N, DO, HO, WO, CHANNELS) and y, of out's shape, as they 
 then the contraction's axis padded to whole blocks with zeros, then columns = CHANNEL_BLOCKS * BLOCK_N.
 pre_scale and pre_shift (N, padded C), float32: the prologue a = leaky_relu(x * scale + shift). bias
 (columns,), mean, scale and beta (N, columns), float32, are the epilogue's, partial (N, tiles, 2, columns),
-float32, what it leaves. Products are accumulated in float32. Grid: (tiles * CHANNEL_BLOCKS, N).
+float32, what it leaves. Products are accumulated in float32. turns: how many the inner loop takes (3 rows of
+taps in `slide`, taps times blocks of channels in `tap`); if UNROLLED, the compiler knows and may unroll,
+which saves instructions and takes registers. Grid: (tiles * CHANNEL_BLOCKS, N).
 """
 
 import triton
@@ -52,6 +54,7 @@ def slide_plane(
     inner,
     weights,
     channels,
+    turns,
     H,
     W,
     C: tl.constexpr,
@@ -60,6 +63,7 @@ def slide_plane(
     PROLOGUE: tl.constexpr,
     SLOPE: tl.constexpr,
     MASKED: tl.constexpr,
+    UNROLLED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds an input plane's share to the three output rows that read it.
@@ -70,7 +74,7 @@ def slide_plane(
     """
     TAP: tl.constexpr = BLOCK_K * COLUMNS
     dtype: tl.constexpr = w_ptr.dtype.element_ty
-    for kh in range(3):
+    for kh in range(3 if UNROLLED else turns):
         row_ptr = plane_ptr + kh * W * C
         for kw in tl.static_range(3):
             x_ptr = row_ptr + kw * C + inner
@@ -114,6 +118,7 @@ def conv3d_slide_kernel(
     W,
     rows,
     offset,
+    turns,
     tiles,
     C: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -129,6 +134,7 @@ def conv3d_slide_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PER_PLACE: tl.constexpr,
+    UNROLLED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Output row q reads rows q + offset + (0, 1, 2); out is as high and wide as x. w (3, 3, 3, BLOCK_K,
@@ -166,12 +172,12 @@ def conv3d_slide_kernel(
             if interior:
                 acc0, acc1, acc2 = slide_plane(
                     acc0, acc1, acc2, plane_ptr, w_ptr, scale, shift, vh, vw, inner, weights, channels,
-                    H, W, C, BLOCK_K, COLUMNS, PROLOGUE, SLOPE, False, PRECISION,
+                    turns, H, W, C, BLOCK_K, COLUMNS, PROLOGUE, SLOPE, False, UNROLLED, PRECISION,
                 )  # fmt: skip
             else:
                 acc0, acc1, acc2 = slide_plane(
                     acc0, acc1, acc2, plane_ptr, w_ptr, scale, shift, vh, vw, inner, weights, channels,
-                    H, W, C, BLOCK_K, COLUMNS, PROLOGUE, SLOPE, True, PRECISION,
+                    turns, H, W, C, BLOCK_K, COLUMNS, PROLOGUE, SLOPE, True, UNROLLED, PRECISION,
                 )  # fmt: skip
         if q >= first_row:
             first, second = store_plane(
@@ -214,6 +220,7 @@ def conv3d_tap_kernel(
     HO,
     WO,
     offset,
+    turns,
     tiles,
     C: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -234,6 +241,7 @@ def conv3d_tap_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PER_PLACE: tl.constexpr,
+    UNROLLED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out[SPREAD q + CLASS] = sum of w[t] x[STEP q + (offset, *OFFSETS) + t] for t < TAPS.
@@ -261,7 +269,7 @@ def conv3d_tap_kernel(
     first, second = empty_sums(BLOCK_H * BLOCK_W, BLOCK_N, PER_PLACE)
     for q in range(first_row, end_row):
         acc = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
-        for t in range(TAPS[0] * TAPS[1] * TAPS[2] * BLOCKS_K):
+        for t in range(TAPS[0] * TAPS[1] * TAPS[2] * BLOCKS_K if UNROLLED else turns):
             k = t % BLOCKS_K * BLOCK_K + ks
             tap = t // BLOCKS_K
             d = q * STEP[0] + offset + tap // (TAPS[1] * TAPS[2])
