@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": "segment CT scans with a trained network, each on its own grid",
     "evaluate": "score segmentations: Dice, surface Dice, HD95 per organ",
     "plan": "say whether a volume fits on a GPU, and how large a volume does",
+    "tune": "measure which kernels and tiles are fastest on this GPU",
     "doctor": "check versions, the GPU, known faults, and the arithmetic",
 }
 

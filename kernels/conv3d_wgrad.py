@@ -15,13 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.kernels import config as configurations
-from effseg.kernels.config import Config, Problem
+from effseg.kernels.config import Config, choose
 from effseg.kernels.conv3d_wgrad_loops import march, tap
-from effseg.kernels.launch import DTYPES, NormAct, architecture, channels_last, input_precision, launch
+from effseg.kernels.launch import DTYPES, NormAct, channels_last, input_precision, launch, problem
 from effseg.slabs import Window
-
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Fold(NamedTuple):
@@ -56,7 +53,16 @@ def conv3d_wgrad(
     """
     _check(x, grad, window, fold)
     if config is None:
-        config = configurations.choose(_problem(x, grad, window, prologue is not None))
+        config = choose(
+            problem(
+                "conv3d_wgrad",
+                grad,
+                in_channels=x.shape[1],
+                kernel=window.kernel,
+                stride=window.stride,
+                prologue=prologue is not None,
+            )
+        )
     x, grad = channels_last(x), channels_last(grad)
     kernel = _march if config.loop in ("pair3", "pair", "kw") else _tap
     return kernel(x, grad, window, front, prologue, fold, config)
@@ -86,21 +92,6 @@ def _check(x: Tensor, grad: Tensor, window: Window, fold: Fold | None) -> None:
             raise ValueError("fold: y and out must be of the shape, out also of the type, of grad")
         if channels_last(fold.out) is not fold.out:
             raise ValueError("fold: out must be channels last in memory")
-
-
-def _problem(x: Tensor, grad: Tensor, window: Window, prologue: bool) -> Problem:
-    d, h, w = grad.shape[2:]
-    return Problem(
-        "conv3d_wgrad",
-        architecture(x.device),
-        NAMES[grad.dtype],
-        x.shape[1],
-        grad.shape[1],
-        (d, h, w),
-        window.kernel,
-        window.stride,
-        prologue,
-    )
 
 
 def _operands(

@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import re
 
-from effseg.errors import InputError
 from effseg.memory.planner import BASELINE, HEADROOM, MEMORY, Mode, Plan, Request, plan, total_gpu_memory
 from effseg.memory.report import OUTSIDE, MemoryReport
-from effseg.memory.units import format_bytes, parse_bytes
+from effseg.memory.units import format_bytes, parse_bytes, parse_volume
 from effseg.models import MODEL_NAMES
 
 HELP = """Predict the GPU memory of a training step on a whole volume (forward, loss, backward, optimizer) in
@@ -52,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     memory = total_gpu_memory() if args.gpu_memory is None else parse_bytes(args.gpu_memory)
     request = Request(
-        volume=_volume(args.volume),
+        volume=parse_volume(args.volume),
         classes=args.classes,
         model=args.model,
         dtype=args.dtype,
@@ -64,14 +62,6 @@ def run(args: argparse.Namespace) -> int:
     answer = plan(request, memory, args.headroom)
     print(json.dumps(answer.to_dict(), indent=2) if args.json else _text(answer))
     return 0 if answer.fits else 1
-
-
-def _volume(text: str) -> tuple[int, int, int]:
-    match = re.fullmatch(r"(\d+)[xX](\d+)[xX](\d+)", text.strip())
-    if match is None or 0 in map(int, match.groups()):
-        raise InputError(f"--volume: expected three sizes of 1 or more, as in 512x512x300, got {text!r}")
-    x, y, z = map(int, match.groups())
-    return x, y, z
 
 
 def _text(answer: Plan) -> str:

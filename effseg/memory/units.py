@@ -1,4 +1,4 @@
-"""Bytes as people write them."""
+"""Bytes and volumes as people write them."""
 
 import re
 
@@ -15,6 +15,15 @@ def parse_bytes(text: str) -> int:
     if match is None or unit is None:
         raise InputError(f"memory: expected a size like 24GB or 24GiB, got {text!r}")
     return int(float(match[1]) * unit)
+
+
+def parse_volume(text: str) -> tuple[int, int, int]:
+    """'512x512x300' is (512, 512, 300), in voxels. Raises InputError."""
+    match = re.fullmatch(r"(\d+)[xX](\d+)[xX](\d+)", text.strip())
+    if match is None or 0 in map(int, match.groups()):
+        raise InputError(f"--volume: expected three sizes of 1 or more, as in 512x512x300, got {text!r}")
+    x, y, z = map(int, match.groups())
+    return x, y, z
 
 
 def format_bytes(count: float) -> str:
