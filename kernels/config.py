@@ -44,6 +44,7 @@ LOOPS = {
 """The main loops of each operator; every operator may also be left to ATEN."""
 
 DTYPES = ("fp32", "bf16", "fp16")
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 
 
 @dataclass(frozen=True)
@@ -274,11 +275,12 @@ def loop_of(problem: Problem) -> str:
     marches = problem.kernel == (3, 3, 3) and problem.stride == (1, 1, 1)
     if problem.op == "conv3d_wgrad":
         channels = (problem.in_channels, problem.out_channels)
-        if marches and channels == (16, 16):
+        oldest = problem.architecture == "sm_80"
+        if marches and channels == (16, 16) and not oldest:
             return "pair3"
         if marches and all(c in (16, 32) for c in channels):
             return "pair"
-        return "kw" if marches and max(channels) <= 64 else "tap"
+        return "kw" if marches and 32 < max(channels) <= 64 and min(channels) >= 16 and not oldest else "tap"
     depth, _ = contraction(problem)
     if problem.op == "conv3d_fwd" and depth < 16:
         return "few"
@@ -363,13 +365,46 @@ def _conv(problem: Problem, loop: str) -> Config:
 
 
 def _wgrad(problem: Problem, loop: str) -> Config:
-    fp32 = problem.dtype == "fp32"
+    """Without a prologue loads are pipelined in shared memory; with one they pass through registers."""
+    fp32, oldest = problem.dtype == "fp32", problem.architecture == "sm_80"
+    processors = MULTIPROCESSORS[problem.architecture]
     if loop == "tap":
-        rows = problem.in_channels * math.prod(problem.kernel)
-        block_n = min(64, _padded(problem.out_channels))
-        block_k = min(64, _padded(rows))
-        return Config(loop, block_h=4, block_w=16, block_n=block_n, block_k=block_k, splits=64)
-    return Config(loop, block_d=32, block_h=2 if fp32 else 4, block_w=16, splits=128, num_warps=8)
+        return _wgrad_tap(problem, processors)
+    small = fp32 or (oldest and loop == "pair" and problem.in_channels > 16)
+    few_warps = oldest and loop == "pair" and max(problem.in_channels, problem.out_channels) == 16
+    return Config(
+        loop,
+        block_d=32,
+        block_h=2 if small else 4,
+        block_w=16,
+        splits=processors if loop == "pair3" else processors // 3,
+        num_warps=4 if few_warps and problem.prologue else 8,
+        num_stages=1 if fp32 or problem.prologue else 2,
+    )
+
+
+def _wgrad_tap(problem: Problem, processors: int) -> Config:
+    """rows, the product's first axis, are taps times input channels."""
+    fp32, oldest = problem.dtype == "fp32", problem.architecture == "sm_80"
+    rows = problem.in_channels * math.prod(problem.kernel)
+    columns = _padded(problem.out_channels)
+    if rows <= 32:  # a network's first layer
+        return Config(
+            "tap", block_h=8, block_w=16, block_n=min(32, columns), block_k=32, splits=8 * processors
+        )
+    block_n = min(64 if fp32 or problem.prologue else 128, columns)
+    block_k = min(64 if fp32 else 128, power_of_two(rows))
+    blocks = math.ceil(rows / block_k) * math.ceil(problem.out_channels / block_n)
+    return Config(
+        "tap",
+        block_h=4,
+        block_w=16,
+        block_n=block_n,
+        block_k=block_k,
+        splits=max(1, round(2 * processors / blocks)),
+        num_warps=8 if block_n > 64 else 4,
+        num_stages=1 if problem.prologue else 2 if oldest or fp32 else 3,
+    )
 
 
 def _head(problem: Problem) -> Config:
@@ -388,9 +423,6 @@ def _head(problem: Problem) -> Config:
         splits=512,
         num_warps=8 if wide else 4,
     )
-
-
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 
 
 def _elementwise(problem: Problem) -> Config:
