@@ -26,6 +26,7 @@ import torch
 
 from effseg import EffSegNet, UNet3D, peak_training_memory
 from effseg.atomic import atomic_path
+from effseg.benchmarking.record import processor
 from effseg.data.nifti import read_image, read_labels
 from effseg.data.preprocessing import CROPS, Preprocessing
 from effseg.device import keep_freed_memory, trim_freed_memory
@@ -104,13 +105,6 @@ def peak_resident() -> int:
     """Bytes; Linux counts in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def processor() -> str:
-    """The CPU's model, as its maker calls it."""
-    info = Path("/proc/cpuinfo")
-    names = info.read_text().splitlines() if info.exists() else []
-    return next((n.split(":", 1)[1].strip() for n in names if n.startswith("model name")), platform.machine())
 
 
 def describe(settings: Settings, run: Run) -> dict[str, Any]:

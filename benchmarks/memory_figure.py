@@ -7,51 +7,36 @@ cross-entropy, AdamW, batch and weights included.
 """
 
 import json
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from matplotlib.figure import Figure
-from torch import nn
 
-from effseg import EffSegNet, UNet3D, peak_training_memory
-from effseg.models.stock import StockEffSegNet
+from effseg.atomic import atomic_path
+from effseg.benchmarking.memory import predict
+from effseg.benchmarking.registry import DTYPES, Case, contenders, workloads
 
-CLASSES, SHAPE = 15, (1, 1, 512, 512, 512)
+WORKLOAD = workloads()["512x512x512, 15 classes"]
 RESULTS = Path(__file__).parent / "results"
 
 
-def plain_conv_unet() -> nn.Module:
-    """nnU-Net's default network."""
-    return PlainConvUNet(
-        1, 6, (32, 64, 128, 256, 320, 320), nn.Conv3d, 3, (1, 2, 2, 2, 2, 2), 2, CLASSES, 2, conv_bias=True,
-        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-    )  # fmt: skip
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "3D U-Net (Cicek 2016)": lambda: UNet3D(1, CLASSES),
-    "nnU-Net PlainConvUNet": plain_conv_unet,
-    "EffSegNet base, stock torch": lambda: StockEffSegNet(1, CLASSES),
-    "EffSegNet base, raw": lambda: EffSegNet(1, CLASSES, memory="raw"),
-    "EffSegNet base, stream": lambda: EffSegNet(1, CLASSES, memory="stream"),
-    "EffSegNet base, stream,\nlevel 1 recomputed": lambda: EffSegNet(
-        1, CLASSES, memory="stream", recompute=1
-    ),
+CONTENDERS = {
+    "3D U-Net (Cicek 2016)": "unet3d/eager",
+    "nnU-Net PlainConvUNet": "nnunet/eager",
+    "EffSegNet base, stock torch": "stock-effseg-base/eager",
+    "EffSegNet base, raw": "effseg-base/raw/auto",
+    "EffSegNet base, stream": "effseg-base/stream/auto",
+    "EffSegNet base, stream,\nlevel 1 recomputed": "effseg-base/stream+1/auto",
 }
 
 
 def main() -> None:
     rows = {}
-    for name, make in NETWORKS.items():
-        reports = {dtype: peak_training_memory(make, SHAPE, dtype=dtype) for dtype in ("bf16", "fp32")}
-        rows[name] = {dtype: report.bytes_per_voxel for dtype, report in reports.items()}
-        print(name, rows[name], flush=True)
-    (RESULTS / "memory_modes.json").write_text(
-        json.dumps({"shape": SHAPE, "bytes_per_voxel": rows}, indent=2) + "\n"
-    )
+    for label, name in CONTENDERS.items():
+        case = Case(contenders()[name], WORKLOAD)
+        rows[label] = {dtype: predict(case, dtype).bytes_per_voxel for dtype in DTYPES}
+        print(label, rows[label], flush=True)
+    with atomic_path(RESULTS / "memory_modes.json") as path:
+        path.write_text(json.dumps({"shape": WORKLOAD.shape, "bytes_per_voxel": rows}, indent=2) + "\n")
     draw(rows).savefig(RESULTS / "memory_modes.png", dpi=150)
 
 
@@ -63,7 +48,7 @@ def draw(rows: dict[str, dict[str, float]]) -> Figure:
         places = [i + 0.38 * shift for i in range(len(rows))]
         axes.barh(places, values, height=0.36, color=colour, label=dtype)
         for place, value in zip(places, values, strict=True):
-            gib = value * 512**3 / 2**30
+            gib = value * WORKLOAD.voxels / 2**30
             axes.text(value * 1.04, place, f"{value:.0f} B/voxel, {gib:.3g} GiB", va="center", fontsize=8)
     axes.set_yticks([i + 0.19 for i in range(len(rows))], list(rows))
     axes.invert_yaxis()
@@ -76,5 +61,4 @@ def draw(rows: dict[str, dict[str, float]]) -> Figure:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
     main()

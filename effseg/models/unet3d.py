@@ -62,12 +62,20 @@ class UNet3D(SegmentationModel):
             )
         x = image.to(self.head.weight.dtype)
         skips = []
-        for level, block in enumerate(self.encoder):
-            x = block(x if level == 0 else self.pool(x))
+        for level in range(len(self.encoder)):
+            x = self._down(level, x)
             skips.append(x)
         skips.pop()
-        for up, block in zip(self.up, self.decoder, strict=True):
-            skip = skips.pop()
-            depth, height, width = skip.shape[2:]
-            x = block(torch.cat((skip, up(x)[..., :depth, :height, :width]), 1))
-        return self.head(x)
+        for level in range(len(self.decoder)):
+            x = self._up(level, skips.pop(), x)
+        return x
+
+    def _down(self, level: int, x: torch.Tensor) -> torch.Tensor:
+        """Features of an encoder's level from those of the level above, or from the image."""
+        return self.encoder[level](self.pool(x) if level else x)
+
+    def _up(self, level: int, skip: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Features of a decoder's level, counted from the lowest; of the last one the logits."""
+        depth, height, width = skip.shape[2:]
+        x = self.decoder[level](torch.cat((skip, self.up[level](x)[..., :depth, :height, :width]), 1))
+        return self.head(x) if level == len(self.decoder) - 1 else x

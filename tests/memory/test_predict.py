@@ -5,24 +5,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from effseg.benchmarking.networks import plain_conv_unet
 from effseg.errors import InputError
 from effseg.memory import measure_training_memory, peak_training_memory
 from effseg.memory.autocast import CudaAutocast
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.stock import StockEffSegNet
 from effseg.models.unet3d import UNet3D
-
-
-def plain_conv_unet(features=(32, 64, 128, 256, 320, 320), deep_supervision=False):
-    """nnU-Net's standard network for 15 classes."""
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet
-
-    stages = len(features)
-    return PlainConvUNet(
-        1, stages, features, nn.Conv3d, 3, (1, *[2] * (stages - 1)), 2, 15, 2, conv_bias=True,
-        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True}, deep_supervision=deep_supervision,
-    )  # fmt: skip
 
 
 class Small(nn.Module):
@@ -45,8 +34,8 @@ class Small(nn.Module):
     [
         (lambda: UNet3D(1, 15), "fp32", 4024),
         (lambda: UNet3D(1, 15), "bf16", 2064),
-        (plain_conv_unet, "fp32", 2231),
-        (plain_conv_unet, "bf16", 1126),
+        (lambda: plain_conv_unet(15), "fp32", 2231),
+        (lambda: plain_conv_unet(15), "bf16", 1126),
         (lambda: StockEffSegNet(1, 15), "fp32", 970),
         (lambda: StockEffSegNet(1, 15), "bf16", 620),
     ],
@@ -88,7 +77,9 @@ def test_prediction_equals_the_measured_step_of_effsegnet(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [lambda: EffSegNet(1, 15), lambda: StockEffSegNet(1, 15), plain_conv_unet])
+@pytest.mark.parametrize(
+    "make", [lambda: EffSegNet(1, 15), lambda: StockEffSegNet(1, 15), lambda: plain_conv_unet(15)]
+)
 def test_prediction_equals_the_measured_step_at_96(make):
     predicted = peak_training_memory(make, (1, 1, 96, 96, 96), dtype="fp32")
     measured = measure_training_memory(make, (1, 1, 96, 96, 96), 15)
@@ -156,8 +147,10 @@ def test_deep_supervision_keeps_what_its_second_output_needs():
     """Of three outputs the coarsest has weight 0; of the one at half the resolution the loss keeps softmax
     and log-softmax, and little else."""
     shape, features = (1, 1, 64, 64, 64), (8, 16, 32, 32)
-    one = peak_training_memory(lambda: plain_conv_unet(features), shape, dtype="fp32")
-    deep = peak_training_memory(lambda: plain_conv_unet(features, deep_supervision=True), shape, dtype="fp32")
+    one = peak_training_memory(lambda: plain_conv_unet(15, features), shape, dtype="fp32")
+    deep = peak_training_memory(
+        lambda: plain_conv_unet(15, features, deep_supervision=True), shape, dtype="fp32"
+    )
     output = 15 * 4 * 32**3
     assert 2 * output < deep.after_forward - one.after_forward < 3 * output
 

@@ -1,0 +1,1 @@
+"""What is compared with what, on which volumes, and how results are kept: the library under `benchmarks/`."""

@@ -1,0 +1,106 @@
+"""Rows of the memory suite: what a training step needs, predicted and measured."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from effseg.benchmarking.record import Row
+from effseg.benchmarking.registry import COMPILED, Case, Contender, missing
+from effseg.memory import MemoryReport, measure_training_memory, peak_training_memory
+from effseg.memory.step import make_optimizer
+
+
+def predicted(case: Case, dtype: str) -> Row:
+    """From fake tensors: needs seconds, and neither the memory nor a GPU."""
+    row = _empty(case, dtype)
+    reason = missing(case.contender) or unpredictable(case.contender)
+    if reason:
+        return replace(row, status="skipped", reason=reason)
+    report = predict(case, dtype)
+    return replace(
+        row,
+        bytes_predicted=report.peak,
+        parameters=report.parameters,
+        macs=None if case.contender.implementation == "triton" else report.macs,
+    )
+
+
+def unpredictable(contender: Contender) -> str | None:
+    """Why no prediction exists."""
+    if contender.implementation in COMPILED:
+        return "what torch.compile keeps cannot be predicted"
+    return None
+
+
+def predict(case: Case, dtype: str) -> MemoryReport:
+    """The report of a contender that is neither `missing` nor `unpredictable`.
+
+    Of ours, "auto" is predicted as it runs on a CPU, with ATen; Triton's kernels count no
+    multiply-accumulates.
+    """
+    contender, workload = case
+    for module in contender.requires:  # what a module makes when imported must not be fake
+        importlib.import_module(module)
+    # Fake weights cannot be laid out anew: such a network is built for real and copied.
+    real = contender.implementation == "channels_last"
+    model = contender.make(workload.classes) if real else partial(contender.make, workload.classes)
+    with contender.active():
+        return peak_training_memory(model, workload.shape, dtype=dtype, loss=contender.loss)
+
+
+def measured(case: Case, dtype: str, device: torch.device) -> Row:
+    """The prediction, and beside it a real step on the device. Out of memory is a row."""
+    row = predicted(case, dtype)
+    reason = missing(case.contender, device)
+    if reason:
+        return replace(row, status="skipped", reason=reason)
+    row = replace(row, status="ok", reason="")
+    return _on_gpu(row, case, dtype, device) if device.type == "cuda" else _on_cpu(row, case, dtype)
+
+
+def _on_cpu(row: Row, case: Case, dtype: str) -> Row:
+    """As torch's CPU allocator sees it; it reserves nothing."""
+    contender, workload = case
+    with contender.active():
+        found = measure_training_memory(
+            partial(contender.make, workload.classes),
+            workload.shape,
+            workload.classes,
+            dtype=dtype,
+            loss=contender.loss,
+        )
+    return replace(row, bytes_allocated=found.peak, bytes_outside_convolutions=found.outside_convolutions)
+
+
+def _on_gpu(row: Row, case: Case, dtype: str, device: torch.device) -> Row:
+    """The allocator's peaks of the second step, AdamW's included: the first makes its state and compiles."""
+    contender, workload = case
+    torch.cuda.empty_cache()
+    try:
+        model = contender.make(workload.classes).to(device).train()
+        image, labels = contender.batch(model, workload, device)
+        optimizer = make_optimizer("adamw", model.parameters())
+        for _ in range(2):
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            contender.step(model, image, labels, dtype)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize(device)
+    except torch.cuda.OutOfMemoryError as error:
+        return replace(row, status="out of memory", reason=" ".join(str(error).split())[:200])
+    return replace(
+        row,
+        bytes_allocated=torch.cuda.max_memory_allocated(device),
+        bytes_reserved=torch.cuda.max_memory_reserved(device),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _empty(case: Case, dtype: str) -> Row:
+    contender, workload = case
+    return Row("memory", contender.name, workload.name, dtype, voxels=workload.voxels)
