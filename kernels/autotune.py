@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from effseg.slabs import Window, abridged
 from effseg.version import __version__
 
 ROUNDS = 20
+MEMORY = ("raw", "stream")
 FLUSH_BYTES = 2**28
 """More than any GPU's cache."""
 
@@ -91,8 +93,8 @@ def problems(
 ) -> list[Problem]:
     """What a training step and a segmentation on a volume ask for, those that take longest first.
 
-    They run on fake tensors, once with convolutions by our kernels and once as if all were left to ATen:
-    then activated slabs are made, and asked for, that fused convolutions do without.
+    They run on fake tensors in both memory modes, once with convolutions by our kernels and once as if all
+    were left to ATen: then activated slabs are made, and asked for, that fused convolutions do without.
     """
     met: dict[str, tuple[float, Problem]] = {}
 
@@ -103,20 +105,17 @@ def problems(
         by_aten = aten and problem.op.startswith("conv3d")
         return Config(ATEN) if by_aten else configurations.heuristic(problem)
 
-    def build() -> SegmentationModel:
-        return build_model(model, channels, classes)
+    def build(memory: str) -> SegmentationModel:
+        network = build_model(model, channels, classes)
+        return type(network)(**(network.arguments | {"memory": memory}))
 
     shape = (1, channels, *volume)
-    for dtype in dtypes:
-        for aten in (False, True):
-            with algorithm("triton"), recording(arch), configurations.answering(partial(answer, aten)):
-                peak_training_memory(build, shape, dtype=dtype, device="cuda")
-                with (
-                    FakeTensorMode(),
-                    abridged(),
-                    torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"),
-                ):
-                    build().segment(torch.empty(shape))
+    for dtype, memory, aten in product(dtypes, MEMORY, (False, True)):
+        with algorithm("triton"), recording(arch), configurations.answering(partial(answer, aten)):
+            peak_training_memory(partial(build, memory), shape, dtype=dtype, device="cuda")
+            autocast = torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32")
+            with FakeTensorMode(), abridged(), autocast:
+                build(memory).segment(torch.empty(shape))
     # Asked for, but never run: the gradient of an image.
     met = {name: row for name, row in met.items() if not _is_gradient_of(row[1], channels)}
     return [problem for _, problem in sorted(met.values(), key=lambda row: -row[0])]

@@ -61,8 +61,6 @@ def neighbours(config: Config, products: bool) -> list[Config]:
 
     products: whether the tile is that of a matrix product, at least 16 in every direction.
     """
-    if uses_aten(config):
-        return []
     found = []
     for name in ("block_w", "block_h", "block_n", "num_warps", "block_k", "block_d", "splits", "num_stages"):
         value = getattr(config, name)
@@ -113,6 +111,11 @@ class Search:
         kernels = [config for config in self.measured if not uses_aten(config)]
         return min(kernels, key=lambda config: self.measured[config].median, default=None)
 
+    @property
+    def leaders(self) -> list[Config]:
+        """The fastest kernel and ATen, of those that were measured."""
+        return [c for c in (self.best_kernel, Config(ATEN)) if c in self.measured]
+
     def seconds(self, config: Config | None) -> float | None:
         """None for what was not measured."""
         return self.measured[config].median if config in self.measured else None
@@ -120,7 +123,8 @@ class Search:
 
 @torch.no_grad()
 def search(problem: Problem, device: torch.device, timer: Timer, most: int = MOST_CANDIDATES) -> Search:
-    """Climb from `starts` to the fastest neighbour until none is faster or `most` were tried."""
+    """Climb from the fastest kernel of `starts` to its fastest neighbour until none is faster or `most` were
+    tried; ATen, where it contends, is timed again beside them."""
     found, wave = Search(), starts(problem)
     try:
         run = trial(problem, device)
@@ -131,12 +135,12 @@ def search(problem: Problem, device: torch.device, timer: Timer, most: int = MOS
     products = problem.op.startswith("conv3d")
     while wave:
         right = [c for c in wave if _is_right(run, c, expected, problem.dtype, found)]
-        _measure(run, [*([found.best] if found.measured else []), *right], timer, found)
-        if not found.measured:
+        _measure(run, [*found.leaders, *right], timer, found)
+        if found.best_kernel is None:
             break
         tried = found.measured.keys() | found.dropped.keys()
-        around = [c for c in neighbours(found.best, products) if c not in tried]
-        wave = around[: most - len(tried)]
+        around = [c for c in neighbours(found.best_kernel, products) if c not in tried]
+        wave = around[: max(0, most - len(tried))]
     return found
 
 
