@@ -144,11 +144,14 @@ def check(case: Case, config: Config) -> None:
             assert ours is None
         elif not want.any():  # of a single class, say: rounding errors have no measure
             assert ours.abs().max() <= 1e-5
-        elif name == "features":
-            assert_no_worse_than_torch(ours, theirs, want, name)
         else:
-            assert ours.dtype == torch.float32
-            assert_no_worse_than_torch(ours.to(theirs.dtype), theirs, want, name)
+            assert ours.dtype == (dtype if name == "features" else torch.float32)
+            ours = ours.to(dtype)
+            if want.numel() >= 64:
+                assert_no_worse_than_torch(ours, theirs, want, name)
+            else:  # torch may be exact by chance
+                allowed = 2 * relative_error(theirs, want) + torch.finfo(dtype).eps + 1e-6
+                assert relative_error(ours, want) <= allowed, name
     (a, w, b), _ = case.reference()
     logits = a if w is None else F.conv3d(a, w[..., None, None, None], b)
     labels = case.argmax(config)
