@@ -1,8 +1,9 @@
 """Convolutions whose kernels normalise and activate their input as they read it.
 
 Forward writes y once and its statistics with it. Backward walks over slabs of output rows: the gradient of y,
-with what reaches it through its statistics, is made into a slab that stays in a GPU's cache; wgrad and dgrad
-read it from there, and dgrad writes each row of the input's gradient once, its neighbours' halo included.
+with what reaches it through its statistics, is made into a slab that stays in a GPU's cache (by wgrad itself
+where one slab is all); wgrad and dgrad read it from there, and dgrad writes each row of the input's gradient
+once, its neighbours' halo included.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from effseg.algorithms.triton import choices
 from effseg.deferred import Plain, Raw, Spec
 from effseg.kernels.conv3d_dgrad import conv3d_dgrad
 from effseg.kernels.conv3d_fwd import conv3d_forward
-from effseg.kernels.conv3d_wgrad import conv3d_wgrad
+from effseg.kernels.conv3d_wgrad import Fold, conv3d_wgrad
 from effseg.kernels.launch import NormAct, empty
-from effseg.kernels.norm_act import fold
+from effseg.kernels.norm_act import fold as fold_kernel
 from effseg.slabs import Window, slabs
 
 # From here on the arithmetic of a prologue, done for every tap that reads a voxel, costs more than making the
@@ -80,9 +81,21 @@ class Fused:
         for sample, lo, hi in slabs(y.shape[0], y.shape[2], thickness):
             one = slice(sample, sample + 1)
             slab = _Slab.of(window, lo, hi, spec.shape[2], y.shape[2])
-            g = _gradient(spec, y, through_statistics, grad_y, one, slab)
             own_terms = None if terms is None else _of_sample(terms, one)
-            if grad_weight is not None:
+            if grad_weight is None:
+                g = _gradient(spec, y, through_statistics, grad_y, one, slab)
+            elif through_statistics is not None and grad_y is not None and hi - lo == y.shape[2]:
+                # One slab: a small volume, where launches cost more than arithmetic.
+                out = empty(y[one].shape, spec.dtype, y.device)
+                mean, scale, shift = (t[one] for t in through_statistics)
+                fold = Fold(y[one], mean, scale, shift, out)
+                grad_weight += conv3d_wgrad(
+                    x[one], grad_y[one].to(spec.dtype), window=window, front=window.padding[0],
+                    prologue=own_terms, fold=fold,
+                )  # fmt: skip
+                g = out
+            else:
+                g = _gradient(spec, y, through_statistics, grad_y, one, slab)
                 first, last, pad = window.input_rows(lo, hi, spec.shape[2])
                 own = g[:, :, lo - slab.first_gradient : hi - slab.first_gradient]
                 grad_weight += conv3d_wgrad(
@@ -150,7 +163,7 @@ def _gradient(
     part = y[rows]
     out = empty(part.shape, part.dtype, part.device)
     mean, scale, shift = (t[one] for t in through_statistics)
-    fold(direct, part, mean, scale, shift, out)
+    fold_kernel(direct, part, mean, scale, shift, out)
     return out
 
 
