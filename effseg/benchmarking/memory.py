@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -36,6 +36,7 @@ def unpredictable(contender: Contender) -> str | None:
     return None
 
 
+@cache
 def predict(case: Case, dtype: str) -> MemoryReport:
     """The report of a contender that is neither `missing` nor `unpredictable`.
 
