@@ -66,6 +66,11 @@ def operands_in_registers(arch: str) -> bool:
     return not arch.startswith((INTERPRETER, "sm_9", "sm_10"))
 
 
+def unrolled(slide: bool, block_k: int, arch: str) -> bool:
+    """Whether the compiler may unroll the inner loop: where, as compiled, that spills no registers."""
+    return not operands_in_registers(arch) or (slide and block_k > 16)
+
+
 def sums_per_place(config: Config, block_k: int, arch: str) -> bool:
     """Whether registers hold two sums a place beside the accumulators, of which `slide` has three."""
     room = 32
@@ -156,7 +161,7 @@ def contract(
         options |= dict(TAPS=positions.taps, STEP=positions.step, OFFSETS=positions.offset[1:])
     if not flat:
         options["EPILOGUE_SLOPE"] = float(after_slope)
-        options["UNROLLED"] = not operands_in_registers(architecture(x.device))
+        options["UNROLLED"] = unrolled(slide, block_k, architecture(x.device))
     grid = (tiles * channel_blocks, samples)
     offset = positions.offset[0]
     if slide:

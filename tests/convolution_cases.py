@@ -46,9 +46,9 @@ def convolution(
     a: Tensor, weight: Tensor, bias: Tensor | None, window: Window, front: int, rows: int
 ) -> Tensor:
     """The first `rows` output rows, where output row 0 reads rows from -front of a on; differentiable."""
-    (kd, _, _), (sd, _, _) = window.kernel, window.stride
-    behind = sd * (rows - 1) + kd - front - a.shape[2]
-    padded = F.pad(a, (0, 0, 0, 0, front, behind))
+    read = torch.arange(window.stride[0] * (rows - 1) + window.kernel[0]) - front
+    exists = ((read >= 0) & (read < a.shape[2])).to(a)[:, None, None]
+    padded = a[:, :, read.clamp(0, a.shape[2] - 1)] * exists
     return F.conv3d(padded, weight, bias, window.stride, (0, *window.padding[1:]))
 
 
