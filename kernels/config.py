@@ -300,10 +300,13 @@ def _padded(channels: int) -> int:
     return max(16, power_of_two(channels))
 
 
-def _block_k(channels: int, most: int) -> int:
-    """A block that divides the channels, so that none is masked, or else holds them."""
+def _block_k(problem: Problem, most: int) -> int:
+    """A block that divides the channels, so that none is masked, unless that takes very many turns."""
+    channels, _ = contraction(problem)
     divides = channels & -channels
-    return min(most, divides if divides >= 16 else _padded(channels))
+    spread = math.prod(problem.stride) if problem.op == "conv3d_dgrad" else 1
+    many = math.prod(problem.kernel) // spread > 8
+    return min(most, divides if divides >= (32 if many else 16) else _padded(channels))
 
 
 def _interpreted(problem: Problem, loop: str) -> Config:
@@ -358,7 +361,7 @@ def _conv(problem: Problem, loop: str) -> Config:
         block_h=4 if crowded and block_n > 64 else 8,
         block_w=16,
         block_n=block_n,
-        block_k=_block_k(contraction(problem)[0], 32 if fp32 else 64),
+        block_k=_block_k(problem, 32 if fp32 else 64),
         num_warps=8 if block_n > 32 else 4,
         num_stages=2,
     )
