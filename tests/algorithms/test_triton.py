@@ -13,7 +13,7 @@ from effseg import EffSegNet, functional, peak_training_memory
 from effseg.algorithms import select
 from effseg.losses import dice_cross_entropy
 
-TINY = (1, 1, 4, 5, 6)
+TINY = (1, 1, 3, 2, 4)
 CLASSES = 5
 
 
@@ -117,9 +117,9 @@ def network_like(memory, state, dtype=torch.float32):
     return network.to(dtype)
 
 
-@pytest.mark.parametrize("memory", ["raw", "stream"])
+@pytest.mark.parametrize("memory", ["raw", pytest.param("stream", marks=pytest.mark.slow)])
 def test_a_whole_step(memory, tiny):
-    """Loss and all gradients, on a volume whose deepest levels are one voxel; twice, with the same bits."""
+    """Loss and all gradients, on a volume whose deepest levels are one voxel."""
     image, labels = tiny
     state = EffSegNet(1, CLASSES).state_dict()
     ours = step(network_like(memory, state), "triton", image, labels)
@@ -130,20 +130,33 @@ def test_a_whole_step(memory, tiny):
         # What one voxel normalised to nothing passes on is rounding alone.
         if float(e.norm()) > 1e-6 * largest:
             assert_no_worse_than_torch(a, b, e)
-    if memory == "raw":
-        again = step(network_like(memory, state), "triton", image, labels)
-        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+def test_two_runs_give_the_same_bits():
+    """A block, an upsampled sum and the head: every kernel that adds up."""
+    torch.manual_seed(0)
+    case = Case("up_add", n=1, c=16, size=(5, 6, 9), dtype=torch.float32)
+    head = leaf(3, 16, 1, 1, 1, dtype=torch.float32)
+    weight, labels = leaf(16, 16, 3, 3, 3, dtype=torch.float32), torch.randint(0, 3, (1, 5, 6, 9))
+
+    def run():
+        with effseg.algorithm("triton"):
+            y, mean, var = functional.conv3d(case.deferred(), weight)
+            norm = functional.Normalisation(mean, var.rsqrt(), mean)
+            loss = functional.segmentation_loss(functional.raw(y, norm, 0.01), labels, head)
+        return [loss, *torch.autograd.grad(loss, [*case.leaves(), weight, head])]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
 @pytest.mark.parametrize("memory", ["raw", "stream"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_memory_is_no_more_than_with_aten(memory, dtype):
+def test_memory_is_no_more_than_with_aten(memory):
     """On fake tensors, which no kernel reads."""
     found = []
     for algorithm in ("triton", "aten"):
         with effseg.algorithm(algorithm):
             network = EffSegNet(1, 15, memory=memory)
-            found.append(peak_training_memory(network, (1, 1, 192, 192, 192), dtype=dtype))
+            found.append(peak_training_memory(network, (1, 1, 192, 192, 192)))
     ours, aten = found
     assert ours.peak <= aten.peak
     assert ours.split["saved"] <= aten.split["saved"]
