@@ -123,12 +123,13 @@ def contract(
         (samples, tiles, 2, columns) if epilogue is not PLAIN else (1,), dtype=torch.float32, device=x.device
     )
     # What an option leaves unused is not read; any pointer will do.
-    y, after, after_slope = out, (partial,) * 3, 1.0
+    y, after_slope = out, 1.0
+    after: tuple[Tensor, ...] = (partial,) * 3
     if backward is not None:
         y, terms = backward
         after = tuple(padded_terms(t, columns) for t in (terms.mean, terms.scale, terms.beta))
         after_slope = terms.slope
-    before = (partial, partial)
+    before: tuple[Tensor, ...] = (partial,) * 2
     if prologue is not None:
         shift = prologue.beta.float() - prologue.mean.float() * prologue.scale.float()
         depth_of_terms = channels if flat else triton.cdiv(channels, block_k) * block_k
@@ -163,6 +164,7 @@ def contract(
         options["EPILOGUE_SLOPE"] = float(after_slope)
         options["UNROLLED"] = unrolled(slide, block_k, architecture(x.device))
     grid = (tiles * channel_blocks, samples)
+    sizes: tuple[int, ...]
     offset = positions.offset[0]
     if slide:
         sizes = (depth, height, width, positions.size[0], offset, positions.taps[1], tiles)
