@@ -288,12 +288,9 @@ def loop_of(problem: Problem) -> str:
 
 
 def _widest_slide(problem: Problem) -> int:
-    """Channels for which the registers hold three accumulators."""
-    if problem.dtype == "fp32" or (
-        problem.architecture == "sm_80" and problem.op == "conv3d_fwd" and problem.prologue
-    ):
-        return 32
-    return 64
+    """Channels for which the registers hold three accumulators, and a prologue's operands beside them."""
+    crowded = problem.dtype == "fp32" or problem.architecture == "sm_80"
+    return 32 if crowded and problem.op == "conv3d_fwd" and problem.prologue else 64
 
 
 def _padded(channels: int) -> int:
@@ -334,21 +331,10 @@ def _interpreted(problem: Problem, loop: str) -> Config:
 
 def _conv(problem: Problem, loop: str) -> Config:
     """Forward and dgrad: the largest tile whose accumulators, operands and epilogue the registers hold."""
-    fp32, oldest = problem.dtype == "fp32", problem.architecture == "sm_80"
+    fp32 = problem.dtype == "fp32"
     channels, columns = map(_padded, contraction(problem))
     if loop == "slide":
-        # mma, unlike wgmma, reads both operands from registers.
-        small = fp32 or (oldest and channels > 16)
-        block_n = min(32 if oldest else 64, columns)
-        wide = max(channels, block_n) > (32 if oldest else 16)
-        return Config(
-            loop,
-            block_d=32,
-            block_h=8,
-            block_w=8 if small else 16,
-            block_n=block_n,
-            num_warps=8 if wide else 4,
-        )
+        return _slide(problem, channels, columns)
     if loop == "few":
         block_k = min(64, _padded(math.prod(problem.kernel) * problem.in_channels))
         return Config(loop, block_d=8, block_h=8, block_w=16, block_n=min(64, columns), block_k=block_k)
@@ -363,7 +349,24 @@ def _conv(problem: Problem, loop: str) -> Config:
         block_n=block_n,
         block_k=_block_k(problem, 32 if fp32 else 64),
         num_warps=8 if block_n > 32 else 4,
-        num_stages=2,
+        num_stages=1 if crowded and block_n <= 32 and problem.op == "conv3d_fwd" else 2,
+    )
+
+
+def _slide(problem: Problem, channels: int, columns: int) -> Config:
+    """mma, unlike wgmma, reads both operands from registers; of tensor memory's 512 columns Triton 3.6 would take
+    608 for a larger tile of 64 channels."""
+    fp32, oldest = problem.dtype == "fp32", problem.architecture == "sm_80"
+    small = fp32 or channels > {"sm_80": 16, "sm_90": 64, "sm_100": 32}[problem.architecture]
+    block_n = min(32 if fp32 or oldest else 64, columns)
+    narrow = 32 if oldest and not (fp32 and problem.op == "conv3d_fwd") else 16
+    return Config(
+        "slide",
+        block_d=32,
+        block_h=8,
+        block_w=8 if small else 16,
+        block_n=block_n,
+        num_warps=4 if max(channels, block_n) <= narrow else 8,
     )
 
 
