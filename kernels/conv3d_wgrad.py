@@ -83,7 +83,8 @@ def _check(x: Tensor, grad: Tensor, window: Window, fold: Fold | None) -> None:
         raise TypeError(f"grad: expected float32, bfloat16 or float16, got {grad.dtype}")
     if x.dtype == torch.float64:
         raise TypeError("x: expected at most 32 bits, got torch.float64")
-    if x.shape[0] != grad.shape[0] or grad.shape[3:] != window.output_size(tuple(x.shape[2:]))[1:]:
+    _, *plane = window.output_size((1, x.shape[3], x.shape[4]))
+    if x.shape[0] != grad.shape[0] or list(grad.shape[3:]) != plane:
         raise ValueError(
             f"grad: {tuple(grad.shape)} is not of the output of x {tuple(x.shape)} under {window}"
         )

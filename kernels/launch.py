@@ -94,8 +94,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 def problem(op: str, x: Tensor, **others: Any) -> Problem:
     """What `config.choose` is asked of an operator that tiles x (N, C, D, H, W); `others` override."""
     gpu = gpu_slug(torch.cuda.get_device_name(x.device)) if x.device.type == "cuda" else ""
-    given = {"in_channels": x.shape[1], "out_channels": x.shape[1], "size": tuple(x.shape[2:]), "gpu": gpu}
-    return Problem(op, architecture(x.device), dtype_name(x.dtype), **(given | others))
+    given: dict[str, Any] = {
+        "in_channels": x.shape[1],
+        "out_channels": x.shape[1],
+        "size": tuple(x.shape[2:]),
+    }
+    return Problem(op, architecture(x.device), dtype_name(x.dtype), gpu=gpu, **(given | others))
 
 
 def channels_last(x: Tensor) -> Tensor:

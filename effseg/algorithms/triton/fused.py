@@ -9,6 +9,7 @@ once, its neighbours' halo included.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,6 @@ from effseg.kernels.launch import NormAct, empty
 from effseg.kernels.norm_act import fold as fold_kernel
 from effseg.slabs import Window, slabs
 
-# From here on the arithmetic of a prologue, done for every tap that reads a voxel, costs more than making the
-# activated slab: wide tensors are small.
 WIDE = 128
 
 
@@ -33,14 +32,22 @@ class Fused:
     """See `effseg.algorithms.interface.FusedConv3d`."""
 
     def takes(self, spec: Spec, weight: Tensor, window: Window) -> bool:
-        """A stored tensor, or a stored raw output that is not wide, where no pass is left to ATen."""
-        if not (isinstance(spec, Plain) or (isinstance(spec, Raw) and spec.shape[1] < WIDE)):
+        """A stored tensor, or a stored raw output where the kernels march along D, where no pass is left to
+        ATen.
+
+        A march activates a voxel 9 times (6 in wgrad), the other loops once for each of up to 27 taps: there,
+        and where the tensor is wide and so small, the slab is activated first.
+        """
+        if not isinstance(spec, (Plain, Raw)):
             return False
         passes = (choices.forward, choices.dgrad, choices.wgrad)
-        low = weight.to(spec.dtype)
-        return all(
-            choice(low, window, spec.shape[2:], isinstance(spec, Raw)) is not None for choice in passes
-        )
+        low, prologue = weight.to(spec.dtype), isinstance(spec, Raw)
+        configs = [choice(low, window, spec.shape[2:], prologue) for choice in passes]
+        if None in configs:
+            return False
+        reads_once = prod(window.kernel) == 1
+        marches = all(config is not None and config.loop != "tap" for config in configs)
+        return not prologue or reads_once or (marches and spec.shape[1] < WIDE)
 
     def forward(
         self,
