@@ -354,7 +354,7 @@ def _conv(problem: Problem, loop: str) -> Config:
 
 
 def _slide(problem: Problem, channels: int, columns: int) -> Config:
-    """mma, unlike wgmma, reads both operands from registers; of tensor memory's 512 columns Triton 3.6 would take
+    """mma, unlike wgmma, reads both operands from registers; of tensor memory's 512 columns Triton 3.6 takes
     608 for a larger tile of 64 channels."""
     fp32, oldest = problem.dtype == "fp32", problem.architecture == "sm_80"
     small = fp32 or channels > {"sm_80": 16, "sm_90": 64, "sm_100": 32}[problem.architecture]
