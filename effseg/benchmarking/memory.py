@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from dataclasses import replace
 from functools import cache, partial
@@ -80,6 +81,7 @@ def _on_cpu(row: Row, case: Case, dtype: str) -> Row:
 def _on_gpu(row: Row, case: Case, dtype: str, device: torch.device) -> Row:
     """The allocator's peaks of the second step, AdamW's included: the first makes its state and compiles."""
     contender, workload = case
+    gc.collect()  # of the contender before, whose graph may hold cycles
     torch.cuda.empty_cache()
     try:
         model = contender.make(workload.classes).to(device).train()

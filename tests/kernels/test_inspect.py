@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from effseg.benchmarking import guard
 from effseg.kernels import inspect, sass
 from effseg.kernels.config import ARCHITECTURES, LOOPS
 
@@ -158,6 +159,16 @@ BARS = {
 @pytest.mark.parametrize(("which", "bar"), BARS.items())
 def test_main_loops_issue_few_instructions(rows, which, bar):
     assert 0 < rows[which]["issue"] <= bar
+
+
+def test_issue_clocks_are_no_worse_than_the_guards_baseline(rows):
+    version = pytest.importorskip("triton").__version__
+    known = guard.read(guard.BASELINE).kernels
+    if version not in known:
+        pytest.skip(f"no baseline for Triton {version}")
+    now = guard.clocks(row for row in rows.values() if row["shape"].startswith("32->32"))
+    findings = guard.compare({name: known[version][name] for name in now}, now)
+    assert [str(finding) for finding in findings if finding.is_worse] == []
 
 
 def test_shipped_configurations_use_wgmma_and_do_not_spill(rows):

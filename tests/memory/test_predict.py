@@ -123,6 +123,7 @@ def test_frozen_parameters_have_no_gradient_and_no_state():
 def test_deep_supervision_keeps_what_its_second_output_needs():
     """Of three outputs the coarsest has weight 0; of the one at half the resolution the loss keeps softmax
     and log-softmax, and little else."""
+    pytest.importorskip("dynamic_network_architectures")
     shape, features = (1, 1, 64, 64, 64), (8, 16, 32, 32)
     one = peak_training_memory(lambda: plain_conv_unet(15, features), shape, dtype="fp32")
     deep = peak_training_memory(
