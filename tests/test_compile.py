@@ -292,6 +292,7 @@ inductor = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor need
 deprecated = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 
+@pytest.mark.slow
 @inductor
 @deprecated
 def test_inductor():

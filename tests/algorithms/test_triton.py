@@ -135,9 +135,9 @@ def test_a_whole_step(memory, tiny):
 def test_two_runs_give_the_same_bits():
     """A block, an upsampled sum and the head: every kernel that adds up."""
     torch.manual_seed(0)
-    case = Case("up_add", n=1, c=16, size=(5, 6, 9), dtype=torch.float32)
+    case = Case("up_add", n=1, c=16, size=(3, 5, 9), dtype=torch.float32)
     head = leaf(3, 16, 1, 1, 1, dtype=torch.float32)
-    weight, labels = leaf(16, 16, 3, 3, 3, dtype=torch.float32), torch.randint(0, 3, (1, 5, 6, 9))
+    weight, labels = leaf(16, 16, 3, 3, 3, dtype=torch.float32), torch.randint(0, 3, (1, 3, 5, 9))
 
     def run():
         with effseg.algorithm("triton"):
@@ -149,7 +149,7 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-@pytest.mark.parametrize("memory", ["raw", "stream"])
+@pytest.mark.parametrize("memory", ["stream", pytest.param("raw", marks=pytest.mark.slow)])
 def test_memory_is_no_more_than_with_aten(memory):
     """On fake tensors, which no kernel reads."""
     found = []
