@@ -206,7 +206,7 @@ def test_residual_block(recompute):
     assert_module_as_eager(block, run, (randn(2, 4, 5, 4, 3),))
 
 
-@pytest.mark.parametrize(("memory", "sizes"), [("raw", 1), ("stream", 2)])
+@pytest.mark.parametrize(("memory", "sizes"), [("raw", 1), pytest.param("stream", 2, marks=pytest.mark.slow)])
 def test_loss_of_a_network(network, memory, sizes):
     batches = [image_and_labels(*size) for size in [(9, 8, 10), (12, 9, 8)][:sizes]]
     assert_module_as_eager(network(memory=memory).double(), loss, *batches, frames=sizes)
@@ -218,6 +218,7 @@ def test_logits_of_a_network(network, monkeypatch, preset):
     assert_module_as_eager(network(preset).double(), forward, image_and_labels(9, 8, 10)[:1])
 
 
+@pytest.mark.slow
 def test_network_with_every_option(network):
     model = network("deep", memory="stream", norm="batch", recompute=1, auxiliary=True, thick_axis=0)
     assert_module_as_eager(model.double(), loss, image_and_labels(8, 9, 10))
