@@ -47,7 +47,7 @@ class Pointer:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.dtype = tensor.dtype
-        self.offset = tensor.storage_offset() * tensor.itemsize
+        self.offset = int(tensor.storage_offset()) * tensor.itemsize
 
     def data_ptr(self) -> int:
         return self.offset
@@ -103,13 +103,20 @@ def examined(kernel: Any) -> Report:
         return Stretch(path.instructions * warps / 4, path.work if mma else 0, loads)
 
     return Report(
-        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        registers=int(_groups(r"REG:(\d+)", usage)[0]),
         spills=code.spills,
         shared=kernel.metadata.shared,
         mma=dict(mma),
         main=stretch(main),
         around=stretch(around),
     )
+
+
+def _groups(pattern: str, text: str) -> tuple[str, ...]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"{pattern!r} is not in {text!r}: another version's machine code")
+    return found.groups()
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -133,11 +140,11 @@ def flops_of(ptx: str, warps: int) -> Callable[[sass.Instruction], int]:
     def flops(instruction: sass.Instruction) -> int:
         kind = instruction.mma
         if kind == "HGMMA":
-            m, n, k = map(int, re.search(r"\.(\d+)x(\d+)x(\d+)\.", instruction.text).groups())
+            m, n, k = map(int, _groups(r"\.(\d+)x(\d+)x(\d+)\.", instruction.text))
             return 2 * m * n * k * warps // 4
         if kind == "HMMA":
             # .16816: 16x8x16; .1688: 16x8x8.
-            k = int(re.search(r"\.168(\d+)", instruction.text).group(1))
+            k = int(_groups(r"\.168(\d+)", instruction.text)[0])
             return 2 * 16 * 8 * k * warps
         return descriptors if kind else 0
 

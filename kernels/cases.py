@@ -75,14 +75,15 @@ def cases(quick: bool = False) -> list[Case]:
 
 def convolutions() -> list[tuple[int, int, Window]]:
     """(in channels, out channels, window) of every convolution of the presets and of nnU-Net's widths."""
-    found = {}
+    found: dict[tuple[int, int, Window], None] = {}
     with torch.device("meta"):
         networks = [EffSegNet(1, CLASSES[0], preset=preset) for preset in PRESETS]
         networks.append(EffSegNet(1, CLASSES[0], thick_axis=0))
     for network in networks:
         for layer in network.modules():
             if isinstance(layer, nn.Conv3d) and layer.out_channels >= 16:
-                found[layer.in_channels, layer.out_channels, Window(layer.kernel_size, layer.stride)] = None
+                kernel, stride = map(_triple, (layer.kernel_size, layer.stride))
+                found[layer.in_channels, layer.out_channels, Window(kernel, stride)] = None
     down = Window((3, 3, 3), (2, 2, 2))
     for i, width in enumerate(NNUNET_WIDTHS):
         found[width, width, CUBE] = None
@@ -90,6 +91,11 @@ def convolutions() -> list[tuple[int, int, Window]]:
             found[NNUNET_WIDTHS[i - 1], width, down] = None
             found[2 * NNUNET_WIDTHS[i - 1], NNUNET_WIDTHS[i - 1], CUBE] = None
     return list(found)
+
+
+def _triple(values: tuple[int, ...]) -> Triple:
+    d, h, w = values
+    return d, h, w
 
 
 def _convolution(in_channels: int, out_channels: int, window: Window) -> Iterator[Case]:

@@ -83,10 +83,8 @@ def test_networks_have_their_published_sizes(network):
     assert parameters / 1e6 == pytest.approx(PARAMETERS[network], rel=0.02)
 
 
-@pytest.mark.parametrize(
-    "network",
-    ["segresnet", *(pytest.param(n, marks=pytest.mark.slow) for n in PARAMETERS if n != "segresnet")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("network", PARAMETERS)
 def test_every_way_to_compute_a_network_gives_its_loss_and_gradients(network):
     ways = [found(f"{network}/{how}") for how in ("eager", "checkpoint", "channels_last")]
     losses, norms = zip(*(loss_and_gradient(way) for way in ways), strict=True)
@@ -95,6 +93,7 @@ def test_every_way_to_compute_a_network_gives_its_loss_and_gradients(network):
         assert norm == pytest.approx(norms[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_ours_has_the_loss_of_its_twin_in_stock_torch():
     names = ["stock-effseg-base/eager", *(f"effseg-base/{memory}/aten" for memory in ("raw", "stream+1"))]
     losses, norms = zip(*(loss_and_gradient(contenders()[name]) for name in names), strict=True)
