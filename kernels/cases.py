@@ -6,7 +6,7 @@ configurations are those that the wrapper would launch and are described nowhere
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,11 +93,6 @@ def convolutions() -> list[tuple[int, int, Window]]:
     return list(found)
 
 
-def _triple(values: tuple[int, ...]) -> Triple:
-    d, h, w = values
-    return d, h, w
-
-
 def _convolution(in_channels: int, out_channels: int, window: Window) -> Iterator[Case]:
     """Every pass: fused, as networks of deferred activations run it, and on slabs that an elementwise kernel
     activates, which is worth it where a convolution reads them often."""
@@ -169,7 +164,7 @@ def _call(case: Case, dtype: torch.dtype) -> None:
         statistics.channel_sums(x)
 
 
-def _triple(values: Iterator[int]) -> Triple:
+def _triple(values: Iterable[int]) -> Triple:
     d, h, w = values
     return d, h, w
 
