@@ -63,7 +63,8 @@ def measure_training_memory(
     gc.collect()
     state = [v for s in updates.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     before = _storage_bytes([image, labels, *model.parameters(), *model.buffers(), *state])
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # acc_events: without it some versions of torch warn that they drop what another cycle saw.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         value = step()
     peak, outside = _peaks(profiler.profiler.kineto_results.events())
     return MeasuredMemory(before + peak, before + outside, value)
