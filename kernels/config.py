@@ -376,13 +376,13 @@ def _wgrad(problem: Problem, loop: str) -> Config:
     processors = MULTIPROCESSORS[problem.architecture]
     if loop == "tap":
         return _wgrad_tap(problem, processors)
-    small = fp32 or (oldest and loop == "pair" and problem.in_channels > 16)
+    crowded = oldest and loop == "pair" and problem.in_channels > 16
     few_warps = oldest and loop == "pair" and max(problem.in_channels, problem.out_channels) == 16
     return Config(
         loop,
         block_d=32,
-        block_h=2 if small else 4,
-        block_w=16,
+        block_h=2 if fp32 or crowded else 4,
+        block_w=8 if crowded and problem.prologue and not fp32 else 16,
         splits=processors if loop == "pair3" else processors // 3,
         num_warps=4 if few_warps and problem.prologue else 8,
         num_stages=1 if fp32 or problem.prologue else 2,

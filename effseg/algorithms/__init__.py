@@ -39,16 +39,26 @@ def algorithm(name: str) -> Iterator[None]:
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the forced algorithm, or of the one for this device and compute type: kernels on CUDA, else
-    ATen."""
+    """The name of the forced algorithm, or of the one for this device and compute type: kernels on a GPU for
+    which they have been measured (`effseg tune`), else ATen."""
     name = _forced.get()
     if name == "triton" and dtype not in TRITON_DTYPES:
         known = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)
         got = str(dtype).removeprefix("torch.")
         raise ValueError(f"algorithm: triton computes in {known}, got {got}")
     if name == "auto":
-        name = "triton" if device.type == "cuda" and dtype in TRITON_DTYPES else "aten"
+        wanted = device.type == "cuda" and dtype in TRITON_DTYPES and _measured(device)
+        name = "triton" if wanted else "aten"
     return name
+
+
+@torch.compiler.assume_constant_result
+def _measured(device: torch.device) -> bool:
+    """Whether a tuned file says what our kernels and ATen's take on this GPU; without one nobody knows."""
+    from effseg.kernels.config import gpu_slug, read_tuned, tuned_files
+
+    files = tuned_files(gpu_slug(torch.cuda.get_device_name(device)))
+    return any(len(read_tuned(path)) > 0 for path in files)
 
 
 def load(name: str) -> Algorithm:
