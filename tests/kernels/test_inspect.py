@@ -156,16 +156,22 @@ BARS = {
 }
 
 
+def needs_the_compiler_of_the_bars():
+    version = pytest.importorskip("triton").__version__
+    if not version.startswith("3.9"):
+        pytest.skip(f"the bars are those of Triton 3.9's code, this is {version}")
+
+
 @pytest.mark.parametrize(("which", "bar"), BARS.items())
 def test_main_loops_issue_few_instructions(rows, which, bar):
+    needs_the_compiler_of_the_bars()
     assert 0 < rows[which]["issue"] <= bar
 
 
 def test_issue_clocks_are_no_worse_than_the_guards_baseline(rows):
-    version = pytest.importorskip("triton").__version__
+    needs_the_compiler_of_the_bars()
     known = guard.read(guard.BASELINE).kernels
-    if version not in known:
-        pytest.skip(f"no baseline for Triton {version}")
+    version = pytest.importorskip("triton").__version__
     now = guard.clocks(row for row in rows.values() if row["shape"].startswith("32->32"))
     findings = guard.compare({name: known[version][name] for name in now}, now)
     assert [str(finding) for finding in findings if finding.is_worse] == []
@@ -181,6 +187,7 @@ def test_shipped_configurations_use_wgmma_and_do_not_spill(rows):
 
 
 def test_rows_of_loads_are_wide(rows):
+    needs_the_compiler_of_the_bars()
     assert rows["conv3d_fwd", "64"]["loads"].keys() == {"16"}
 
 
