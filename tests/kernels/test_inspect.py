@@ -156,22 +156,25 @@ BARS = {
 }
 
 
-def needs_the_compiler_of_the_bars():
+def needs_triton_3_9():
+    """For what older compilers do worse; the guard's baseline holds their figures."""
     version = pytest.importorskip("triton").__version__
     if not version.startswith("3.9"):
-        pytest.skip(f"the bars are those of Triton 3.9's code, this is {version}")
+        pytest.skip(f"a figure of Triton 3.9's code, this is {version}")
 
 
 @pytest.mark.parametrize(("which", "bar"), BARS.items())
 def test_main_loops_issue_few_instructions(rows, which, bar):
-    needs_the_compiler_of_the_bars()
+    if which == ("conv3d_dgrad", "32"):
+        needs_triton_3_9()
     assert 0 < rows[which]["issue"] <= bar
 
 
 def test_issue_clocks_are_no_worse_than_the_guards_baseline(rows):
-    needs_the_compiler_of_the_bars()
-    known = guard.read(guard.BASELINE).kernels
     version = pytest.importorskip("triton").__version__
+    known = guard.read(guard.BASELINE).kernels
+    if version not in known:
+        pytest.skip(f"no baseline for Triton {version}")
     now = guard.clocks(row for row in rows.values() if row["shape"].startswith("32->32"))
     findings = guard.compare({name: known[version][name] for name in now}, now)
     assert [str(finding) for finding in findings if finding.is_worse] == []
@@ -187,7 +190,7 @@ def test_shipped_configurations_use_wgmma_and_do_not_spill(rows):
 
 
 def test_rows_of_loads_are_wide(rows):
-    needs_the_compiler_of_the_bars()
+    needs_triton_3_9()
     assert rows["conv3d_fwd", "64"]["loads"].keys() == {"16"}
 
 
