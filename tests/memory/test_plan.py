@@ -119,6 +119,7 @@ def test_command_compares_modes_and_baseline_in_json(capsys):
     assert arithmetic[0] == 1 < arithmetic[1] < arithmetic[2] < arithmetic[3] < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_search")
 def test_command_keeps_to_the_mode_asked_for(capsys):
     command = ["plan", "--volume", "48x32x32", "--classes", "4", "--gpu-memory", "90MB", "--memory", "stream"]

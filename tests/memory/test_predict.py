@@ -38,7 +38,7 @@ def test_prediction_equals_the_measured_step(optimizer):
     assert predicted.peak == pytest.approx(measured.outside_convolutions, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_prediction_equals_the_measured_step_of_effsegnet(dtype):
     """Thin slabs, so that scratch inside the CPU's batch norm, which works on one, does not matter."""
 

@@ -94,8 +94,17 @@ def test_auto_chooses_by_the_budget_and_anew_for_another_size():
         modes.append(auto.active_memory)
         assert (auto.segment(image) == raw.segment(image)).float().mean() > 0.999
     assert modes == ["raw", "stream"]
+
+
+@pytest.mark.slow
+def test_auto_refuses_what_does_not_fit():
+    image, labels = batch((1, 1, 72, 72, 72), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"memory: training effseg-base on 1x1x72x72x72 .* the budget is"):
         EffSegNet(1, 5, memory="auto", memory_budget=30_000_000).loss(image, labels)
+
+
+def test_auto_needs_a_budget_on_a_cpu():
+    image, labels = batch((1, 1, 8, 8, 8), dtype=torch.float32)
     with pytest.raises(ValueError, match="memory_budget: memory='auto' on cpu needs one"):
         EffSegNet(1, 5, memory="auto").loss(image, labels)
 

@@ -183,7 +183,14 @@ def test_bf16_on_a_cpu(config):
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
-@pytest.mark.parametrize("options", [{"memory": "stream", "recompute": 1}, {"memory_budget": "1GB"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory": "stream", "recompute": 1},
+        pytest.param({"memory_budget": "1GB"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_memory_modes_learn_the_same(config, options, tmp_path):
     expected = train(config.replace(output=tmp_path / "raw", memory="raw"))
     got = train(config.replace(output=tmp_path / "other", **options))
