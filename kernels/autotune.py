@@ -29,6 +29,7 @@ from effseg.kernels import config as configurations
 from effseg.kernels.config import ATEN, Config, Problem, Triple
 from effseg.kernels.launch import architecture, recording
 from effseg.kernels.search import MOST_CANDIDATES, Search, Timer, search
+from effseg.kernels.timer import cuda_seconds
 from effseg.kernels.trials import cropped
 from effseg.memory.predict import peak_training_memory
 from effseg.memory.step import DTYPES
@@ -37,10 +38,7 @@ from effseg.models.base import SegmentationModel
 from effseg.slabs import Window, abridged
 from effseg.version import __version__
 
-ROUNDS = 20
 MEMORY = ("raw", "stream")
-FLUSH_BYTES = 2**28
-"""More than any GPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +62,6 @@ class Machine:
     @property
     def slug(self) -> str:
         return configurations.gpu_slug(self.gpu)
-
-
-def cuda_seconds(device: torch.device, functions: Sequence[Callable[[], object]]) -> list[list[float]]:
-    """By CUDA events, the cache flushed before each call; the host waits after each round only."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    seconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(ROUNDS):
-        events = []
-        for function in functions:
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize(device)
-        for row, (start, end) in zip(seconds, events, strict=True):
-            row.append(start.elapsed_time(end) / 1e3)
-    return seconds
 
 
 # What is needed

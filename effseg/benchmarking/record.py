@@ -18,7 +18,7 @@ from effseg.doctor import versions as package_versions
 from effseg.errors import InputError
 
 SCHEMA = 1
-SUITES = ("throughput", "memory", "kernels")
+SUITES = ("memory", "throughput", "kernels")
 STATUSES = ("ok", "skipped", "out of memory", "wrong")
 MACHINE = ("cpu", "threads", "gpu", "gpu_memory", "driver", "clocks_before", "clocks_after")
 VERSIONS = ("python", "torch", "triton", "cudnn", "effseg", "commit")
@@ -31,7 +31,9 @@ class Row:
     task: "train" (forward, loss, backward), "infer", or a kernel's operator; dtype: bf16 or fp32; reason: why
     the status is not ok; seconds: 20th, 50th and 80th percentile of one run; bytes: allocated and reserved at
     the measured peak; predicted: of a whole training step with AdamW, in tensors; outside_convolutions: of
-    the same, measured on a CPU; parameters: how many; macs: multiply-accumulates of the step.
+    the same, measured on a CPU; moved: of an operator, to and from memory at the least, each operand read
+    once and each result written once; parameters: how many; macs: multiply-accumulates of the step, or of
+    the operator.
     """
 
     suite: str
@@ -50,6 +52,7 @@ class Row:
     bytes_reserved: int | None = None
     bytes_outside_convolutions: int | None = None
     bytes_predicted: int | None = None
+    bytes_moved: int | None = None
     parameters: int | None = None
     macs: int | None = None
 
