@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "score segmentations: Dice, surface Dice, HD95 per organ",
     "plan": "say whether a volume fits on a GPU, and how large a volume does",
     "tune": "measure which kernels and tiles are fastest on this GPU",
+    "bench": "measure time and memory beside other networks, or compare two such records",
     "doctor": "check versions, the GPU, known faults, and the arithmetic",
 }
 

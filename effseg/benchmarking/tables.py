@@ -1,0 +1,129 @@
+"""The README's tables, made from the committed results: `python -m effseg.benchmarking.tables README.md`.
+
+A block of the file lies between a line `<!-- benchmark: NAME -->` and the next `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from effseg.atomic import atomic_path
+from effseg.benchmarking import auto, results, tabulation
+from effseg.benchmarking.tabulation import Table
+from effseg.errors import InputError
+
+BEGIN = re.compile(r"<!-- benchmark: (\S+) -->")
+END = "<!-- end -->"
+NOTHING = "Not measured."
+
+
+# What a block holds, given the folder of results
+
+
+def memory_block(folder: Path) -> str:
+    return tabulation.memory(results.records(folder)).markdown()
+
+
+def auto_block(folder: Path) -> str:
+    return auto.table(auto.read(folder / auto.FILE)).markdown()
+
+
+def cpu_block(folder: Path) -> str:
+    records = [record for record in results.records(folder) if not results.is_on_gpu(record)]
+    return _titled([table for record in records for table in tabulation.throughput(record)])
+
+
+def gpu_block(folder: Path) -> str:
+    records = [record for record in results.records(folder) if results.is_on_gpu(record)]
+    return _titled([table for record in records for table in tabulation.throughput(record)])
+
+
+def kernels_block(folder: Path) -> str:
+    return _titled([table for record in results.records(folder) for table in tabulation.kernels(record)])
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "memory": memory_block,
+    "auto": auto_block,
+    "cpu": cpu_block,
+    "gpu": gpu_block,
+    "kernels": kernels_block,
+}
+
+
+def _titled(tables: Sequence[Table]) -> str:
+    return "\n\n".join(f"{table.title}:\n\n{table.markdown()}" for table in tables) or NOTHING
+
+
+# The file
+
+
+def regenerated(text: str, folder: Path = results.FOLDER) -> tuple[str, list[str]]:
+    """The text with its blocks made anew, and the names of those that differ.
+
+    Raises InputError for a block that is not known or has no end, and for results that are not there.
+    """
+    made, differing = [], []
+    lines = iter(text.splitlines())
+    for line in lines:
+        made.append(line)
+        begin = BEGIN.fullmatch(line)
+        if begin:
+            name = begin[1]
+            if name not in BLOCKS:
+                raise InputError(f"{name}: expected a block of {', '.join(BLOCKS)}")
+            block = BLOCKS[name](folder)
+            if _block(name, lines) != block:
+                differing.append(name)
+            made += [block, END]
+    return "\n".join(made) + "\n", differing
+
+
+def _block(name: str, lines: Iterator[str]) -> str:
+    """The lines up to the next END, which is read, too."""
+    found: list[str] = []
+    for line in lines:
+        if line == END:
+            return "\n".join(found)
+        found.append(line)
+    raise InputError(f"{name}: expected a line {END} after the block, found none")
+
+
+# The command
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"tables: error: {message} (see --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _Parser(
+        prog="python -m effseg.benchmarking.tables",
+        description=f"""Makes the tables of a Markdown file anew ({", ".join(BLOCKS)}), from the JSON of
+            benchmarks/results. Exit code 1 with --check if one differs.""",
+    )
+    parser.add_argument("file", type=Path, metavar="README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing, name the blocks that differ")
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="default: benchmarks/results")
+    args = parser.parse_args(argv)
+    try:
+        text, differing = regenerated(args.file.read_text(encoding="utf-8"), args.results)
+        if not args.check:
+            with atomic_path(args.file) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    except (InputError, OSError, UnicodeDecodeError) as error:
+        print(f"tables: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for name in differing:
+        print(f"{'differs' if args.check else 'made anew'}: {name}")
+    return 1 if args.check and differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Records as tables, for a terminal and for Markdown.
+
+A table says nothing that is not in the records; what they lack is "not measured".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from effseg.benchmarking import peaks, results
+from effseg.benchmarking.record import Record, Row
+from effseg.memory.units import format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+NOT_MEASURED = "not measured"
+BASELINE = "unet3d/eager"
+"""Whose memory is 100 %."""
+TWIN = "stock-effseg-base/eager"
+"""Whose time is 1: what remains is the implementation."""
+KERNEL_CONTENDERS = ("aten", "triton", "eager", "compile")
+MEMORY_CONTENDERS = (
+    BASELINE, "unet3d/checkpoint", "nnunet/eager", "nnunet/checkpoint", TWIN, "effseg-base/raw/auto",
+    "effseg-base/stream/auto", "effseg-base/stream+1/auto",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """title: what all its rows have in common; emphasised: numbers of the rows that are ours."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    emphasised: frozenset[int] = frozenset()
+
+    def markdown(self) -> str:
+        """Without the title."""
+        lines = [self.columns, ("---",) * len(self.columns)]
+        for i, row in enumerate(self.rows):
+            first, *rest = row
+            lines.append((f"**{first}**" if i in self.emphasised else first, *rest))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def rich(self) -> RichTable:
+        from rich.markup import escape
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=escape(self.title), title_justify="left")
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i else "left")
+        for i, row in enumerate(self.rows):
+            table.add_row(*map(escape, row), style="bold" if i in self.emphasised else None)
+        return table
+
+
+# Memory
+
+
+def memory(
+    records: Sequence[Record],
+    workload: str = "512x512x512, 15 classes",
+    dtype: str = "bf16",
+    contenders: Sequence[str] = MEMORY_CONTENDERS,
+) -> Table:
+    """The predicted peak of a training step beside the measured one, of these contenders in this order."""
+    predicted, measured = {}, {}
+    for record, row in results.rows(records, "memory", workload=workload, dtype=dtype, task="train"):
+        if row.bytes_predicted is not None:
+            predicted[row.contender] = row
+        if row.bytes_allocated is not None:
+            measured[row.contender] = f"{format_bytes(row.bytes_allocated)} ({_device(record)})"
+    whole = predicted[BASELINE].bytes_predicted if BASELINE in predicted else None
+    return Table(
+        f"One training step on {workload}, {dtype}: peak memory",
+        ("network", "predicted peak", "of the 3D U-Net's", "bytes per voxel", "measured", "parameters"),
+        tuple(
+            (
+                results.label(name),
+                *_predicted(predicted.get(name), whole),
+                measured.get(name, NOT_MEASURED),
+                _millions(predicted.get(name)),
+            )
+            for name in contenders
+        ),
+        _ours(contenders),
+    )
+
+
+def _predicted(row: Row | None, whole: int | None) -> tuple[str, str, str]:
+    """GiB, the part of the whole, and bytes per voxel."""
+    if row is None or row.bytes_predicted is None:
+        return ("not predicted",) * 3
+    part = f"{row.bytes_predicted / whole:.1%}" if whole else "not predicted"
+    per_voxel = f"{row.bytes_predicted / row.voxels:.0f}" if row.voxels else "not predicted"
+    return format_bytes(row.bytes_predicted), part, per_voxel
+
+
+def _millions(row: Row | None) -> str:
+    return "not counted" if row is None or row.parameters is None else f"{row.parameters / 1e6:.2f} M"
+
+
+def _device(record: Record) -> str:
+    return str(record.machine["gpu"]) if results.is_on_gpu(record) else "CPU"
+
+
+def _ours(contenders: Iterable[str]) -> frozenset[int]:
+    return frozenset(i for i, name in enumerate(contenders) if results.is_ours(name))
+
+
+# Throughput
+
+
+def throughput(record: Record) -> list[Table]:
+    """One table for each workload, dtype and task of the record, of what was run."""
+    return [_throughput(record, key, group) for key, group in _groups(record, "throughput").items()]
+
+
+def _groups(record: Record, suite: str) -> dict[tuple[str, str, str], list[Row]]:
+    """The suite's rows that were run, by workload, dtype and task."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for _, row in results.rows([record], suite):
+        if row.status != "skipped":
+            groups.setdefault((row.workload, row.dtype, row.task), []).append(row)
+    return groups
+
+
+def _throughput(record: Record, key: tuple[str, str, str], rows: Sequence[Row]) -> Table:
+    workload, dtype, task = key
+    what = {"train": "training step", "infer": "segmentation"}.get(task, task)
+    twin = next((row for row in rows if row.contender == TWIN), None)
+    return Table(
+        f"One {what}, {workload}, {dtype}; {results.machine(record)}",
+        (
+            "network",
+            "seconds: median (20 % to 80 %)",
+            "of stock torch's",
+            "voxels/s",
+            "peak memory",
+            "of stock torch's",
+        ),
+        tuple(
+            (
+                results.label(row.contender),
+                _seconds(row),
+                _ratio(row.seconds_p50, twin.seconds_p50 if twin else None),
+                _per_second(row),
+                NOT_MEASURED if row.bytes_allocated is None else format_bytes(row.bytes_allocated),
+                _ratio(row.bytes_allocated, twin.bytes_allocated if twin else None),
+            )
+            for row in rows
+        ),
+        _ours(row.contender for row in rows),
+    )
+
+
+def _seconds(row: Row) -> str:
+    """Or why there is no time."""
+    if row.seconds_p50 is None:
+        return NOT_MEASURED if row.status == "ok" else row.status
+    spread = (row.seconds_p20, row.seconds_p80)
+    known = f" ({spread[0]:.3g} to {spread[1]:.3g})" if None not in spread else ""
+    return f"{row.seconds_p50:.3g}{known}"
+
+
+def _ratio(value: float | None, reference: float | None) -> str:
+    return NOT_MEASURED if value is None or not reference else f"{value / reference:.2f}x"
+
+
+def _per_second(row: Row) -> str:
+    return NOT_MEASURED if row.voxels_per_second is None else f"{row.voxels_per_second / 1e6:.3g} M"
+
+
+# Kernels
+
+
+def kernels(record: Record) -> list[Table]:
+    """One table for each dtype: operators by contender, in milliseconds and as the part of the least time
+    that device memory and tensor cores allow."""
+    by_dtype: dict[str, list[Row]] = {}
+    for _, row in results.rows([record], "kernels"):
+        by_dtype.setdefault(row.dtype, []).append(row)
+    return [
+        _kernels(record, dtype, rows)
+        for dtype, rows in by_dtype.items()
+        if any(row.seconds_p50 is not None for row in rows)
+    ]
+
+
+def _kernels(record: Record, dtype: str, rows: Sequence[Row]) -> Table:
+    by_operator: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        operator, _, contender = row.contender.rpartition("/")
+        by_operator.setdefault((operator, row.workload), {})[contender] = row
+    return Table(
+        f"Operators, {dtype}; {results.machine(record)}; ms, and the floor's part of it",
+        ("operator", "size", "floor", *KERNEL_CONTENDERS),
+        tuple(
+            (operator, size, *_kernel_cells(record, found))
+            for (operator, size), found in by_operator.items()
+            if any(row.seconds_p50 is not None for row in found.values())
+        ),
+    )
+
+
+def _kernel_cells(record: Record, found: dict[str, Row]) -> Iterator[str]:
+    """The floor, then each contender's time."""
+    floors = {name: peaks.floor_seconds(row, record.machine) for name, row in found.items()}
+    floor = next((seconds for seconds in floors.values() if seconds is not None), None)
+    yield "not known" if floor is None else f"{floor * 1e3:.3g}"
+    for name in KERNEL_CONTENDERS:
+        row = found.get(name)
+        if row is None or row.seconds_p50 is None:
+            yield NOT_MEASURED if row is None or row.status in ("ok", "skipped") else row.status
+        else:
+            part = "" if floor is None else f" ({floor / row.seconds_p50:.0%})"
+            yield f"{row.seconds_p50 * 1e3:.3g}{part}"
+
+
+# What a run prints
+
+
+def of_run(record: Record) -> list[Table]:
+    """Every table of a record."""
+    seen = dict.fromkeys((row.workload, row.dtype) for _, row in results.rows([record], "memory"))
+    found = []
+    for workload, dtype in seen:
+        rows = results.rows([record], "memory", workload=workload, dtype=dtype, task="train")
+        names = [r.contender for _, r in rows if r.bytes_predicted is not None or r.status != "skipped"]
+        found += [memory([record], workload, dtype, names)] if names else []
+    return [*found, *throughput(record), *kernels(record)]
+
+
+def skipped(record: Record) -> list[str]:
+    """A line for each reason why contenders were not run, with how many."""
+    reasons: dict[str, set[str]] = {}
+    for row in record.rows:
+        if row.status == "skipped":
+            reasons.setdefault(f"{row.suite}: {row.reason}", set()).add(row.contender)
+    return [
+        f"not run: {reason}: {len(names)} ({', '.join(sorted(names))})" for reason, names in reasons.items()
+    ]

@@ -1,0 +1,93 @@
+"""`effseg bench`: measure what is compared on this machine, or compare two records."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from effseg.benchmarking.record import SUITES, Record, Row, read, write
+from effseg.benchmarking.registry import DTYPES
+from effseg.errors import InputError
+
+HELP = """Measure time and memory of training steps and of operators, EffSegNet's beside other networks' and
+other ways to compute them, or compare two records that it has written. Nothing else should run meanwhile.
+Exit code 1 if a contender computed something wrong or, of --compare, if something got worse."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suite", nargs="+", choices=SUITES, default=SUITES, metavar="SUITE", help=f"of {', '.join(SUITES)}"
+    )
+    parser.add_argument("--full", action="store_true", help="the long selection of contenders and sizes")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda or cuda:N; default: the GPU if there is one"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="begin nothing after so long (default: no limit)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the record to this file")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE.json", "AFTER.json"),
+        help="measure nothing, compare",
+    )
+    parser.add_argument("--force", action="store_true", help="compare records of different machines, too")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.compare:
+        before, after = map(read, args.compare)
+        return _compare(before, after, args.force)
+    if args.force:
+        raise InputError("--force: expected with --compare only")
+    return _measure(args)
+
+
+def _compare(before: Record, after: Record, force: bool) -> int:
+    from effseg.benchmarking.compare import compare, conditions
+
+    changes = compare(before, after, force)
+    for line in (*conditions(before, after), *changes):
+        print(line)
+    worse = sum(change.is_worse for change in changes)
+    print(f"{worse} figure{'s are' if worse > 1 else ' is'} worse" if worse else "no figure is worse")
+    return 1 if worse else 0
+
+
+def _measure(args: argparse.Namespace) -> int:
+    if args.minutes is not None and not args.minutes > 0:
+        raise InputError(f"--minutes: expected more than 0, got {args.minutes:g}")
+    if args.output is not None and (args.output.is_dir() or args.output.suffix != ".json"):
+        raise InputError(f"{args.output}: expected the name of a .json file to write")
+    from rich.console import Console
+
+    from effseg.benchmarking import suites, tabulation
+    from effseg.device import find_device
+
+    device, screen = find_device(args.device), Console(stderr=True)
+    with screen.status("measuring") as status:
+
+        def show(row: Row) -> None:
+            status.update(f"{row.suite}: {row.contender}, {row.workload}, {row.dtype}: {row.status}")
+
+        record = suites.run(
+            args.suite,
+            full=args.full,
+            device=device,
+            dtypes=args.dtype,
+            seconds=None if args.minutes is None else 60 * args.minutes,
+            show=show,
+        )
+    if args.output is not None:
+        write(record, args.output)
+    for table in tabulation.of_run(record):
+        Console().print(table.rich())
+    for line in tabulation.skipped(record):
+        print(line)
+    wrong = [row for row in record.rows if row.status == "wrong"]
+    for row in wrong:
+        print(f"wrong: {row.suite}: {row.contender}, {row.workload}, {row.dtype}: {row.reason}")
+    return 1 if wrong else 0

@@ -1,0 +1,130 @@
+"""`effseg bench`'s frame: arguments, the file, what it prints, exit codes."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from benchmark_records import predicted, record, timed
+
+from effseg import benchmarking, cli
+from effseg.benchmarking.record import Row, read, write
+
+ROWS = (
+    predicted("unet3d/eager", 2000),
+    timed("stock-effseg-base/eager", 2.0),
+    timed("effseg-base/raw/auto", 1.0),
+    Row("kernels", "fold C32/triton", "64x64x64", "bf16", status="skipped", reason="kernels need a CUDA GPU"),
+)
+WRONG = Row(
+    "throughput", "nnunet/eager", "96x96x96, 15 classes", "fp32", status="wrong", reason="loss 1, not 2"
+)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the suites were run with; they give ROWS, or what is put in `rows`."""
+    calls = SimpleNamespace(rows=ROWS)
+
+    def run(suites, *, full, device, dtypes, seconds, show):
+        calls.suites, calls.options = suites, (full, device, dtypes, seconds)
+        for row in calls.rows:
+            show(row)
+        return record(*calls.rows)
+
+    module = SimpleNamespace(run=run)
+    monkeypatch.setitem(sys.modules, "effseg.benchmarking.suites", module)
+    monkeypatch.setattr(benchmarking, "suites", module, raising=False)
+    monkeypatch.setenv("COLUMNS", "160")
+    return calls
+
+
+def test_it_measures_writes_and_prints(asked, tmp_path, capsys):
+    path = tmp_path / "new" / "record.json"
+    assert cli.main(["bench", "--device", "cpu", "--output", str(path)]) == 0
+    assert asked.suites == ("memory", "throughput", "kernels")
+    assert asked.options == (False, torch.device("cpu"), ("bf16", "fp32"), None)
+    assert read(path).rows == ROWS
+    assert [file.name for file in path.parent.iterdir()] == ["record.json"]
+    out = capsys.readouterr().out
+    assert "One training step on 512x512x512, 15 classes, bf16: peak memory" in out
+    assert "EffSegNet base, raw" in out
+    assert "0.50x" in out
+    assert out.endswith("not run: kernels: kernels need a CUDA GPU: 1 (fold C32/triton)\n")
+
+
+def test_options_are_passed_on(asked):
+    options = ["--suite", "memory", "kernels", "--dtype", "fp32", "--minutes", "2", "--full"]
+    assert cli.main(["bench", "--device", "cpu", *options]) == 0
+    assert asked.suites == ["memory", "kernels"]
+    assert asked.options == (True, torch.device("cpu"), ["fp32"], 120)
+
+
+def test_a_wrong_contender_is_exit_code_1(asked, tmp_path, capsys):
+    asked.rows = (*ROWS, WRONG)
+    assert cli.main(["bench", "--device", "cpu", "--output", str(tmp_path / "record.json")]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "wrong: throughput: nnunet/eager, 96x96x96, 15 classes, fp32: loss 1, not 2"
+    assert read(tmp_path / "record.json").rows[-1] == WRONG
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--minutes", "0"], "--minutes"),
+        (["--minutes", "nan"], "--minutes"),
+        (["--suite", "speed"], "--suite"),
+        (["--device", "tpu"], "device"),
+        (["--output", "record.txt"], "record.txt"),
+        (["--output", "."], "."),
+        (["--force"], "--force"),
+        (["--compare", "a.json"], "--compare"),
+        (["--compare", "no-such-a.json", "no-such-b.json"], "no-such-a.json"),
+    ],
+)
+def test_bad_arguments_are_one_line(asked, capsys, arguments, named):
+    assert cli.main(["bench", *arguments]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("effseg: error: ")
+    assert named in last
+    assert not hasattr(asked, "suites")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Paths of two records, the second slower."""
+    paths = [tmp_path / name for name in ("before.json", "after.json")]
+    for path, seconds in zip(paths, (1.0, 1.5), strict=True):
+        write(record(timed("effseg-base/raw/auto", seconds)), path)
+    return [str(path) for path in paths]
+
+
+def test_a_regression_is_exit_code_1(files, capsys):
+    assert cli.main(["bench", "--compare", *files]) == 1
+    line, verdict = capsys.readouterr().out.splitlines()
+    assert line.startswith("worse: throughput: effseg-base/raw/auto: 96x96x96, 15 classes, fp32, train: ")
+    assert line.endswith("seconds_p50: 1 -> 1.5 (+50.0%)")
+    assert verdict == "1 figure is worse"
+
+
+def test_what_is_faster_is_told_and_exit_code_0(files, capsys):
+    assert cli.main(["bench", "--compare", *reversed(files)]) == 0
+    line, verdict = capsys.readouterr().out.splitlines()
+    assert line.startswith("better: ")
+    assert verdict == "no figure is worse"
+
+
+def test_other_machines_are_bad_input_unless_forced(files, tmp_path, capsys):
+    other = tmp_path / "other.json"
+    write(record(timed("effseg-base/raw/auto", 1.0), gpu="NVIDIA H200"), other)
+    assert cli.main(["bench", "--compare", files[0], str(other)]) == 2
+    assert capsys.readouterr().err.startswith("effseg: error: compare: expected records of one machine")
+    assert cli.main(["bench", "--compare", files[0], str(other), "--force"]) == 0
+
+
+def test_another_json_is_bad_input(files, tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text("{}")
+    assert cli.main(["bench", "--compare", files[0], str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path}: expected a benchmark record" in line
