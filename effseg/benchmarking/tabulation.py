@@ -94,9 +94,13 @@ def _predicted(row: Row | None, whole: int | None) -> tuple[str, str, str]:
     """GiB, the part of the whole, and bytes per voxel."""
     if row is None or row.bytes_predicted is None:
         return ("not predicted",) * 3
-    part = f"{row.bytes_predicted / whole:.1%}" if whole else "not predicted"
+    part = _percent(row.bytes_predicted / whole, 1) if whole else "not predicted"
     per_voxel = f"{row.bytes_predicted / row.voxels:.0f}" if row.voxels else "not predicted"
     return format_bytes(row.bytes_predicted), part, per_voxel
+
+
+def _percent(part: float, digits: int = 0) -> str:
+    return f"{100 * part:.{digits}f} %"
 
 
 def _millions(row: Row | None) -> str:
@@ -133,15 +137,8 @@ def _throughput(record: Record, key: tuple[str, str, str], rows: Sequence[Row]) 
     what = {"train": "training step", "infer": "segmentation"}.get(task, task)
     twin = next((row for row in rows if row.contender == TWIN), None)
     return Table(
-        f"One {what}, {workload}, {dtype}; {results.machine(record)}",
-        (
-            "network",
-            "seconds: median (20 % to 80 %)",
-            "of stock torch's",
-            "voxels/s",
-            "peak memory",
-            "of stock torch's",
-        ),
+        f"One {what}, {workload}, {dtype}, relative to {results.label(TWIN)}; {results.machine(record)}",
+        ("network", "seconds: median (20 % to 80 %)", "relative", "voxels/s", "peak memory", "relative"),
         tuple(
             (
                 results.label(row.contender),
@@ -216,7 +213,7 @@ def _kernel_cells(record: Record, found: dict[str, Row]) -> Iterator[str]:
         if row is None or row.seconds_p50 is None:
             yield NOT_MEASURED if row is None or row.status in ("ok", "skipped") else row.status
         else:
-            part = "" if floor is None else f" ({floor / row.seconds_p50:.0%})"
+            part = "" if floor is None else f" ({_percent(floor / row.seconds_p50)})"
             yield f"{row.seconds_p50 * 1e3:.3g}{part}"
 
 

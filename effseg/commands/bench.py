@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from effseg.benchmarking.record import SUITES, Record, Row, read, write
@@ -62,17 +65,11 @@ def _measure(args: argparse.Namespace) -> int:
         raise InputError(f"--minutes: expected more than 0, got {args.minutes:g}")
     if args.output is not None and (args.output.is_dir() or args.output.suffix != ".json"):
         raise InputError(f"{args.output}: expected the name of a .json file to write")
-    from rich.console import Console
-
-    from effseg.benchmarking import suites, tabulation
+    from effseg.benchmarking import suites
     from effseg.device import find_device
 
-    device, screen = find_device(args.device), Console(stderr=True)
-    with screen.status("measuring") as status:
-
-        def show(row: Row) -> None:
-            status.update(f"{row.suite}: {row.contender}, {row.workload}, {row.dtype}: {row.status}")
-
+    device = find_device(args.device)
+    with _progress() as show:
         record = suites.run(
             args.suite,
             full=args.full,
@@ -83,11 +80,42 @@ def _measure(args: argparse.Namespace) -> int:
         )
     if args.output is not None:
         write(record, args.output)
+    _print(record)
+    return 1 if any(row.status == "wrong" for row in record.rows) else 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Row], None]]:
+    """Shows the row just made, in one line of a terminal that changes, else in a line each; on stderr."""
+    from rich.console import Console
+
+    screen = Console(stderr=True)
+    with screen.status("measuring") as status:
+
+        def show(row: Row) -> None:
+            line = f"{row.suite}: {_name(row)}: {row.status}"
+            if screen.is_terminal:
+                status.update(line)
+            else:
+                print(line, file=sys.stderr, flush=True)
+
+        yield show
+
+
+def _print(record: Record) -> None:
+    from rich.console import Console
+
+    from effseg.benchmarking import tabulation
+
+    console = Console()
     for table in tabulation.of_run(record):
-        Console().print(table.rich())
+        console.print(table.rich())
     for line in tabulation.skipped(record):
         print(line)
-    wrong = [row for row in record.rows if row.status == "wrong"]
-    for row in wrong:
-        print(f"wrong: {row.suite}: {row.contender}, {row.workload}, {row.dtype}: {row.reason}")
-    return 1 if wrong else 0
+    for row in record.rows:
+        if row.status == "wrong":
+            print(f"wrong: {row.suite}: {_name(row)}: {row.reason}")
+
+
+def _name(row: Row) -> str:
+    return f"{row.contender}, {row.workload}, {row.dtype}"

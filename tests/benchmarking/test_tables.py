@@ -45,9 +45,9 @@ def test_memory_is_told_beside_the_baselines_and_what_is_missing_is_said():
     table = tabulation.memory([record(predicted("unet3d/eager", 2000), predicted("nnunet/eager", 1000)), gpu])
     assert table.title == "One training step on 512x512x512, 15 classes, bf16: peak memory"
     by_name = {row[0]: row[1:] for row in table.rows}
-    assert by_name["3D U-Net (Cicek 2016)"] == ("250.00 GiB", "100.0%", "2000", "not measured", "1.76 M")
+    assert by_name["3D U-Net (Cicek 2016)"] == ("250.00 GiB", "100.0 %", "2000", "not measured", "1.76 M")
     assert by_name["EffSegNet base, raw"] == (
-        "25.00 GiB", "10.0%", "200", "26.25 GiB (NVIDIA H200)", "1.76 M"
+        "25.00 GiB", "10.0 %", "200", "26.25 GiB (NVIDIA H200)", "1.76 M"
     )  # fmt: skip
     assert by_name["EffSegNet base, stream"] == (*["not predicted"] * 3, "not measured", "not counted")
     assert "| **EffSegNet base, raw** |" in table.markdown()
@@ -72,7 +72,10 @@ def test_throughput_is_told_beside_the_twin_in_stock_torch():
             ),
         )
     )
-    assert table.title == "One training step, 96x96x96, 15 classes, fp32; Some CPU, 2 threads, torch 2.13.0"
+    assert table.title == (
+        "One training step, 96x96x96, 15 classes, fp32, relative to EffSegNet base, stock torch; "
+        "Some CPU, 2 threads, torch 2.13.0"
+    )
     assert table.rows == (
         ("EffSegNet base, stock torch", "2 (1.98 to 2.02)", "1.00x", "0.442 M", "4.00 GiB", "1.00x"),
         ("EffSegNet base, raw", "1 (0.99 to 1.01)", "0.50x", "0.885 M", "1.00 GiB", "0.25x"),
@@ -103,7 +106,7 @@ def test_kernels_are_told_as_part_of_the_floor():
     (table,) = tabulation.kernels(record(*rows, gpu="NVIDIA H200"))
     assert table.columns == ("operator", "size", "floor", "aten", "triton", "eager", "compile")
     assert table.rows == (
-        ("fold C32", "256x256x256", "1", "2 (50%)", "1.25 (80%)", "not measured", "out of memory"),
+        ("fold C32", "256x256x256", "1", "2 (50 %)", "1.25 (80 %)", "not measured", "out of memory"),
     )
     (table,) = tabulation.kernels(record(*rows, gpu="NVIDIA Unknown"))
     assert table.rows[0][2:5] == ("not known", "2", "1.25")
@@ -197,9 +200,7 @@ def test_times_of_cpus_and_of_gpus_have_their_blocks(readme):
     folder = readme.parent / "results"
     write(record(timed("unet3d/eager", 1.0)), folder / "a.json")
     write(record(timed("unet3d/eager", 1.0), gpu="NVIDIA H200"), folder / "b.json")
-    assert tables.cpu_block(folder).startswith(
-        "One training step, 96x96x96, 15 classes, fp32; Some CPU, 2 thr"
-    )
+    assert tables.cpu_block(folder).startswith("One training step, 96x96x96, 15 classes, fp32, relative to ")
     assert "; NVIDIA H200, torch 2.13.0:\n\n| network |" in tables.gpu_block(folder)
 
 

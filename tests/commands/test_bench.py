@@ -46,7 +46,8 @@ def test_it_measures_writes_and_prints(asked, tmp_path, capsys):
     assert asked.options == (False, torch.device("cpu"), ("bf16", "fp32"), None)
     assert read(path).rows == ROWS
     assert [file.name for file in path.parent.iterdir()] == ["record.json"]
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err.splitlines()[0] == "memory: unet3d/eager, 512x512x512, 15 classes, bf16: ok"
     assert "One training step on 512x512x512, 15 classes, bf16: peak memory" in out
     assert "EffSegNet base, raw" in out
     assert "0.50x" in out
