@@ -6,6 +6,7 @@ arguments are specialised exactly as on a GPU. cuobjdump and nvdisasm come with 
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -77,7 +78,8 @@ class Stretch:
 @dataclass(frozen=True)
 class Report:
     """spills: instructions that reach local memory; shared: bytes; mma: tensor instructions by name; main: a
-    turn of the loop that multiplies (else that reads, else all code); around: a turn of what encloses it."""
+    turn of the loop that multiplies (else that reads, else all code), a mean one where they are unrolled;
+    around: a turn of what encloses it."""
 
     registers: int
     spills: int
@@ -99,8 +101,12 @@ def examined(kernel: Any) -> Report:
     main, around = sass.main_and_around(code, flops_of(kernel.asm["ptx"], warps) if mma else bytes_loaded)
 
     def stretch(path: sass.Path) -> Stretch:
-        loads = dict(sorted(code.loads(path.blocks).items(), reverse=True))
-        return Stretch(path.instructions * warps / 4, path.work if mma else 0, loads)
+        loads = sorted(code.loads(path.blocks).items(), reverse=True)
+        return Stretch(
+            path.instructions * warps / 4 / path.turns,
+            path.work // path.turns if mma else 0,
+            {width: math.ceil(count / path.turns) for width, count in loads},
+        )
 
     return Report(
         registers=int(_groups(r"REG:(\d+)", usage)[0]),

@@ -56,12 +56,14 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Path:
-    """One way through blocks of code. work: what it is for, as the caller counts; stored: bytes a thread."""
+    """One way through blocks of code. work: what it is for, as the caller counts; stored: bytes a thread;
+    turns: of a loop that it holds, more than one where the compiler has unrolled it."""
 
     work: int = 0
     stored: int = 0
     instructions: int = 0
     blocks: tuple[int, ...] = ()
+    turns: int = 1
 
     def __add__(self, other: Path) -> Path:
         return Path(
@@ -222,7 +224,11 @@ def cost(code: Code, block: int, work: Callable[[Instruction], int]) -> Path:
 
 def main_and_around(code: Code, work: Callable[[Instruction], int]) -> tuple[Path, Path]:
     """The interior way once through the loop that works (the cheapest of several), and once through what
-    encloses it, a loop or the whole kernel, without it; all code and an empty path where no loop works."""
+    encloses it, a loop or the whole kernel, without it; all code and an empty path where no loop works.
+
+    The interior turns of a loop may have been unrolled while those with masks are still a loop: the first
+    path is then all of them.
+    """
     everything = frozenset(reverse_postorder(code.successors))
     ways = {h: interior(code, body, h, work) for h, body in code.loops.items()}
     working = [h for h, way in ways.items() if way.work]
@@ -231,4 +237,12 @@ def main_and_around(code: Code, work: Callable[[Instruction], int]) -> tuple[Pat
     main = min(working, key=lambda h: ways[h].instructions / ways[h].work)
     enclosing = [(body, h) for h, body in code.loops.items() if code.loops[main] < body]
     body, header = min(enclosing, key=lambda found: len(found[0]), default=(everything, 0))
-    return ways[main], interior(code, body, header, work, through=main)
+    around = interior(code, body, header, work, through=main)
+    beside = interior(code, body, header, work)
+    costs = [cost(code, b, work) for b in beside.blocks]
+    unrolled = sum((block for block in costs if block.work), Path())
+    turns, rest = divmod(unrolled.work, ways[main].work)
+    # What has been peeled off the loop works on the way through it, too.
+    if turns > 1 and not rest and not around.work and unrolled.instructions < turns * ways[main].instructions:
+        return replace(unrolled, turns=turns), sum((block for block in costs if not block.work), Path())
+    return ways[main], around
