@@ -1,14 +1,12 @@
-"""What `memory="auto"` takes on cards of several sizes: `python -m effseg.benchmarking.auto`.
+"""What `memory="auto"` takes on cards of several sizes, for the README's table.
 
-It is predicted, which takes minutes, and written to benchmarks/results/auto.json, of which the README has a
-table.
+`python -m effseg.benchmarking.predictions` writes it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,17 +91,3 @@ def table(cells: Sequence[Cell]) -> Table:
             for budget in budgets
         ),
     )
-
-
-def main() -> int:
-    cells = []
-    for budget in BUDGETS:
-        for workload in WORKLOADS:
-            cells.append(predicted(budget, workload))
-            print(f"{budget} GB, {cells[-1].volume}: {cells[-1]}", flush=True)
-    write(cells, results.FOLDER / FILE)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
