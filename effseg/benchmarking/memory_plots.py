@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from effseg.benchmarking import results
@@ -36,7 +36,7 @@ BAR_COLOURS = {"bf16": "#1f77b4", "fp32": "#aec7e8"}
 # Bars
 
 
-def modes(records: Sequence[Record]) -> Any | None:
+def modes(records: Collection[Record]) -> Any | None:
     """Predicted bytes per voxel of a whole CT, each mode beside the baselines; None without predictions."""
     names = list(predictions(records, MODES, workload=WHOLE))
     if not names:
@@ -61,7 +61,9 @@ def modes(records: Sequence[Record]) -> Any | None:
     return figure
 
 
-def predictions(records: Sequence[Record], contenders: Iterable[str], **wanted: str) -> dict[str, list[Row]]:
+def predictions(
+    records: Collection[Record], contenders: Iterable[str], **wanted: str
+) -> dict[str, list[Row]]:
     """Predicted training steps with 15 classes by contender, in their order, the smallest volume first."""
     found: dict[str, dict[tuple[str, str], Row]] = {name: {} for name in contenders}
     for _, row in results.rows(records, "memory", task="train", **wanted):
@@ -84,7 +86,7 @@ def _wrapped(label: str) -> str:
 # Lines
 
 
-def against_volume(records: Sequence[Record]) -> Any | None:
+def against_volume(records: Collection[Record]) -> Any | None:
     """Lines predicted, points measured, a panel for each dtype; None without predictions."""
     if not predictions(records, LINES):
         return None
@@ -96,7 +98,7 @@ def against_volume(records: Sequence[Record]) -> Any | None:
     return figure
 
 
-def _draw_volumes(axes: Any, records: Sequence[Record], dtype: str) -> None:
+def _draw_volumes(axes: Any, records: Collection[Record], dtype: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     lines = predictions(records, LINES, dtype=dtype)
@@ -127,7 +129,7 @@ def _draw_volumes(axes: Any, records: Sequence[Record], dtype: str) -> None:
     label_beside(axes, ends)
 
 
-def measured(records: Sequence[Record], contenders: Iterable[str], dtype: str) -> list[tuple[Row, str]]:
+def measured(records: Collection[Record], contenders: Iterable[str], dtype: str) -> list[tuple[Row, str]]:
     """Training steps with 15 classes whose allocated bytes were measured, each with its marker."""
     known = set(contenders)
     return [

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,21 +14,18 @@ from effseg.errors import InputError
 from effseg.figures.canvas import save
 
 
-def figures(records: Sequence[Record]) -> Iterator[tuple[str, Any]]:
-    """Names of files, and every figure that the records suffice for."""
-    for name, figure in (
-        ("memory_modes.png", memory_plots.modes(records)),
-        ("memory_against_volume.png", memory_plots.against_volume(records)),
-        *((f"throughput_{slug(record)}.png", speed_plots.throughput(record)) for record in records),
-        *((f"roofline_{slug(record)}.png", speed_plots.roofline(record)) for record in records),
-    ):
+def figures(records: Mapping[str, Record]) -> Iterator[tuple[str, Any]]:
+    """Names of files, and every figure that the records, by name, suffice for."""
+    found = {
+        "memory_modes": memory_plots.modes(records.values()),
+        "memory_against_volume": memory_plots.against_volume(records.values()),
+    }
+    for name, record in records.items():
+        found[f"throughput_{name}"] = speed_plots.throughput(record)
+        found[f"roofline_{name}"] = speed_plots.roofline(record)
+    for name, figure in found.items():
         if figure is not None:
-            yield name, figure
-
-
-def slug(record: Record) -> str:
-    """The GPU's name in a file's, or "cpu"."""
-    return re.sub(r"[^a-z0-9]+", "-", (record.machine["gpu"] or "cpu").lower()).strip("-")
+            yield f"{name}.png", figure
 
 
 class _Parser(argparse.ArgumentParser):

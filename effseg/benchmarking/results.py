@@ -46,14 +46,17 @@ OTHERS = "tab:purple"
 """Colour of stock torch's twins of ours."""
 
 
-def records(folder: str | os.PathLike[str] = FOLDER) -> list[Record]:
-    """Every benchmark record among a folder's JSON files, by file name. Raises InputError for a bad one."""
-    found = []
+def records(folder: str | os.PathLike[str] = FOLDER) -> dict[str, Record]:
+    """Every benchmark record among a folder's JSON files, by the file's name without suffix, in its order.
+
+    Raises InputError for a bad one.
+    """
+    found = {}
     for path in sorted(Path(folder).glob("*.json")):
         data = parsed(path)
         if isinstance(data, dict) and "rows" in data:
             try:
-                found.append(validate(data))
+                found[path.stem] = validate(data)
             except InputError as error:
                 raise InputError(f"{path}: expected a benchmark record, got {error}") from None
     return found

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from effseg.atomic import atomic_path
 from effseg.benchmarking import auto, results, tabulation
+from effseg.benchmarking.record import Record
 from effseg.benchmarking.tabulation import Table
 from effseg.errors import InputError
 
@@ -26,7 +27,7 @@ NOTHING = "Not measured."
 
 
 def memory_block(folder: Path) -> str:
-    return tabulation.memory(results.records(folder)).markdown()
+    return tabulation.memory(results.records(folder).values()).markdown()
 
 
 def auto_block(folder: Path) -> str:
@@ -34,17 +35,15 @@ def auto_block(folder: Path) -> str:
 
 
 def cpu_block(folder: Path) -> str:
-    records = [record for record in results.records(folder) if not results.is_on_gpu(record)]
-    return _titled([table for record in records for table in tabulation.throughput(record)])
+    return _titled([table for record in _of(folder, gpu=False) for table in tabulation.throughput(record)])
 
 
 def gpu_block(folder: Path) -> str:
-    records = [record for record in results.records(folder) if results.is_on_gpu(record)]
-    return _titled([table for record in records for table in tabulation.throughput(record)])
+    return _titled([table for record in _of(folder, gpu=True) for table in tabulation.throughput(record)])
 
 
 def kernels_block(folder: Path) -> str:
-    return _titled([table for record in results.records(folder) for table in tabulation.kernels(record)])
+    return _titled([table for record in _of(folder, gpu=True) for table in tabulation.kernels(record)])
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
@@ -54,6 +53,11 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "gpu": gpu_block,
     "kernels": kernels_block,
 }
+
+
+def _of(folder: Path, gpu: bool) -> list[Record]:
+    """The records of machines with a GPU, or without."""
+    return [record for record in results.records(folder).values() if results.is_on_gpu(record) == gpu]
 
 
 def _titled(tables: Sequence[Table]) -> str:

@@ -61,7 +61,7 @@ class Table:
 
 
 def memory(
-    records: Sequence[Record],
+    records: Iterable[Record],
     workload: str = "512x512x512, 15 classes",
     dtype: str = "bf16",
     contenders: Sequence[str] = MEMORY_CONTENDERS,
