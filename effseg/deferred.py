@@ -187,9 +187,9 @@ class UpAdd(Spec):
 
 def plain(x: Tensor, dtype: torch.dtype | None = None) -> Deferred:
     """x itself, (N, C, D, H, W), converted to `dtype` slab by slab. Raises `ValueError` for other shapes."""
-    _expect("x", x.dim() == 5, "(N, C, D, H, W)", tuple(x.shape))
+    expect("x", x.dim() == 5, "(N, C, D, H, W)", tuple(x.shape))
     dtype = dtype or x.dtype
-    _expect("dtype", dtype.is_floating_point, "a floating-point type", dtype)
+    expect("dtype", dtype.is_floating_point, "a floating-point type", dtype)
     return Deferred(Plain(tuple(x.shape), dtype), (x,))
 
 
@@ -202,7 +202,7 @@ def raw(y: Tensor, norm: Normalisation, slope: float) -> Deferred:
 def residual(inner: Deferred, y: Tensor, norm: Normalisation, slope: float) -> Deferred:
     """leaky_relu(inner + (y - mean) * scale + beta, slope), inner and y of one shape."""
     _check_layer(tuple(y.shape), norm, slope)
-    _expect("inner", inner.shape == tuple(y.shape), tuple(y.shape), inner.shape)
+    expect("inner", inner.shape == tuple(y.shape), tuple(y.shape), inner.shape)
     return Deferred(Residual(tuple(y.shape), y.dtype, slope, inner.spec), (*inner.tensors, y, *norm))
 
 
@@ -212,7 +212,7 @@ def convolved(inner: Deferred, weight: Tensor, window: Window, norm: Normalisati
     shape = (inner.shape[0], weight.shape[0], *window.output_size((d, h, w)))
     _check_layer(shape, norm, slope)
     expected = (weight.shape[0], inner.shape[1], *window.kernel)
-    _expect("weight", tuple(weight.shape) == expected, expected, tuple(weight.shape))
+    expect("weight", tuple(weight.shape) == expected, expected, tuple(weight.shape))
     return Deferred(Conv(shape, inner.dtype, slope, inner.spec, window), (*inner.tensors, weight, *norm))
 
 
@@ -234,12 +234,12 @@ def upsample_add(
     if size is None:
         raise ValueError("size: expected (D, H, W) where there is no skip, got None")
     expected = (weight.shape[0], coarse.shape[1], 1, 1, 1)
-    _expect("weight", tuple(weight.shape) == expected, expected, tuple(weight.shape))
-    _expect("factors", set(factors) <= {1, 2}, "1 or 2 per axis", factors)
+    expect("weight", tuple(weight.shape) == expected, expected, tuple(weight.shape))
+    expect("factors", set(factors) <= {1, 2}, "1 or 2 per axis", factors)
     halved = tuple(-(-s // f) for s, f in zip(size, factors, strict=True))
-    _expect("coarse", coarse.shape[2:] == halved, f"(D, H, W) = {halved} for {size}", coarse.shape[2:])
+    expect("coarse", coarse.shape[2:] == halved, f"(D, H, W) = {halved} for {size}", coarse.shape[2:])
     shape = (coarse.shape[0], weight.shape[0], *size)
-    _expect("skip", skip is None or skip.shape == shape, shape, skip and skip.shape)
+    expect("skip", skip is None or skip.shape == shape, shape, skip and skip.shape)
     before = skip.tensors if skip else ()
     after = (weight,) if bias is None else (weight, bias)
     spec = UpAdd(
@@ -249,12 +249,12 @@ def upsample_add(
 
 
 def _check_layer(shape: tuple[int, ...], norm: Normalisation, slope: float) -> None:
-    _expect("y", len(shape) == 5, "(N, C, D, H, W)", shape)
+    expect("y", len(shape) == 5, "(N, C, D, H, W)", shape)
     for name, term in zip(norm._fields, norm, strict=True):
-        _expect(name, tuple(term.shape) == shape[:2], f"(N, C) = {shape[:2]}", tuple(term.shape))
-    _expect("slope", slope >= 0, "0 or more", slope)
+        expect(name, tuple(term.shape) == shape[:2], f"(N, C) = {shape[:2]}", tuple(term.shape))
+    expect("slope", slope >= 0, "0 or more", slope)
 
 
-def _expect(name: str, fits: bool, expected: object, got: object) -> None:
+def expect(name: str, fits: bool, expected: object, got: object) -> None:
     if not fits:
         raise ValueError(f"{name}: expected {expected}, got {got}")

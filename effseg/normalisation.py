@@ -97,23 +97,41 @@ def terms(
 
 @torch.no_grad()
 def track(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> None:
-    """Update the running statistics as torch does: unbiased variance; batch norm merges the samples first."""
+    """Update the running statistics of a norm in training as torch does."""
     if isinstance(norm, nn.GroupNorm) or norm.running_mean is None or norm.running_var is None:
         return
     if not norm.training or _frozen.get():
         return
     momentum: float | Tensor = norm.momentum or 0.0
-    if isinstance(norm, nn.BatchNorm3d):
-        var = var + (mean - mean.mean(0)).square()
-        voxels *= mean.shape[0]
+    samples = isinstance(norm, nn.BatchNorm3d)
+    if samples:
         # torch's instance normalisation neither counts nor averages evenly
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
             momentum = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
+    update_running((norm.running_mean, norm.running_var), mean, var, voxels, momentum, samples)
+
+
+@torch.no_grad()
+def update_running(
+    running: tuple[Tensor, Tensor],
+    mean: Tensor,
+    var: Tensor,
+    voxels: int,
+    momentum: float | Tensor,
+    samples: bool,
+) -> None:
+    """Move running mean and variance (C,) towards those of a batch, (N, C) and biased, over `voxels` each;
+    the running variance is the unbiased one. samples: of all samples together, as in batch norm."""
+    if _frozen.get():
+        return
+    if samples:
+        var = var + (mean - mean.mean(0)).square()
+        voxels *= mean.shape[0]
     unbiased = var.mean(0) * (voxels / max(1, voxels - 1))
-    norm.running_mean.lerp_(mean.mean(0).to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+    for statistic, found in zip(running, (mean.mean(0), unbiased), strict=True):
+        statistic.lerp_(found.to(statistic.dtype), momentum)
 
 
 def frozen_running_statistics() -> AbstractContextManager[None]:

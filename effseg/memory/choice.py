@@ -199,14 +199,15 @@ def configure(
         raise InputError(f"memory: auto knows {known}, got {str(dtype).removeprefix('torch.')}")
     kind = "cuda" if device.type == "cuda" else "cpu"
     step = Step.of(model.arguments, image_shape, _DTYPES[dtype], "adamw", kind)
-    choice = choose_for(step, _budget(budget, device))
+    choice = choose_for(step, usable(budget, device))
     model.active_memory = choice.memory
     model.recompute_levels = choice.recompute_levels
     model.slab_elements = choice.slab_elements
     return choice
 
 
-def _budget(budget: int | str | None, device: torch.device) -> int:
+def usable(budget: int | str | None, device: torch.device) -> int:
+    """A budget in bytes; None: what the GPU has, less HEADROOM. Raises InputError on a CPU without one."""
     if isinstance(budget, str):
         return parse_bytes(budget)
     if budget is not None:

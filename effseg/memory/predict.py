@@ -18,6 +18,7 @@ from effseg.memory.report import KINDS, LiveTensor, MemoryReport
 from effseg.memory.step import DTYPES, Loss, follows_autocast, label_dtype_for, make_optimizer, training_loss
 from effseg.memory.tracker import LiveStorages
 from effseg.slabs import abridged
+from effseg.tensors import unregistered
 
 
 def peak_training_memory(
@@ -59,7 +60,7 @@ def peak_training_memory(
     n, _, *size = shape
     gc.collect()  # cycles of earlier steps would be freed in the middle of this one
     with FakeTensorMode(allow_non_fake_inputs=True), abridged() as abridgement, _chunks_of(device):
-        network = _fake_copy(model)
+        network = fake_copy(model)
         tracker = LiveStorages(abridgement)
         steps = make_optimizer(optimizer, network.parameters())
         _make_state(steps, network)
@@ -113,12 +114,12 @@ def _chunks_of(device: str) -> Iterator[None]:
         CHUNK_ELEMENTS["cpu"] = own
 
 
-def _fake_copy(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+def fake_copy(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     """The same network on fake CPU tensors, ready to train; shared weights stay shared."""
     if not isinstance(model, nn.Module):
         return model().train()
     known: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*model.parameters(), *model.buffers(), *unregistered(model)):
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)

@@ -25,7 +25,7 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter]) -> torch.optim
 
 
 def follows_autocast(model: nn.Module) -> bool:
-    return isinstance(model, SegmentationModel) and model.follows_autocast
+    return bool(getattr(model, "follows_autocast", False))
 
 
 def label_dtype_for(model: nn.Module, asked: torch.dtype | None) -> torch.dtype:

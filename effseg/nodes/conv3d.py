@@ -14,6 +14,8 @@ from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
 from effseg.slabs import Window
 
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+
 
 class Conv3dFunction(torch.autograd.Function):
     """y, mean, var = conv(expression).
@@ -25,13 +27,18 @@ class Conv3dFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, spec, window, statistics, slab_elements, weight, bias, *tensors
+        ctx: Any, spec, window, statistics, slab_elements, known, weight, bias, *tensors
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.ops = select(weight.device, spec.dtype)
         ctx.device_type = weight.device.type
         ctx.spec, ctx.window, ctx.slab_elements, ctx.has_bias = spec, window, slab_elements, bias is not None
         ctx.set_materialize_grads(False)
-        y, mean, var = conv3d_forward(ctx.ops, spec, tensors, weight, bias, window, statistics, slab_elements)
+        if known is None:
+            y, mean, var = conv3d_forward(
+                ctx.ops, spec, tensors, weight, bias, window, statistics, slab_elements
+            )
+        else:
+            y, mean, var = (None if t is None else t.detach() for t in known)
         ctx.output_shape = y.shape
         ctx.save_for_backward(weight, y if statistics else None, mean, *tensors)
         return y, mean, var
@@ -40,12 +47,12 @@ class Conv3dFunction(torch.autograd.Function):
     @node_backward
     def backward(ctx: Any, grad_y, grad_mean, grad_var):  # type: ignore[no-untyped-def]
         weight, y, mean, *tensors = ctx.saved_tensors
-        need_weight, need_bias, *needed = ctx.needs_input_grad[4:]
+        need_weight, need_bias, *needed = ctx.needs_input_grad[5:]
         grad_weight, grad_bias, grads = conv3d_backward(
             ctx.ops, ctx.spec, tensors, needed, weight, ctx.window, grad_y if y is None else y, mean,
             grad_y, grad_mean, grad_var, need_weight, need_bias, ctx.slab_elements,
         )  # fmt: skip
-        return None, None, None, None, grad_weight, grad_bias, *grads
+        return None, None, None, None, None, grad_weight, grad_bias, *grads
 
 
 def conv3d(
@@ -55,9 +62,12 @@ def conv3d(
     window: Window,
     statistics: bool = True,
     slab_elements: int | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `effseg.functional.conv3d`."""
+    known: Outputs | None = None,
+) -> Outputs:
+    """See `effseg.functional.conv3d`. known: what a forward pass gave that is run again for its graph."""
     if torch.compiler.is_compiling():
         return compiled.conv3d(x, weight, bias, window, statistics, slab_elements)
     with torch.autocast(x.device.type, enabled=False):
-        return Conv3dFunction.apply(x.spec, window, statistics, slab_elements, weight, bias, *x.tensors)
+        return Conv3dFunction.apply(
+            x.spec, window, statistics, slab_elements, known, weight, bias, *x.tensors
+        )

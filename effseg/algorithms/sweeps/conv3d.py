@@ -73,11 +73,11 @@ def conv3d_backward(
     What reaches y through its statistics over M voxels is affine in y, so it is folded in as it is read:
     g = grad_y + grad_mean / M + 2 grad_var (y - mean) / M.
     """
-    through_statistics = _through_statistics(y, mean, grad_mean, grad_var)
+    folded = through_statistics(y, mean, grad_mean, grad_var)
     rows_of_slab = thickness(spec, y.shape, window, slab_elements)
     if ops.fused is not None and ops.fused.takes(spec, weight, window) and not need_bias:
         grad_weight, grads = ops.fused.backward(
-            spec, tensors, needed, weight, window, y, through_statistics, grad_y, need_weight, rows_of_slab
+            spec, tensors, needed, weight, window, y, folded, grad_y, need_weight, rows_of_slab
         )
         return None if grad_weight is None else grad_weight.to(weight.dtype), None, grads
     accumulate = accumulation_dtype(weight.dtype)
@@ -88,12 +88,12 @@ def conv3d_backward(
     for sample, lo, hi in slabs(y.shape[0], y.shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, spec.shape[2])
         direct = None if grad_y is None else grad_y[sample : sample + 1, :, lo:hi].to(spec.dtype)
-        if through_statistics is None:
+        if folded is None:
             assert direct is not None
             grad = direct
         else:
             part = y[sample : sample + 1, :, lo:hi]
-            grad = ops.fold(direct, part, *(t[sample] for t in through_statistics))
+            grad = ops.fold(direct, part, *(t[sample] for t in folded))
         del direct
         a = pullback.rows(sample, first, last)
         grad_a, grad_w = ops.convolution_backward(grad, a, low, window, pad, pullback.any, need_weight)
@@ -109,9 +109,10 @@ def conv3d_backward(
     return cast[0], cast[1], pullback.gradients()
 
 
-def _through_statistics(
+def through_statistics(
     y: Tensor, mean: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
 ) -> StatisticsGradient | None:
+    """What the gradients of mean and biased variance add to that of y, affine in y."""
     if mean is None or (grad_mean is None and grad_var is None):
         return None
     voxels = y[0, 0].numel()

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from effseg.composed import Concatenation, Pooling, TransposedConv
 from effseg.deferred import Conv, Plain, Raw, Residual, UpAdd
 from effseg.normalisation import Merging
 from effseg.slabs import Window
 
-CLASSES = {c.__name__: c for c in (Conv, Merging, Plain, Raw, Residual, UpAdd, Window)}
+_EXPRESSIONS = (Concatenation, Conv, Plain, Pooling, Raw, Residual, TransposedConv, UpAdd)
+CLASSES = {c.__name__: c for c in (*_EXPRESSIONS, Merging, Window)}
 NUMBER = "_"
 
 

@@ -1,0 +1,190 @@
+"""`effseg.convert`: a network of nnU-Net, MONAI or one's own, with this package's memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from effseg.conversion import rules as _rules  # noqa: F401  lazy tensors follow them
+from effseg.conversion.lazy import Convolution, LazyTensor, lazy, real
+from effseg.conversion.recompute import Block, blocks_run_again, is_block
+from effseg.conversion.report import ConversionReport, examine
+from effseg.errors import InputError
+from effseg.memory.choice import usable
+from effseg.memory.predict import peak_training_memory
+from effseg.memory.units import format_bytes
+from effseg.tensors import unregistered
+
+MODES = ("raw", "block", "auto")
+M = TypeVar("M", bound=nn.Module)
+
+
+class Settings(NamedTuple):
+    """memory: of MODES; budget: in bytes, or as in "24GB", for "auto"; lazy_logits: see `convert`."""
+
+    memory: str
+    budget: int | str | None
+    lazy_logits: bool
+
+
+class Converted(nn.Module):
+    """What a converted network's class is mixed with."""
+
+    effseg_settings: Settings
+    effseg_choices: dict[Any, str]
+    conversion_report: ConversionReport
+    follows_autocast = True
+
+    @torch.compiler.disable  # a compiled caller runs it as it is
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        settings, own = self.effseg_settings, super().forward
+        args, kwargs = tree_map(lazy, (args, kwargs))
+        with blocks_run_again.set(self._mode((args, kwargs)) == "block"):
+            found = own(*args, **kwargs)
+        defers = settings.lazy_logits and self.training and torch.is_grad_enabled()
+        return tree_map(lambda x: x if defers and _is_logits(x) else real(x), found)
+
+    def _mode(self, inputs: Any) -> str:
+        settings = self.effseg_settings
+        if settings.memory != "auto" or not (self.training and torch.is_grad_enabled()):
+            return settings.memory
+        image = next((x for x in tree_leaves(inputs) if isinstance(x, LazyTensor)), None)
+        if image is None:
+            raise InputError('memory: "auto" expects an image (N, C, D, H, W) among the inputs, got none')
+        key = (tuple(image.shape), image.device.type, torch.is_autocast_enabled(image.device.type))
+        if key not in self.effseg_choices:
+            self.effseg_choices[key] = choose(self, *key, usable(settings.budget, image.device))
+        return self.effseg_choices[key]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made when needed, so that pickle cannot find it by name."""
+        return _rebuilt, (_base(type(self)), Converted), self.__dict__
+
+
+class ConvertedBlock(Block):
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuilt, (_base(type(self)), ConvertedBlock), self.__dict__
+
+
+def convert(
+    model: M,
+    *,
+    memory: str = "raw",
+    memory_budget: int | str | None = None,
+    lazy_logits: bool = True,
+    strict: bool = True,
+    shape: Sequence[int] | None = None,
+) -> M:
+    """The same network with the same weights, in a fraction of the memory.
+
+    model: any `nn.Module` over (N, C, D, H, W) whose `forward` calls torch's functions: networks of
+        dynamic-network-architectures (nnU-Net), MONAI, and others. It is left as it is; the converted one is
+        an instance of the same class and has the same parameters and buffers, not copies of them (as with
+        `torch.compile`), the same `state_dict` keys, and its own hooks.
+    memory: "raw" keeps one tensor per convolution, its raw output. "block" keeps what leaves each block of
+        convolutions and runs the block's inside again in backward. "auto" takes for every new input shape
+        the first of the two whose predicted peak fits `memory_budget` (bytes, or as in "24GB"; by default
+        the GPU's memory).
+    lazy_logits: in training, a network that ends in a 1x1x1 convolution returns logits as a `LazyTensor`:
+        `effseg.SegmentationLoss` and `effseg.losses.dice_cross_entropy` then never make them; any other
+        use makes them once. Needs False under DDP with find_unused_parameters=True.
+    shape: an input's (N, C, D, H, W) to examine the network with, on fake tensors, for the report; by
+        default (1, C, 64, 64, 64) and a few more where that does not fit.
+    strict: whether to refuse a model of which nothing could be taken over.
+
+    What was taken over, and what was left and why, is in `.conversion_report`, printable. Values and
+    gradients equal the original's but for rounding. Compute types follow autocast as convolutions do.
+    Raises `TypeError` for what is no module or is wrapped already (DDP, torch.compile: convert first), and
+    `InputError` (a `ValueError`) for unknown options, or where nothing can be taken over.
+    """
+    if memory not in MODES:
+        raise InputError(f"memory: expected one of {', '.join(MODES)}, got {memory!r}")
+    if memory_budget is not None and memory != "auto":
+        raise InputError(f"memory_budget: expected None with memory={memory!r}, got {memory_budget!r}")
+    _check_model(model)
+    converted = restore(model)
+    report = examine(converted, shape)
+    if strict and report.problem is None and not report.taken:
+        raise InputError(
+            f"model: expected convolutions followed by norms, got {type(model).__name__} with none that can "
+            f"be taken over; strict=False returns it all the same\n{report}"
+        )
+    return _mix(converted, Settings(memory, memory_budget, lazy_logits), report)
+
+
+def _mix(model: M, settings: Settings, report: ConversionReport) -> M:
+    """Change the classes of a network and of its blocks."""
+    for name, module in model.named_modules():
+        if name and is_block(module):
+            module.__class__ = _mixed(type(module), ConvertedBlock)
+    model.__class__ = _mixed(type(model), Converted)
+    vars(model).update(effseg_settings=settings, effseg_choices={}, conversion_report=report)
+    return model
+
+
+def choose(model: Converted, shape: tuple[int, ...], device: str, low: bool, budget: int) -> str:
+    """The first of "raw" and "block" whose predicted peak, AdamW included, is within `budget` bytes."""
+    peaks = {}
+    dtype = "bf16" if low else "fp32"
+    for mode in MODES[:2]:
+        like = _mix(restore(model), Settings(mode, None, True), model.conversion_report)
+        with torch.enable_grad(), torch.autocast(device, enabled=False):
+            peaks[mode] = peak_training_memory(like, shape, dtype=dtype, device=device).peak
+        if peaks[mode] <= budget:
+            return mode
+    needs = ", ".join(f"{format_bytes(peak)} ({mode})" for mode, peak in peaks.items())
+    raise InputError(
+        f"memory: training {_base(type(model)).__name__} on {'x'.join(map(str, shape))} in {dtype} needs "
+        f"{needs}, the budget is {format_bytes(budget)}"
+    )
+
+
+def restore(model: M) -> M:
+    """The network as it was before `convert`: plain torch, with the converted one's parameters and buffers."""
+    _check_model(model)
+    plain = copy.deepcopy(model, _shared(model))
+    for module in plain.modules():
+        if isinstance(module, (Converted, ConvertedBlock)):
+            module.__class__ = _base(type(module))
+    for name in ("effseg_settings", "effseg_choices", "conversion_report"):
+        plain.__dict__.pop(name, None)
+    return plain
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.jit.ScriptModule)
+    if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        raise TypeError(f"model: expected a network, to be wrapped afterwards, got {type(model).__name__}")
+
+
+def _shared(model: nn.Module) -> dict[int, Any]:
+    """For deepcopy: parameters and buffers stay, other tensors with a graph (outputs that a network
+    remembers) lose it."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return memo | {id(t): real(t).detach() for t in unregistered(model) if not t.is_leaf}
+
+
+def _is_logits(x: Any) -> bool:
+    return isinstance(x, LazyTensor) and isinstance(x.value, Convolution) and x.value.is_head
+
+
+@cache
+def _mixed(base: type, mixin: type) -> type:
+    return type(f"Converted{base.__name__}", (mixin, base), {"__module__": base.__module__})
+
+
+def _base(mixed: type) -> type:
+    return mixed.__bases__[1]
+
+
+def _rebuilt(base: type, mixin: type) -> nn.Module:
+    made = _mixed(base, mixin)
+    return made.__new__(made)  # type: ignore[no-any-return]

@@ -1,0 +1,148 @@
+"""A tensor that remembers how it is made until something needs its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from effseg import functional
+from effseg.conversion import watch
+from effseg.conversion.outputs import convolve
+from effseg.deferred import Deferred, plain
+from effseg.slabs import Window
+
+
+class Convolution(NamedTuple):
+    """One that has not run yet: what follows decides whether it needs statistics, or runs inside a loss."""
+
+    x: Deferred
+    weight: Tensor
+    bias: Tensor | None
+    window: Window
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n, _, d, h, w = self.x.shape
+        return (n, self.weight.shape[0], *self.window.output_size((d, h, w)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it is a matrix for every voxel."""
+        return self.window == Window((1, 1, 1))
+
+
+Value = Tensor | Deferred | Convolution
+Handler = Callable[..., Any]
+
+
+class LazyTensor(Tensor):
+    """Values (N, C, D, H, W) that are stored, deferred, or a convolution that has not run.
+
+    It is a `torch.Tensor` by type, shape, dtype and device. An operator that `rules` knows gives another
+    lazy tensor; any other gets `materialise()`, and the values are computed once. Gradients flow through
+    either way. It has no memory of its own: code in C++ that reads a tensor without asking torch's
+    function protocol cannot use it.
+    """
+
+    handlers: ClassVar[dict[Any, Handler]] = {}
+    """By torch's function; an entry returns NotImplemented for arguments that it does not take."""
+    value: Value
+
+    @staticmethod
+    def __new__(cls, value: Value) -> LazyTensor:
+        shape, device = tuple(value.shape), _device(value)
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=device)
+        made.value = value
+        return made
+
+    def become(self, value: Value) -> LazyTensor:
+        """Change in place, as an operator that works in place does."""
+        self.value = value
+        return self
+
+    def deferred(self, dtype: torch.dtype) -> Deferred:
+        """An expression in the compute type."""
+        value = self.value
+        if isinstance(value, Deferred) and value.dtype == dtype:
+            return value
+        return plain(self.materialise(), dtype)
+
+    def materialise(self) -> Tensor:
+        """The values as an ordinary tensor; computed once."""
+        value = self.value
+        if isinstance(value, Convolution):
+            value, _, _ = convolve(value.x, value.weight, value.bias, value.window, statistics=False)
+        elif isinstance(value, Deferred):
+            value = functional.materialise(value)
+        self.become(value)
+        return value
+
+    def operands(self) -> tuple[Tensor, ...]:
+        """The tensors that gradients reach."""
+        value = self.value
+        if isinstance(value, Tensor):
+            return (value,)
+        if isinstance(value, Deferred):
+            return value.tensors
+        parameters = (value.weight,) if value.bias is None else (value.weight, value.bias)
+        return (*value.x.tensors, *parameters)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        handler = cls.handlers.get(func)
+        if handler is not None:
+            found = handler(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        watch.materialised(func, args)
+        real_args, real_kwargs = tree_map(real, (args, kwargs))
+        return tree_map(lazy, func(*real_args, **real_kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> Any:
+        raise RuntimeError(f"{func}: a lazy tensor has no values here; pass tensor.materialise()")
+
+
+METADATA = {
+    *(getattr(Tensor, name).__get__ for name in (
+        "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse", "is_quantized",
+        "is_mkldnn", "is_meta", "is_nested", "itemsize", "nbytes",
+    )),
+    *(getattr(Tensor, name) for name in (
+        "dim", "size", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "__len__",
+        "__hash__",
+    )),
+    torch.numel, torch.is_floating_point, torch.is_complex,
+}  # fmt: skip
+
+
+def lazy(value: Any) -> Any:
+    """Floating-point features become lazy, anything else stays as it is."""
+    if isinstance(value, Tensor) and not isinstance(value, LazyTensor):
+        if value.dim() == 5 and value.is_floating_point() and value.numel():
+            return LazyTensor(value)
+    return value
+
+
+def real(value: Any) -> Any:
+    return value.materialise() if isinstance(value, LazyTensor) else value
+
+
+def _device(value: Value) -> torch.device:
+    if isinstance(value, Convolution):
+        return value.weight.device
+    return value.device
