@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 from dataclasses import replace
 from functools import cache, partial
 
 import torch
 
+from effseg.benchmarking.failure import Failure, attempt
 from effseg.benchmarking.record import Row
 from effseg.benchmarking.registry import COMPILED, Case, Contender, missing
+from effseg.benchmarking.trainee import GpuBytes, Trainee, gpu_peak
 from effseg.memory import MemoryReport, measure_training_memory, peak_training_memory
-from effseg.memory.step import make_optimizer
 
 
 def predicted(case: Case, dtype: str) -> Row:
     """From fake tensors: needs seconds, and neither the memory nor a GPU."""
-    row = _empty(case, dtype)
+    row = blank(case, dtype)
     reason = missing(case.contender) or unpredictable(case.contender)
     if reason:
         return replace(row, status="skipped", reason=reason)
@@ -61,10 +61,10 @@ def measured(case: Case, dtype: str, device: torch.device) -> Row:
     if reason:
         return replace(row, status="skipped", reason=reason)
     row = replace(row, status="ok", reason="")
-    return _on_gpu(row, case, dtype, device) if device.type == "cuda" else _on_cpu(row, case, dtype)
+    return _on_gpu(row, case, dtype, device) if device.type == "cuda" else on_cpu(row, case, dtype)
 
 
-def _on_cpu(row: Row, case: Case, dtype: str) -> Row:
+def on_cpu(row: Row, case: Case, dtype: str) -> Row:
     """As torch's CPU allocator sees it; it reserves nothing."""
     contender, workload = case
     with contender.active():
@@ -79,31 +79,19 @@ def _on_cpu(row: Row, case: Case, dtype: str) -> Row:
 
 
 def _on_gpu(row: Row, case: Case, dtype: str, device: torch.device) -> Row:
-    """The allocator's peaks of the second step, AdamW's included: the first makes its state and compiles."""
-    contender, workload = case
-    gc.collect()  # of the contender before, whose graph may hold cycles
-    torch.cuda.empty_cache()
-    try:
-        model = contender.make(workload.classes).to(device).train()
-        image, labels = contender.batch(model, workload, device)
-        optimizer = make_optimizer("adamw", model.parameters())
-        for _ in range(2):
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            contender.step(model, image, labels, dtype)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize(device)
-    except torch.cuda.OutOfMemoryError as error:
-        return replace(row, status="out of memory", reason=" ".join(str(error).split())[:200])
-    return replace(
-        row,
-        bytes_allocated=torch.cuda.max_memory_allocated(device),
-        bytes_reserved=torch.cuda.max_memory_reserved(device),
-        parameters=sum(p.numel() for p in model.parameters()),
-    )
+    """The allocator's peaks, nothing else being on the GPU."""
+
+    def run() -> tuple[int, GpuBytes]:
+        trainee = Trainee(case, dtype, device)
+        return trainee.parameters, gpu_peak(trainee, "train")
+
+    found = attempt(run)
+    if isinstance(found, Failure):
+        return replace(row, status=found.status, reason=found.reason)
+    parameters, peak = found
+    return replace(row, bytes_allocated=peak.allocated, bytes_reserved=peak.reserved, parameters=parameters)
 
 
-def _empty(case: Case, dtype: str) -> Row:
+def blank(case: Case, dtype: str) -> Row:
     contender, workload = case
     return Row("memory", contender.name, workload.name, dtype, voxels=workload.voxels)

@@ -36,6 +36,8 @@ IMPLEMENTATIONS = ("eager", "channels_last", "checkpoint", *COMPILED)
 """Of a network in stock torch; one of this package is computed by an algorithm, or by the one it chooses."""
 MEMORY_BUDGET = 0.5
 """Of "budget": the part of what torch.compile would keep for backward that it may keep."""
+NO_GPU = "kernels need a CUDA GPU"
+ONLY_FULL = "only with --full"
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def missing(contender: Contender, device: torch.device | str | None = None) -> s
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
     if device is not None and contender.implementation == "triton" and torch.device(device).type != "cuda":
-        return "kernels need a CUDA GPU"
+        return NO_GPU
     return None
 
 
@@ -235,7 +237,7 @@ _WHOLE = tuple(f"512x512x{slices}, 15 classes" for slices in (128, 256, 512))
 SELECTIONS: dict[str, tuple[Selection, Selection]] = {
     "memory": (Selection(_SHORT, _WHOLE[:1]), Selection(_LONG, _WHOLE)),
     "throughput": (
-        Selection(_SHORT, ("64x64x64, 15 classes",)),
+        Selection(_SHORT, ("96x96x96, 15 classes",)),
         Selection(_LONG, ("128x128x128, 15 classes", *_WHOLE, "512x512x128, 105 classes")),
     ),
 }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 
 from effseg.benchmarking.failure import Failure, attempt
+from effseg.benchmarking.record import Row
 from effseg.kernels.timer import cuda_seconds
 
 ROUNDS = 7
@@ -85,6 +86,19 @@ def race(
             elif i >= 0:
                 found[name].append(taken)
     return {name: failures.get(name) or Times(tuple(taken)) for name, taken in found.items()}
+
+
+def filled(row: Row, found: Times | Failure) -> Row:
+    """The row with its times and what follows from them, or with why there are none."""
+    if isinstance(found, Failure):
+        return replace(row, status=found.status, reason=found.reason)
+    return replace(
+        row,
+        seconds_p20=found.p20,
+        seconds_p50=found.p50,
+        seconds_p80=found.p80,
+        voxels_per_second=None if row.voxels is None else row.voxels / found.p50,
+    )
 
 
 def host_seconds(turn: Turn) -> float:

@@ -1,0 +1,118 @@
+"""Whole suites: every contender has a row, and why it was not run."""
+
+import pytest
+import torch
+
+from effseg.benchmarking import memory, record, suites, throughput
+from effseg.benchmarking.record import Row
+from effseg.benchmarking.registry import DTYPES, NO_GPU, ONLY_FULL, contenders, select
+from effseg.benchmarking.timing import Times, filled
+from effseg.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs(monkeypatch):
+    """Measurements of one second, noted; predictions of one byte."""
+    noted = []
+
+    def raced(cases, dtype, device, *, seconds, measure, show):
+        noted.append((cases[0].workload.name, dtype, seconds))
+        rows = [
+            filled(throughput.blank(case, dtype, task), Times((1.0,)))
+            for task in suites.TASKS
+            for case in cases
+        ]
+        for row in rows:
+            show(row)
+        return rows
+
+    monkeypatch.setattr(throughput, "rows", raced)
+    monkeypatch.setattr(memory, "predicted", lambda case, dtype: memory.blank(case, dtype))
+    monkeypatch.setattr(memory, "measured", lambda case, dtype, device: memory.blank(case, dtype))
+    return noted
+
+
+def run(*names, **options):
+    return suites.run(names, **({"device": CPU} | options))
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("suite", ["memory", "throughput"])
+def test_every_contender_has_a_row(suite, full):
+    found = run(suite, full=full)
+    assert {row.contender for row in found.rows} == contenders().keys()
+    selected = {case.contender.name for case in select(suite, full)}
+    ran = {row.contender for row in found.rows if row.status == "ok" and row.workload != suites.SMALL.name}
+    assert ran == selected
+    assert {row.reason for row in found.rows if row.status == "skipped"} <= {
+        ONLY_FULL, "not in this suite's selection",
+    }  # fmt: skip
+    assert any(row.reason == ONLY_FULL for row in found.rows) != full
+
+
+def test_a_record_can_be_written(tmp_path):
+    found = run("memory", "throughput")
+    record.write(found, tmp_path / "record.json")
+    assert record.read(tmp_path / "record.json") == found
+    assert found.conditions["suites"] == ["memory", "throughput"]
+    assert found.conditions["device"] == "cpu"
+
+
+def test_on_a_cpu_only_fp32_is_timed_unless_asked(nothing_runs):
+    run("throughput")
+    assert {dtype for _, dtype, _ in nothing_runs} == {"fp32"}
+    run("throughput", dtypes=["bf16"])
+    assert {dtype for _, dtype, _ in nothing_runs} == {"fp32", "bf16"}
+
+
+def test_on_a_cpu_memory_is_predicted_and_some_measured():
+    rows = [row for row in run("memory").rows if row.status == "ok"]
+    small = suites.SMALL.name
+    assert {row.contender for row in rows if row.workload == small} == set(suites.MEASURED_ON_CPU)
+    assert {row.dtype for row in rows if row.workload != small} == set(DTYPES)
+
+
+def test_time_is_shared_and_what_has_not_begun_is_skipped(nothing_runs, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(suites.time, "monotonic", lambda: now[0])
+
+    def show(row):
+        now[0] += 10 / 9  # a race of nine contenders takes 20 s
+
+    found = run("throughput", full=True, seconds=100, show=show)
+    shares = [seconds for _, _, seconds in nothing_runs]
+    assert shares[0] == 20
+    assert len(shares) < 5
+    late = [row for row in found.rows if row.reason == "the time limit was reached"]
+    assert {row.workload for row in late} >= {"512x512x128, 105 classes"}
+    assert {row.contender for row in found.rows} == contenders().keys()
+
+
+def test_kernels_are_listed_without_a_gpu(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(suites, "OPERATORS", (("64x64x64, 15 classes",),) * 2)
+    shown = []
+    found = run("kernels", seconds=0, show=shown.append)
+    assert tuple(shown) == found.rows
+    assert {row.reason for row in found.rows} == {"the time limit was reached"}
+    assert {row.contender for row in found.rows} > {"fold C16/triton", "layer 16->16 3x3x3/compile"}
+
+
+def test_kernels_without_triton_are_one_row(monkeypatch):
+    monkeypatch.setattr(suites, "missing", lambda contender: "triton is not installed")
+    (row,) = run("kernels").rows
+    assert (row.status, row.reason) == ("skipped", "triton is not installed")
+
+
+def test_unknown_names_are_told():
+    with pytest.raises(InputError, match="suite: expected one of memory, throughput, kernels, got 'speed'"):
+        run("speed")
+    with pytest.raises(InputError, match="dtype: expected one of bf16, fp32, got 'fp8'"):
+        run("memory", dtypes=["fp8"])
+
+
+def test_the_reason_of_a_kernel_is_the_registrys():
+    assert isinstance(NO_GPU, str)
+    assert Row("kernels", "x", "y", "fp32", status="skipped", reason=NO_GPU).reason == NO_GPU
