@@ -16,6 +16,7 @@ COUNTED = (
     "bytes_allocated", "bytes_reserved", "bytes_outside_convolutions", "bytes_predicted", "bytes_moved",
     "parameters", "macs",
 )  # fmt: skip
+COMPARED = ("seconds_p50", *COUNTED)
 SAME = ("gpu", "cpu", "threads")
 """Of the machine: what must agree, for times to be comparable."""
 
@@ -56,8 +57,8 @@ def compare(before: Record, after: Record, force: bool = False) -> list[Change]:
         raise InputError(f"compare: expected records of one machine, got {values} (--force compares anyway)")
     old, new = _by_key(before), _by_key(after)
     changes = [change for key in old.keys() & new.keys() for change in _changes(key, old[key], new[key])]
-    changes += [Change("worse", key, "row", old[key].status, None) for key in old.keys() - new.keys()]
-    changes += [Change("new", key, "row", None, new[key].status) for key in new.keys() - old.keys()]
+    changes += [Change("worse", key, "row", row.status, None) for key, row in _only_in(old, new).items()]
+    changes += [Change("new", key, "row", None, row.status) for key, row in _only_in(new, old).items()]
     verdicts = ("worse", "better", "new")
     return sorted(changes, key=lambda change: (verdicts.index(change.verdict), change.row, change.what))
 
@@ -83,18 +84,26 @@ def _by_key(record: Record) -> dict[Key, Row]:
     return found
 
 
+def _only_in(rows: dict[Key, Row], others: dict[Key, Row]) -> dict[Key, Row]:
+    """Those that were run, or have a figure."""
+    return {
+        key: row
+        for key, row in rows.items()
+        if key not in others
+        and (row.status != "skipped" or any(getattr(row, name) is not None for name in COMPARED))
+    }
+
+
 def _changes(key: Key, before: Row, after: Row) -> Iterator[Change]:
     if before.status != after.status:
         rank = STATUSES.index
         verdict = "worse" if rank(after.status) > rank(before.status) else "better"
         yield Change(verdict, key, "status", _status(before), _status(after))
-    # What a row had until it was skipped is not gone besides.
-    compared = ("seconds_p50", *COUNTED)
-    for name in compared:
+    for name in COMPARED:
         old, new = getattr(before, name), getattr(after, name)
         if old is None and new is not None:
             yield Change("new", key, name, None, new)
-        elif old is not None and new is None and before.status == after.status:
+        elif old is not None and new is None and before.status == after.status:  # else that says enough
             yield Change("worse", key, name, old, None)
         elif old is not None and new is not None:
             found = _slower(before, after) if name == "seconds_p50" else _larger(old, new, LARGER)

@@ -26,6 +26,8 @@ MEMORY_CONTENDERS = (
     BASELINE, "unet3d/checkpoint", "nnunet/eager", "nnunet/checkpoint", TWIN, "effseg-base/raw/auto",
     "effseg-base/stream/auto", "effseg-base/stream+1/auto",
 )  # fmt: skip
+SHOWN = 4
+"""Of the contenders that were not run; all are in the record."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,13 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def rich(self) -> RichTable:
+        from rich.box import SIMPLE_HEAD
         from rich.markup import escape
         from rich.table import Table as RichTable
 
-        table = RichTable(title=escape(self.title), title_justify="left")
+        table = RichTable(title=escape(self.title), title_justify="left", box=SIMPLE_HEAD)
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left")
+            table.add_column(column, justify="right" if i else "left", no_wrap=not i, overflow="fold")
         for i, row in enumerate(self.rows):
             table.add_row(*map(escape, row), style="bold" if i in self.emphasised else None)
         return table
@@ -232,11 +235,12 @@ def of_run(record: Record) -> list[Table]:
 
 
 def skipped(record: Record) -> list[str]:
-    """A line for each reason why contenders were not run, with how many."""
-    reasons: dict[str, set[str]] = {}
+    """A line for each reason why contenders were not run: how many, and the first of them."""
+    reasons: dict[str, dict[str, None]] = {}
     for row in record.rows:
         if row.status == "skipped":
-            reasons.setdefault(f"{row.suite}: {row.reason}", set()).add(row.contender)
+            reasons.setdefault(f"{row.suite}: {row.reason}", {})[row.contender] = None
     return [
-        f"not run: {reason}: {len(names)} ({', '.join(sorted(names))})" for reason, names in reasons.items()
+        f"not run: {reason}: {len(names)} ({', '.join(list(names)[:SHOWN])}{', ...' * (len(names) > SHOWN)})"
+        for reason, names in reasons.items()
     ]

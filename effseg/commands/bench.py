@@ -12,6 +12,9 @@ from effseg.benchmarking.record import SUITES, Record, Row, read, write
 from effseg.benchmarking.registry import DTYPES
 from effseg.errors import InputError
 
+WIDTH = 130
+"""Characters of a line where there is no terminal to ask."""
+
 HELP = """Measure time and memory of training steps and of operators, EffSegNet's beside other networks' and
 other ways to compute them, or compare two records that it has written. Nothing else should run meanwhile.
 Exit code 1 if a contender computed something wrong or, of --compare, if something got worse."""
@@ -25,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda or cuda:N; default: the GPU if there is one"
     )
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="default: both; on a CPU times of fp32 only"
+    )
     parser.add_argument(
         "--minutes", type=float, metavar="N", help="begin nothing after so long (default: no limit)"
     )
@@ -108,6 +113,8 @@ def _print(record: Record) -> None:
     from effseg.benchmarking import tabulation
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     for table in tabulation.of_run(record):
         console.print(table.rich())
     for line in tabulation.skipped(record):

@@ -6,6 +6,7 @@ import pytest
 from benchmark_records import predicted, record, timed
 
 from effseg.benchmarking.compare import Change, compare, conditions
+from effseg.benchmarking.record import Row
 from effseg.errors import InputError
 
 KEY = ("throughput", "unet3d/eager", "96x96x96, 15 classes", "fp32", "train")
@@ -84,6 +85,14 @@ def test_rows_come_and_go_the_worse_first():
         ("new", "nnunet/eager", "row"),
     ]
     assert [change.is_worse for change in changes] == [True, True, False]
+
+
+def test_a_row_that_never_ran_is_not_missed():
+    listed = Row("memory", "unet3d/budget", "64x64x64", "bf16", status="skipped", reason="only with --full")
+    assert compare(record(BEFORE, listed), record(BEFORE)) == []
+    assert compare(record(BEFORE), record(BEFORE, listed)) == []
+    known = replace(listed, bytes_predicted=1000)
+    assert [change.what for change in compare(record(known), record())] == ["row"]
 
 
 def test_a_change_is_one_line():

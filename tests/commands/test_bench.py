@@ -43,7 +43,7 @@ def test_it_measures_writes_and_prints(asked, tmp_path, capsys):
     path = tmp_path / "new" / "record.json"
     assert cli.main(["bench", "--device", "cpu", "--output", str(path)]) == 0
     assert asked.suites == ("memory", "throughput", "kernels")
-    assert asked.options == (False, torch.device("cpu"), ("bf16", "fp32"), None)
+    assert asked.options == (False, torch.device("cpu"), None, None)
     assert read(path).rows == ROWS
     assert [file.name for file in path.parent.iterdir()] == ["record.json"]
     out, err = capsys.readouterr()
