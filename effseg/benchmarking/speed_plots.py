@@ -25,20 +25,32 @@ def throughput(record: Record) -> Any | None:
 
     What no other contender beats in both lies on the line.
     """
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for _, row in results.rows([record], "throughput", task="train"):
-        if row.voxels_per_second and row.bytes_allocated:
-            groups.setdefault((row.workload, row.dtype), []).append(row)
+    groups = steps(record)
     if not groups:
         return None
-    figure = new_figure(8.5, 0.5 + 3.9 * len(groups))
-    panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    figure, panels = _stacked([len(rows) for rows in groups.values()])
     for axes, ((workload, dtype), rows) in zip(panels, groups.items(), strict=True):
         _draw_throughput(axes, rows)
         axes.set_title(f"training step, {workload}, {dtype}", loc="left", fontsize="medium")
     panels[-1].set_xlabel("measured peak memory, GiB (left is better)")
     figure.suptitle(results.machine(record), x=0.02, ha="left", fontsize="medium")
     return figure
+
+
+def steps(record: Record) -> dict[tuple[str, str], list[Row]]:
+    """Training steps whose time and memory were measured, by workload and dtype."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for _, row in results.rows([record], "throughput", task="train"):
+        if row.voxels_per_second and row.bytes_allocated:
+            groups.setdefault((row.workload, row.dtype), []).append(row)
+    return groups
+
+
+def _stacked(labels: Sequence[int]) -> tuple[Any, Any]:
+    """A figure and its panels, one above the other, each with room for so many labels beside it."""
+    heights = [max(3.9, 0.9 + 0.17 * count) for count in labels]
+    figure = new_figure(8.5, 0.5 + sum(heights))
+    return figure, figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
 
 
 def _draw_throughput(axes: Any, rows: Sequence[Row]) -> None:
@@ -82,20 +94,24 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def roofline(record: Record) -> Any | None:
     """A panel for each dtype of the operators that were timed, under the GPU's two ceilings; None where the
     GPU's are not known."""
-    limits = peaks(record.machine["gpu"])
-    groups: dict[str, list[Row]] = {}
-    for _, row in results.rows([record], "kernels"):
-        if row.seconds_p50 and row.bytes_moved and row.macs:
-            groups.setdefault(row.dtype, []).append(row)
+    limits, groups = peaks(record.machine["gpu"]), operators(record)
     if limits is None or not groups:
         return None
-    figure = new_figure(8.5, 0.5 + 5 * len(groups))
-    panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    figure, panels = _stacked([len(rows) for rows in groups.values()])
     for axes, (dtype, rows) in zip(panels, groups.items(), strict=True):
         _draw_roofline(axes, rows, limits, dtype)
     panels[-1].set_xlabel("arithmetic intensity, FLOP per byte of least device-memory traffic")
     figure.suptitle(results.machine(record), x=0.02, ha="left", fontsize="medium")
     return figure
+
+
+def operators(record: Record) -> dict[str, list[Row]]:
+    """Those that were timed and multiply, by dtype; none where the GPU's ceilings are not known."""
+    groups: dict[str, list[Row]] = {}
+    for _, row in results.rows([record], "kernels"):
+        if row.seconds_p50 and row.bytes_moved and row.macs and peaks(record.machine["gpu"]):
+            groups.setdefault(row.dtype, []).append(row)
+    return groups
 
 
 def _draw_roofline(axes: Any, rows: Sequence[Row], limits: Peaks, dtype: str) -> None:

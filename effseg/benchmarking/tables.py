@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from effseg.atomic import atomic_path
-from effseg.benchmarking import auto, results, tabulation
+from effseg.benchmarking import auto, results, speed_plots, tabulation
+from effseg.benchmarking.memory_plots import LINES
 from effseg.benchmarking.record import Record
 from effseg.benchmarking.tabulation import Table
 from effseg.errors import InputError
@@ -35,15 +36,45 @@ def auto_block(folder: Path) -> str:
 
 
 def cpu_block(folder: Path) -> str:
-    return _titled([table for record in _of(folder, gpu=False) for table in tabulation.throughput(record)])
+    return _times(folder, gpu=False, dtype="fp32")
 
 
 def gpu_block(folder: Path) -> str:
-    return _titled([table for record in _of(folder, gpu=True) for table in tabulation.throughput(record)])
+    return _times(folder, gpu=True, dtype="bf16")
+
+
+def _times(folder: Path, gpu: bool, dtype: str) -> str:
+    """Training steps of the usual contenders; records have more."""
+    parts = []
+    for name, record in _of(folder, gpu).items():
+        if speed_plots.steps(record):
+            parts.append(_picture(f"throughput_{name}", "throughput against memory"))
+        parts += map(_titled, tabulation.throughput(record, LINES, dtype=dtype, task="train"))
+    return "\n\n".join(parts) or NOTHING
 
 
 def kernels_block(folder: Path) -> str:
-    return _titled([table for record in _of(folder, gpu=True) for table in tabulation.kernels(record)])
+    parts = []
+    for name, record in _of(folder, gpu=True).items():
+        if speed_plots.operators(record):
+            parts.append(_picture(f"roofline_{name}", "achieved FLOP/s against arithmetic intensity"))
+        parts += map(_titled, tabulation.kernels(record, dtype="bf16"))
+    return "\n\n".join(parts) or NOTHING
+
+
+def _of(folder: Path, gpu: bool) -> dict[str, Record]:
+    """The records of machines with a GPU, or without, by name."""
+    found = results.records(folder)
+    return {name: record for name, record in found.items() if results.is_on_gpu(record) == gpu}
+
+
+def _picture(name: str, what: str) -> str:
+    """One that `effseg.benchmarking.plots` draws."""
+    return f"![{what}](benchmarks/results/{name}.png)"
+
+
+def _titled(table: Table) -> str:
+    return f"{table.title}:\n\n{table.markdown()}"
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
@@ -53,15 +84,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "gpu": gpu_block,
     "kernels": kernels_block,
 }
-
-
-def _of(folder: Path, gpu: bool) -> list[Record]:
-    """The records of machines with a GPU, or without."""
-    return [record for record in results.records(folder).values() if results.is_on_gpu(record) == gpu]
-
-
-def _titled(tables: Sequence[Table]) -> str:
-    return "\n\n".join(f"{table.title}:\n\n{table.markdown()}" for table in tables) or NOTHING
 
 
 # The file

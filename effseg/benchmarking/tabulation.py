@@ -5,7 +5,7 @@ A table says nothing that is not in the records; what they lack is "not measured
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -121,18 +121,14 @@ def _ours(contenders: Iterable[str]) -> frozenset[int]:
 # Throughput
 
 
-def throughput(record: Record) -> list[Table]:
-    """One table for each workload, dtype and task of the record, of what was run."""
-    return [_throughput(record, key, group) for key, group in _groups(record, "throughput").items()]
-
-
-def _groups(record: Record, suite: str) -> dict[tuple[str, str, str], list[Row]]:
-    """The suite's rows that were run, by workload, dtype and task."""
+def throughput(record: Record, contenders: Collection[str] | None = None, **wanted: str) -> list[Table]:
+    """One table for each workload, dtype and task of the record, of what was run: all of it, or only these
+    contenders and rows whose fields have the values wanted."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
-    for _, row in results.rows([record], suite):
-        if row.status != "skipped":
+    for _, row in results.rows([record], "throughput", **wanted):
+        if row.status != "skipped" and (contenders is None or row.contender in contenders):
             groups.setdefault((row.workload, row.dtype, row.task), []).append(row)
-    return groups
+    return [_throughput(record, key, group) for key, group in groups.items()]
 
 
 def _throughput(record: Record, key: tuple[str, str, str], rows: Sequence[Row]) -> Table:
@@ -177,11 +173,11 @@ def _per_second(row: Row) -> str:
 # Kernels
 
 
-def kernels(record: Record) -> list[Table]:
+def kernels(record: Record, **wanted: str) -> list[Table]:
     """One table for each dtype: operators by contender, in milliseconds and as the part of the least time
     that device memory and tensor cores allow."""
     by_dtype: dict[str, list[Row]] = {}
-    for _, row in results.rows([record], "kernels"):
+    for _, row in results.rows([record], "kernels", **wanted):
         by_dtype.setdefault(row.dtype, []).append(row)
     return [
         _kernels(record, dtype, rows)

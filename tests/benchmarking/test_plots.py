@@ -50,9 +50,12 @@ OPERATORS = record(
         memory_plots.modes([MEMORY]),
         memory_plots.against_volume([MEMORY, SPEED]),
         speed_plots.throughput(SPEED),
+        speed_plots.throughput(
+            record(*(timed(f"network {i}", 1 + i / 99, bytes_allocated=GB) for i in range(40)))
+        ),
         speed_plots.roofline(OPERATORS),
     ],
-    ids=["modes", "against_volume", "throughput", "roofline"],
+    ids=["modes", "against_volume", "throughput", "many", "roofline"],
 )
 def test_texts_do_not_lie_on_each_other_and_are_in_the_picture(figure, tmp_path):
     save(figure, tmp_path / "figure.png")

@@ -197,11 +197,26 @@ def test_without_results_a_block_says_so(readme):
 
 
 def test_times_of_cpus_and_of_gpus_have_their_blocks(readme):
-    folder = readme.parent / "results"
-    write(record(timed("unet3d/eager", 1.0)), folder / "a.json")
-    write(record(timed("unet3d/eager", 1.0), gpu="NVIDIA H200"), folder / "b.json")
-    assert tables.cpu_block(folder).startswith("One training step, 96x96x96, 15 classes, fp32, relative to ")
-    assert "; NVIDIA H200, torch 2.13.0:\n\n| network |" in tables.gpu_block(folder)
+    folder, rows = readme.parent / "results", []
+    for dtype in ("fp32", "bf16"):
+        rows += [
+            timed("unet3d/eager", 1.0, dtype=dtype, bytes_allocated=GB),
+            timed("unet3d/compile", 1.0, dtype=dtype),
+            timed("unet3d/eager", 1.0, dtype=dtype, task="infer"),
+            operator("aten", 1e-3, dtype=dtype, macs=GB),
+        ]
+    write(record(*rows), folder / "a.json")
+    write(record(*rows, gpu="NVIDIA H200"), folder / "b.json")
+    steps = {"cpu": tables.cpu_block(folder), "gpu": tables.gpu_block(folder)}
+    for name, dtype, block in (("a", "fp32", steps["cpu"]), ("b", "bf16", steps["gpu"])):
+        picture, title, table = block.split("\n\n")
+        assert picture == f"![throughput against memory](benchmarks/results/throughput_{name}.png)"
+        assert title.startswith(f"One training step, 96x96x96, 15 classes, {dtype}, relative to ")
+        assert len(table.splitlines()) == 3
+    picture, title, table = tables.kernels_block(folder).split("\n\n")
+    assert picture.endswith("(benchmarks/results/roofline_b.png)")
+    assert title.startswith("Operators, bf16; NVIDIA H200")
+    assert len(table.splitlines()) == 3
 
 
 @pytest.mark.parametrize(
