@@ -5,6 +5,8 @@ Needs torch and numpy alone; data, training and evaluation import nibabel, MONAI
 
 from effseg import functional
 from effseg.algorithms import algorithm
+from effseg.conversion import ConversionReport, convert, restore
+from effseg.criterion import SegmentationLoss
 from effseg.errors import InputError
 from effseg.memory import MemoryReport, peak_training_memory
 from effseg.models.checkpoint import load
@@ -15,14 +17,18 @@ from effseg.version import __version__
 
 __all__ = [
     "ConvNormAct3d",
+    "ConversionReport",
     "EffSegNet",
     "InputError",
     "MemoryReport",
     "ResidualBlock3d",
+    "SegmentationLoss",
     "UNet3D",
     "__version__",
     "algorithm",
+    "convert",
     "functional",
     "load",
     "peak_training_memory",
+    "restore",
 ]

@@ -6,6 +6,7 @@ kind                value                                          stored
 `Concatenation`     cat(first, second, ...) along the channels     what the parts store
 `TransposedConv`    conv_transpose(inner, w), kernel = stride      what inner stores
 `Pooling`           max or average over blocks of voxels           what inner stores
+`Shared`            inner                                          what inner stores, and nothing
 =================== ============================================== =================================
 
 A transposed convolution whose kernel is its stride multiplies every voxel by one matrix, 27 times less
@@ -103,6 +104,32 @@ class Pooling(Spec):
         if self.kind == "max":
             return F.max_pool3d(fine, self.window, ceil_mode=self.ceil)
         return F.avg_pool3d(fine, self.window)
+
+
+@dataclass(frozen=True)
+class Shared(Spec):
+    """inner, whose gradient goes to one tensor that stands for it: see `effseg.nodes.share`."""
+
+    inner: Spec
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        return [Use((lo, hi)), *self.inner.uses(lo, hi)]
+
+    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        standing, *inner = tensors
+        return _Standing.apply(standing, self.inner.rows(ops, lo, hi, inner))
+
+
+class _Standing(torch.autograd.Function):
+    """The value, with the gradient of what stands for it. Saved: nothing."""
+
+    @staticmethod
+    def forward(ctx, standing, value):  # type: ignore[no-untyped-def]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad, None
 
 
 def concatenation(parts: Sequence[Deferred]) -> Deferred:

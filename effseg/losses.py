@@ -102,8 +102,17 @@ def dice_cross_entropy(
         gradient, so that gradients averaged by DDP are those of one process with the whole batch.
 
     The target is a boolean one-hot tensor, as in nnU-Net's memory-efficient soft Dice (Isensee et al.,
-    Nature Methods 2021). Raises InputError where shapes or dtypes do not fit.
+    Nature Methods 2021). Logits of a converted network (`effseg.convert`) are never made. Raises InputError
+    where shapes or dtypes do not fit.
     """
+    from effseg.conversion.lazy import LazyTensor
+
+    if isinstance(logits, LazyTensor) and logits.has_head:
+        options = LossOptions(
+            class_weights, ignore_index, include_background, batch_dice, label_smoothing, dice_weight,
+            ce_weight, smooth, process_group,
+        )  # fmt: skip
+        return logits.segmentation_loss(labels, options)
     _check(logits, labels, class_weights)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from effseg.conversion import rules as _rules  # noqa: F401  lazy tensors follow them
-from effseg.conversion.lazy import Convolution, LazyTensor, lazy, real
+from effseg.conversion.lazy import LazyTensor, lazy, real
 from effseg.conversion.recompute import Block, blocks_run_again, is_block
 from effseg.conversion.report import ConversionReport, examine
 from effseg.errors import InputError
@@ -48,7 +48,7 @@ class Converted(nn.Module):
         with blocks_run_again.set(self._mode((args, kwargs)) == "block"):
             found = own(*args, **kwargs)
         defers = settings.lazy_logits and self.training and torch.is_grad_enabled()
-        return tree_map(lambda x: x if defers and _is_logits(x) else real(x), found)
+        return tree_map(_logits if defers else real, found)
 
     def _mode(self, inputs: Any) -> str:
         settings = self.effseg_settings
@@ -146,7 +146,7 @@ def choose(model: Converted, shape: tuple[int, ...], device: str, low: bool, bud
 
 
 def restore(model: M) -> M:
-    """The network as it was before `convert`: plain torch, with the converted one's parameters and buffers."""
+    """The network as it was before `convert`, with the converted one's parameters and buffers."""
     _check_model(model)
     plain = copy.deepcopy(model, _shared(model))
     for module in plain.modules():
@@ -172,12 +172,12 @@ def _shared(model: nn.Module) -> dict[int, Any]:
     return memo | {id(t): real(t).detach() for t in unregistered(model) if not t.is_leaf}
 
 
-def _is_logits(x: Any) -> bool:
-    return isinstance(x, LazyTensor) and isinstance(x.value, Convolution) and x.value.is_head
+def _logits(x: Any) -> Any:
+    return x if isinstance(x, LazyTensor) and x.has_head else real(x)
 
 
 @cache
-def _mixed(base: type, mixin: type) -> type:
+def _mixed(base: Any, mixin: type) -> Any:
     return type(f"Converted{base.__name__}", (mixin, base), {"__module__": base.__module__})
 
 
@@ -186,5 +186,5 @@ def _base(mixed: type) -> type:
 
 
 def _rebuilt(base: type, mixin: type) -> nn.Module:
-    made = _mixed(base, mixin)
-    return made.__new__(made)  # type: ignore[no-any-return]
+    made: nn.Module = object.__new__(_mixed(base, mixin))
+    return made

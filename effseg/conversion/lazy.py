@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from effseg import functional
 from effseg.conversion import watch
 from effseg.conversion.outputs import convolve
 from effseg.deferred import Deferred, plain
+from effseg.losses import LossOptions
 from effseg.slabs import Window
 
 
@@ -85,6 +87,18 @@ class LazyTensor(Tensor):
         self.become(value)
         return value
 
+    @property
+    def has_head(self) -> bool:
+        """Whether it is features and a 1x1x1 convolution that has not run: logits."""
+        return isinstance(self.value, Convolution) and self.value.is_head
+
+    def segmentation_loss(self, labels: Tensor, options: LossOptions) -> Tensor:
+        """`effseg.functional.segmentation_loss` of logits, which it does not make."""
+        assert isinstance(self.value, Convolution)
+        head = self.value
+        chosen = {f.name: getattr(options, f.name) for f in fields(options)}
+        return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
+
     def operands(self) -> tuple[Tensor, ...]:
         """The tensors that gradients reach."""
         value = self.value
@@ -113,7 +127,9 @@ class LazyTensor(Tensor):
         return tree_map(lazy, func(*real_args, **real_kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise RuntimeError(f"{func}: a lazy tensor has no values here; pass tensor.materialise()")
 
 
@@ -132,10 +148,10 @@ METADATA = {
 
 def lazy(value: Any) -> Any:
     """Floating-point features become lazy, anything else stays as it is."""
-    if isinstance(value, Tensor) and not isinstance(value, LazyTensor):
-        if value.dim() == 5 and value.is_floating_point() and value.numel():
-            return LazyTensor(value)
-    return value
+    if not isinstance(value, Tensor) or isinstance(value, LazyTensor):
+        return value
+    is_features = value.dim() == 5 and value.is_floating_point() and value.numel() > 0
+    return LazyTensor(value) if is_features else value
 
 
 def real(value: Any) -> Any:

@@ -39,13 +39,17 @@ class KeptOutputs:
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """After the first pass: forget outputs that are not among these, which live on anyway."""
-        alive = {id(t) for t in tensors}
+        alive = {_storage(t) for t in tensors}
         # One without statistics may have become a sum.
         self.outputs = [
-            detached(found) if found and id(found[0]) in alive and found[1] is not None else None
+            detached(found) if found and _storage(found[0]) in alive and found[1] is not None else None
             for found in self.outputs
         ]
         self._replays = True
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def detached(found: Outputs) -> Outputs:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effseg import nodes
-from effseg.composed import concatenation, pooling, transposed_conv
+from effseg.composed import Shared, concatenation, pooling, transposed_conv
 from effseg.conversion import watch
 from effseg.conversion.lazy import Convolution, LazyTensor, Value, real
 from effseg.conversion.outputs import convolve
@@ -219,7 +219,10 @@ def _activated(input: Tensor, slope: float, inplace: bool) -> Any:
     else:
         changed = Residual(spec.shape, spec.dtype, slope, spec.inner)
     watch.took("activation", 0 if inplace else math.prod(value.shape))
-    return _result(input, Deferred(changed, value.tensors), inplace)
+    found = Deferred(changed, value.tensors)
+    if isinstance(changed, Residual) and torch.is_grad_enabled():
+        found = nodes.share(found)
+    return _result(input, found, inplace)
 
 
 def _result(input: Tensor, value: Value, inplace: bool) -> LazyTensor:
@@ -272,21 +275,21 @@ def _added(value: Value, other: LazyTensor) -> Value | None:
     if isinstance(value.spec, UpAdd) and value.spec.skip is None:
         end = len(value.tensors) - 1 - value.spec.has_bias
         coarse = Deferred(value.spec.coarse, value.tensors[:end])
+        weight, bias = value.tensors[end], value.tensors[end + 1] if value.spec.has_bias else None
         watch.took("sum", math.prod(value.shape))
-        skip = other.deferred(value.dtype)
-        return upsample_add(skip, coarse, *value.tensors[end:], factors=value.spec.factors)
+        return upsample_add(other.deferred(value.dtype), coarse, weight, bias, factors=value.spec.factors)
     return None
 
 
-MOST_NESTED = 2
+MOST_NESTED = 3
 
 
 def flat(x: LazyTensor, dtype: torch.dtype) -> Deferred:
     """A deferred expression, stored where it is a sum of sums: every use makes all of them."""
     found, depth = x.deferred(dtype), 0
     spec = found.spec
-    while isinstance(spec, Residual):
-        spec, depth = spec.inner, depth + 1
+    while isinstance(spec, (Residual, Shared)):
+        spec, depth = spec.inner, depth + isinstance(spec, Residual)
     return plain(x.materialise(), dtype) if depth >= MOST_NESTED else found
 
 

@@ -8,6 +8,7 @@ Arithmetic is in `effseg.algorithms`, validation in `effseg.functional`.
 from effseg.nodes.conv3d import conv3d
 from effseg.nodes.head import head_sums, segment
 from effseg.nodes.materialise import materialise
+from effseg.nodes.share import share
 from effseg.nodes.statistics import statistics
 from effseg.nodes.stem_statistics import stem_statistics
 from effseg.nodes.tail import layer_statistics, tail_sums
@@ -18,6 +19,7 @@ __all__ = [
     "layer_statistics",
     "materialise",
     "segment",
+    "share",
     "statistics",
     "stem_statistics",
     "tail_sums",

@@ -38,7 +38,9 @@ class Conv3dFunction(torch.autograd.Function):
                 ctx.ops, spec, tensors, weight, bias, window, statistics, slab_elements
             )
         else:
-            y, mean, var = (None if t is None else t.detach() for t in known)
+            y, mean, var = known
+            y = y.detach()
+            mean, var = (None if t is None else t.detach() for t in (mean, var))
         ctx.output_shape = y.shape
         ctx.save_for_backward(weight, y if statistics else None, mean, *tensors)
         return y, mean, var

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import Algorithm, accumulation_dtype
+from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, accumulation_dtype
 from effseg.deferred import Spec, Use
 
 
@@ -34,7 +34,8 @@ class _Accumulator:
             self.grad, self.written = part, [part.shape[2]]
             return
         if self.grad is None:
-            self.grad = torch.empty_like(self.tensor)
+            # The tensor itself may be one that only stands for a value, without strides of its own.
+            self.grad = torch.empty_like(self.tensor, memory_format=CHANNELS_LAST)
         (lo, hi), done = use.rows, self.written[sample]
         grad = self.grad[sample : sample + 1]
         grad[:, :, done:lo].zero_()

@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 
-from effseg.composed import Concatenation, Pooling, TransposedConv
 from effseg.deferred import Conv, Plain, Raw, Residual, UpAdd
 from effseg.normalisation import Merging
 from effseg.slabs import Window
 
-_EXPRESSIONS = (Concatenation, Conv, Plain, Pooling, Raw, Residual, TransposedConv, UpAdd)
-CLASSES = {c.__name__: c for c in (*_EXPRESSIONS, Merging, Window)}
+CLASSES = {c.__name__: c for c in (Conv, Merging, Plain, Raw, Residual, UpAdd, Window)}
 NUMBER = "_"
 
 

@@ -1,0 +1,89 @@
+"""`SegmentationLoss`: Dice + cross-entropy of whatever a network returns in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effseg.errors import InputError
+from effseg.losses import LossOptions, dice_cross_entropy
+
+Labels = Tensor | Sequence[Tensor]
+
+
+class SegmentationLoss(nn.Module):
+    """sum_i w_i (dice_weight (1 - mean soft Dice_i) + ce_weight cross-entropy_i) over a network's outputs i.
+
+    Called with (outputs, labels). outputs: logits (N, K, D, H, W); a list of them, the largest first (deep
+    supervision); or MONAI DynUNet's stack of them, (N, outputs, K, D, H, W). Logits of a converted network
+    (`effseg.convert`) are lazy: their head, softmax and sums then run slab by slab and no logits are ever
+    stored; of other networks the loss is `effseg.losses.dice_cross_entropy`. labels: (N, D, H, W) or
+    (N, 1, D, H, W) of any integer type (a float type is taken if it holds whole numbers, as MONAI's do), or
+    one such tensor for every output; one tensor is taken at the nearest voxels for smaller outputs.
+
+    weights: of the outputs; by default 1, 1/2, 1/4, ... and 0 for the last of several, divided by their sum,
+    as in nnU-Net (Isensee et al., Nature Methods 2021). options: those of `dice_cross_entropy`.
+    Memory kept for backward with lazy logits: the labels. Raises `ValueError` where shapes do not fit.
+    """
+
+    def __init__(self, weights: Sequence[float] | None = None, **options: Any) -> None:
+        super().__init__()
+        class_weights = LossOptions(**options).class_weights  # checks them all
+        self.weights = None if weights is None else tuple(float(w) for w in weights)
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.options = {name: value for name, value in options.items() if name != "class_weights"}
+
+    def forward(self, outputs: Tensor | Sequence[Tensor], labels: Labels) -> Tensor:
+        given = _listed(outputs)
+        wanted = [labels] * len(given) if isinstance(labels, Tensor) else list(labels)
+        if not given or len(wanted) != len(given):
+            raise InputError(f"labels: expected one for each of {len(given)} outputs, got {len(wanted)}")
+        losses = [
+            weight * dice_cross_entropy(logits, nearest(own, logits), **self._options())
+            for weight, logits, own in zip(self._weights(len(given)), given, wanted, strict=True)
+            if weight
+        ]
+        return torch.stack(losses).sum()
+
+    def _options(self) -> dict[str, Any]:
+        return self.options | {"class_weights": self.class_weights}
+
+    def _weights(self, count: int) -> tuple[float, ...]:
+        if self.weights is None:
+            return nnunet_weights(count)
+        if len(self.weights) != count:
+            raise InputError(f"outputs: expected {len(self.weights)}, one for each weight, got {count}")
+        return self.weights
+
+
+def nnunet_weights(count: int) -> tuple[float, ...]:
+    """1, 1/2, 1/4, ... with 0 for the last of several, divided by their sum."""
+    weights = [0.5**i for i in range(count)]
+    if count > 1:
+        weights[-1] = 0.0
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+def _listed(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if not isinstance(outputs, Tensor):
+        return list(outputs)
+    return list(outputs.unbind(1)) if outputs.dim() == 6 else [outputs]
+
+
+def nearest(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels (N, D, H, W), integer, on the grid of the logits: those of the voxels nearest to its centres
+    (torch's "nearest-exact")."""
+    if labels.dim() == 5 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.is_floating_point():
+        labels = labels.to(torch.int16)
+    if labels.dim() != 4:
+        raise InputError(f"labels: expected (N, D, H, W) or (N, 1, D, H, W), got {tuple(labels.shape)}")
+    for dim, size in enumerate(logits.shape[2:], start=1):
+        if labels.shape[dim] != size:
+            centres = (torch.arange(size, device=labels.device) + 0.5) * (labels.shape[dim] / size)
+            labels = labels.index_select(dim, centres.long())
+    return labels
