@@ -52,6 +52,7 @@ setup(
         "tensorboardX>=2.6.2",
     ],
     extras_require={
+        "nnunet": ["nnunetv2>=2.8"],
         "test": [
             "pytest>=8.0",
             "pytest-benchmark>=4.0",

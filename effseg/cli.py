@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": "segment CT scans with a trained network, each on its own grid",
     "evaluate": "score segmentations: Dice, surface Dice, HD95 per organ",
     "plan": "say whether a volume fits on a GPU, and how large a volume does",
+    "nnunet": "run nnU-Net's planning, training or prediction with this package's trainers",
     "tune": "measure which kernels and tiles are fastest on this GPU",
     "bench": "measure time and memory beside other networks, or compare two such records",
     "doctor": "check versions, the GPU, known faults, and the arithmetic",

@@ -1,0 +1,78 @@
+"""nnU-Net's Dice + cross-entropy on logits that are never made."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from torch import Tensor, nn
+
+from effseg.losses import dice_cross_entropy
+
+Tensors = Tensor | Sequence[Tensor]
+
+
+def fused(loss: nn.Module) -> nn.Module:
+    """The loss that nnU-Net has built, fused if it is of the kind that can be, else as it is (regions)."""
+    one: Any = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
+    weights = loss.weight_factors if isinstance(loss, DeepSupervisionWrapper) else (1.0,)
+    if type(one) is not DC_and_CE_loss or type(one.dc) is not MemoryEfficientSoftDiceLoss:
+        return loss
+    if one.ce.weight is not None or one.ce.reduction != "mean":
+        return loss
+    return FusedLoss(
+        weights,
+        dice_weight=one.weight_dice,
+        ce_weight=one.weight_ce,
+        label_smoothing=one.ce.label_smoothing,
+        ignore_index=one.ignore_label,
+        include_background=one.dc.do_bg,
+        batch_dice=one.dc.batch_dice,
+        smooth=one.dc.smooth,
+        process_group=True if one.dc.ddp else None,
+    )
+
+
+class FusedLoss(nn.Module):
+    """The value and the gradient of nnU-Net's DC_and_CE_loss, in its DeepSupervisionWrapper or not.
+
+    weights: of a list of outputs; options: those of `effseg.losses.dice_cross_entropy`. Called with logits
+    (N, K, D, H, W), lazy or not, and targets (N, 1, D, H, W), or with a list of each.
+    Under DDP every sum is over all processes, where nnU-Net takes the cross-entropy of each process alone:
+    the same unless the processes have different numbers of voxels that are not ignored.
+    """
+
+    def __init__(self, weights: Sequence[float], **options: Any) -> None:
+        super().__init__()
+        self.weights = tuple(float(weight) for weight in weights)
+        self.options = options
+
+    def forward(self, outputs: Tensors, targets: Tensors) -> Tensor:
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        targets = [targets] if isinstance(targets, Tensor) else targets
+        losses = [
+            weight * self._loss(logits, target[:, 0])
+            for weight, logits, target in zip(self.weights, outputs, targets, strict=True)
+            if weight
+        ]
+        return torch.stack(losses).sum()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """nnU-Net's Dice loss is -Dice, not 1 - Dice."""
+        dice_of_all = self.options["dice_weight"]
+        if self._ignores_all(labels):  # a cross-entropy of nothing would be 0 / 0
+            options = self.options | {"ignore_index": None}
+            return 0 * dice_cross_entropy(logits, torch.zeros_like(labels), **options) - dice_of_all
+        return dice_cross_entropy(logits, labels, **self.options) - dice_of_all
+
+    def _ignores_all(self, labels: Tensor) -> bool:
+        """Of all processes, so that all of them take the same way."""
+        if self.options["ignore_index"] is None:
+            return False
+        known = (labels != self.options["ignore_index"]).sum()
+        if self.options["process_group"]:
+            dist.all_reduce(known)
+        return not known.item()
