@@ -1,0 +1,88 @@
+"""What conversion is for."""
+
+import sys
+
+import pytest
+import torch
+from convertible import make, plain
+
+import effseg
+from effseg.benchmarking import networks
+from effseg.memory import measure_training_memory
+
+NNUNET = "dynamic_network_architectures"
+
+
+def bytes_per_voxel(make, memory, dtype, shape=(1, 1, 512, 512, 256)):
+    def build():
+        return effseg.convert(make(15), memory=memory) if memory else make(15)
+
+    return effseg.peak_training_memory(build(), shape, dtype=dtype).bytes_per_voxel
+
+
+@pytest.mark.parametrize(
+    ("network", "dtype", "bars", "original"),
+    [
+        pytest.param("plain_conv_unet", "fp32", (0.50, 0.38), 2231, id="nnunet-fp32"),
+        pytest.param("plain_conv_unet", "bf16", (0.50, 0.38), 1126, marks=pytest.mark.slow, id="nnunet-bf16"),
+        pytest.param(
+            "residual_encoder_unet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="resenc"
+        ),
+        pytest.param("dynunet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="dynunet"),
+        pytest.param("basic_unet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="basic-unet"),
+        pytest.param("segresnet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="segresnet"),
+    ],
+)
+def test_predicted_peak_of_a_step(network, dtype, bars, original):
+    pytest.importorskip("monai" if network.endswith(("dynunet", "basic_unet", "segresnet")) else NNUNET)
+    make = getattr(networks, network)
+    stock = bytes_per_voxel(make, None, dtype)
+    if original is not None:
+        assert stock == pytest.approx(original, rel=0.02)
+    for memory, bar in zip(("raw", "block"), bars, strict=True):
+        assert bytes_per_voxel(make, memory, dtype) <= bar * stock
+
+
+@pytest.mark.parametrize("memory", ["raw", "block"])
+def test_prediction_equals_the_measured_step(memory):
+    """But for scratch inside the CPU's batch norm, which is as large as a slab: here much of the volume."""
+    pytest.importorskip(NNUNET)
+    build = lambda: effseg.convert(plain(), memory=memory)  # noqa: E731
+    shape = (1, 1, 64, 48, 48)
+    predicted = effseg.peak_training_memory(build(), shape, dtype="fp32")
+    measured = measure_training_memory(build, shape, 3, dtype="fp32")
+    assert predicted.peak == pytest.approx(measured.outside_convolutions, rel=0.08)
+
+
+def test_auto_takes_what_fits_for_every_size(monkeypatch):
+    network, image = make("plain", torch.float32)
+    peaks = {}
+
+    def predicted_once(model, shape, dtype, device):
+        memory = model.effseg_settings.memory
+        if memory not in peaks:
+            peaks[memory] = effseg.peak_training_memory(model, shape, dtype=dtype, device=device)
+        return peaks[memory]
+
+    monkeypatch.setattr(sys.modules["effseg.conversion.convert"], "peak_training_memory", predicted_once)
+
+    def chosen(budget):
+        converted = effseg.convert(network, memory="auto", memory_budget=budget)
+        converted(image).sum().backward()
+        (mode,) = converted.effseg_choices.values()
+        return mode
+
+    assert chosen("1GB") == "raw"
+    raw = peaks["raw"].peak
+    assert chosen(raw) == "raw"
+    assert chosen(raw - 1) == "block"
+    block = peaks["block"].peak
+    assert chosen(block) == "block"
+    message = r"training PlainConvUNet on 2x1x16x20x24 in fp32 needs .* the budget is"
+    with pytest.raises(effseg.InputError, match=message):
+        chosen(block - 1)
+    assert peaks["raw"].shape == tuple(image.shape)
+    converted = effseg.convert(network, memory="auto")
+    with pytest.raises(effseg.InputError, match=r"memory_budget: .* on cpu needs one"):
+        converted(image)
+    assert converted.eval()(image).shape == (2, 3, 16, 20, 24)

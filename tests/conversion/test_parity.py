@@ -1,0 +1,135 @@
+"""A converted network's outputs, gradients and running statistics are the original's."""
+
+import copy
+
+import pytest
+import torch
+from convertible import NETWORKS, listed, make
+from torch import nn
+
+import effseg
+
+
+def step(network, image):
+    """Outputs, gradients of image and parameters, buffers."""
+    network.zero_grad()
+    image = image.clone().requires_grad_()
+    outputs = listed(network(image))
+    random = torch.Generator().manual_seed(1)
+    loss = 0
+    for output in outputs:
+        loss = loss + (output * torch.randn(output.shape, generator=random, dtype=image.dtype)).sum()
+    loss.backward()
+    grads = [image.grad, *(p.grad for p in network.parameters())]
+    return [o.detach() for o in outputs], grads, list(network.buffers())
+
+
+def assert_alike(found, expected, tolerance):
+    """Relative to the norm of a tensor, and of gradients to all of them: that of a bias under instance
+    normalisation is 0 but for rounding."""
+    whole = torch.stack([g.norm() for g in expected[1] if g is not None]).norm()
+    for ours, theirs, floor in zip(found, expected, (0.0, whole, 0.0), strict=True):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b.is_floating_point():
+                assert (a - b).norm() <= tolerance * max(b.norm(), 1e-3 * floor, 1e-30)
+            elif a is not None:
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("memory", ["raw", "block"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_in_float64(name, memory):
+    network, image = make(name)
+    converted = effseg.convert(copy.deepcopy(network), memory=memory)
+    assert_alike(step(converted, image), step(network, image), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["plain deep", "residual", "basic", "dynunet", "segresnet"])
+def test_a_step_in_float32(name):
+    network, image = make(name, torch.float32)
+    converted = effseg.convert(copy.deepcopy(network))
+    expected = step(copy.deepcopy(network).double(), image.double())
+    theirs, ours = step(network, image), step(converted, image)
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+    # Signs flip at the leaky ReLU, so that gradients of torch itself differ from the exact ones.
+    exact, got, of_torch = (
+        torch.cat([g.flatten().double() for g in grads if g is not None])
+        for grads in (expected[1], ours[1], theirs[1])
+    )
+    assert (got - exact).norm() <= 2 * (of_torch - exact).norm() + 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_evaluation(name):
+    """Running statistics, no deep supervision of MONAI's; real tensors come out."""
+    network, image = make(name)
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    converted = effseg.convert(copy.deepcopy(network).eval())
+    with torch.no_grad():
+        for a, b in zip(listed(converted(image)), listed(network.eval()(image)), strict=True):
+            assert type(a) is torch.Tensor
+            assert (a - b).norm() <= 1e-9 * b.norm()
+
+
+def test_fine_tuning_with_frozen_statistics():
+    """Batch norm in evaluation mode inside a network that trains."""
+    network, image = make("plain batch")
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.running_mean.uniform_(-1, 1)
+            module.eval()
+    converted = effseg.convert(copy.deepcopy(network))
+    assert_alike(step(converted, image), step(network, image), 1e-9)
+
+
+@pytest.mark.parametrize("memory", ["raw", "block"])
+def test_dropout_draws_the_same_numbers(memory):
+    from convertible import plain
+
+    torch.manual_seed(0)
+    network, image = plain(dropout=0.3).double(), torch.randn(1, 1, 8, 8, 8, dtype=torch.float64)
+    converted = effseg.convert(copy.deepcopy(network), memory=memory)
+    found = []
+    for each in (converted, network):
+        torch.manual_seed(1)
+        found.append(step(each, image))
+    assert_alike(*found, 1e-9)
+    left = {what for module in converted.conversion_report.left for what in module.left}
+    assert any("dropout" in what for what in left)
+
+
+@pytest.mark.parametrize("memory", ["raw", "block"])
+def test_a_second_step_and_frozen_layers(memory):
+    """Parameters without gradient, and twice the same with gradients added up."""
+    network, image = make("residual")
+    for parameter in list(network.encoder.parameters())[:12]:
+        parameter.requires_grad_(False)
+    converted = effseg.convert(copy.deepcopy(network), memory=memory)
+    assert_alike(step(converted, image), step(network, image), 1e-9)
+    assert_alike(step(converted, image), step(network, image), 1e-9)
+
+
+@pytest.mark.parametrize("memory", ["raw", "block"])
+def test_two_steps_give_the_same_bits(memory):
+    network, image = make("residual", torch.float32)
+    converted = effseg.convert(network, memory=memory)
+    first, second = step(converted, image), step(converted, image)
+    for a, b in zip(first[1], second[1], strict=True):
+        assert a is None or torch.equal(a, b)
+
+
+def test_autocast_computes_in_bfloat16():
+    network, image = make("plain", torch.float32)
+    converted = effseg.convert(copy.deepcopy(network))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = converted(image)
+        assert output.dtype == torch.bfloat16
+        theirs = network(image).float()
+    exact = copy.deepcopy(network).double()(image.double())
+    error, of_torch = ((t.double() - exact).norm() for t in (output.float(), theirs))
+    assert error <= 2 * of_torch
