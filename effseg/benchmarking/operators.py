@@ -70,12 +70,14 @@ def rows(
     device: torch.device,
     *,
     compiled: bool = True,
+    heads_only: bool = False,
     rounds: int = ROUNDS,
     seconds: float = math.inf,
     show: Callable[[Row], object] = lambda row: None,
     stopwatch: Stopwatch | None = None,
 ) -> list[Row]:
-    """Of every operator, one for each contender; compiled: whether layers are also run by torch.compile.
+    """Of every operator, one for each contender; compiled: whether layers are also run by torch.compile;
+    heads_only: see `operators`.
 
     seconds: about how long to measure; three rounds of each operator are not cut short. show: called with
     each row. stopwatch: as in `race`. Needs Triton, though not a GPU.
@@ -83,7 +85,7 @@ def rows(
     if stopwatch is None and device.type == "cuda":
         stopwatch = partial(gpu_seconds, device, flush_bytes=FLUSH_BYTES)
     deadline = time.monotonic() + seconds
-    todo = operators(workload, dtype, device, compiled)
+    todo = operators(workload, dtype, device, compiled, heads_only)
     found = []
     for i, operator in enumerate(todo):
         left = max(0.0, deadline - time.monotonic()) / (len(todo) - i)
@@ -106,14 +108,18 @@ def _raced(
     return failures | race({name: run for name, run in made.items() if name not in failures})
 
 
-def operators(workload: Workload, dtype: str, device: torch.device, compiled: bool = True) -> list[Operator]:
-    return [
+def operators(
+    workload: Workload, dtype: str, device: torch.device, compiled: bool = True, heads_only: bool = False
+) -> list[Operator]:
+    """heads_only: the other operators are the same for any number of classes."""
+    found = [
         *(_operator(problem, device) for problem in problems(workload, dtype, device)),
         *(
             _layer(channels, _halved(workload.volume, level), dtype, device, compiled)
             for level, channels in enumerate(LEVELS)
         ),
     ]
+    return [operator for operator in found if operator.name.startswith("head") or not heads_only]
 
 
 def _halved(size: Triple, times: int) -> Triple:

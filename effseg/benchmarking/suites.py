@@ -35,7 +35,7 @@ MEASURED_ON_CPU = (
 )  # fmt: skip
 """Contenders whose memory is also measured without a GPU, on SMALL."""
 OPERATORS = ("96x96x96, 15 classes",), ("512x512x128, 15 classes", "512x512x128, 105 classes")
-"""Workloads of the kernels suite: by default, and with `full`."""
+"""Workloads of the kernels suite: by default, and with `full`; of all but the first only the heads."""
 
 Show = Callable[[Row], object]
 
@@ -166,14 +166,16 @@ def _kernels(full: bool, device: torch.device, dtypes: Sequence[str]) -> Iterato
         return
     from effseg.benchmarking import operators
 
-    def run(workload: Workload, dtype: str, seconds: float, show: Show) -> list[Row]:
-        return operators.rows(workload, dtype, device, compiled=full, seconds=seconds, show=show)
+    def run(workload: Workload, dtype: str, heads_only: bool, seconds: float, show: Show) -> list[Row]:
+        return operators.rows(
+            workload, dtype, device, compiled=full, heads_only=heads_only, seconds=seconds, show=show
+        )
 
-    for name in OPERATORS[full]:
+    for i, name in enumerate(OPERATORS[full]):
         for dtype in dtypes:
             blanks = tuple(
                 operator.blank(contender, dtype)
-                for operator in operators.operators(workloads()[name], dtype, device)
+                for operator in operators.operators(workloads()[name], dtype, device, heads_only=i > 0)
                 for contender in operator.contenders
             )
-            yield Group(blanks, partial(run, workloads()[name], dtype))
+            yield Group(blanks, partial(run, workloads()[name], dtype, i > 0))

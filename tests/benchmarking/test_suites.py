@@ -100,6 +100,15 @@ def test_kernels_are_listed_without_a_gpu(monkeypatch):
     assert {row.contender for row in found.rows} > {"fold C16/triton", "layer 16->16 3x3x3/compile"}
 
 
+def test_operators_that_workloads_share_are_run_once():
+    pytest.importorskip("triton")
+    rows = run("kernels", full=True, seconds=0).rows
+    keys = [(row.contender, row.workload, row.dtype, row.task) for row in rows]
+    assert len(keys) == len(set(keys))
+    heads = {row.contender for row in rows if row.task == "head_sums"}
+    assert heads == {f"head_sums 16->{n}/{how}" for n in (15, 105) for how in ("aten", "triton")}
+
+
 def test_kernels_without_triton_are_one_row(monkeypatch):
     monkeypatch.setattr(suites, "missing", lambda contender: "triton is not installed")
     (row,) = run("kernels").rows
