@@ -8,11 +8,11 @@ the memory suite measures.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -109,7 +109,7 @@ def _refusal(case: Case, dtype: str, device: torch.device) -> Failure | None:
 
 def _does_not_fit(case: Case, dtype: str) -> str:
     """Why a step is not tried in the host's memory, where nothing raises: the system ends the process."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = _available()
     if case.workload.voxels * MOST_BYTES_PER_VOXEL <= free:
         return ""
     contender = case.contender
@@ -118,6 +118,15 @@ def _does_not_fit(case: Case, dtype: str) -> str:
     needed = memory.predict(Case(contender, case.workload), dtype).peak
     return (
         "" if needed <= free else f"needs {format_bytes(needed)} as predicted, {format_bytes(free)} are free"
+    )
+
+
+def _available() -> float:
+    """Bytes that the host can still give, as Linux estimates it; elsewhere there is no telling."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf
     )
 
 

@@ -156,14 +156,19 @@ def test_out_of_memory_in_a_turn_is_a_row():
     assert found[1].seconds_p50 is None
 
 
-def test_what_the_host_cannot_hold_is_not_tried():
-    whole = registry.workloads()["512x512x512, 15 classes"]
-    case = Case(contenders()[TWIN], Workload((4096, 512, 512)))
-    (row,) = throughput.rows([case], "fp32", CPU, tasks=["train"])
+def test_what_the_host_cannot_hold_is_not_tried(monkeypatch):
+    assert throughput._available() > 2**20
+    monkeypatch.setattr(throughput, "_available", lambda: 2.0**20)
+    (row,) = rows("effseg-tiny/raw/aten", tasks=["train"])
     assert row.status == "out of memory"
-    assert "as predicted" in row.reason
+    assert "as predicted, 1.00 MiB are free" in row.reason
+    assert throughput._does_not_fit(Case(contenders()["stock-effseg-tiny/compile"], TINY), "fp32")
+
+
+def test_a_race_has_one_workload():
+    found = [Case(contenders()[TWIN], workload) for workload in (TINY, Workload((8, 8, 8)))]
     with pytest.raises(ValueError, match="one workload"):
-        throughput.rows([case, Case(contenders()[TWIN], whole)], "fp32", CPU)
+        throughput.rows(found, "fp32", CPU)
 
 
 @pytest.mark.gpu
