@@ -2,7 +2,11 @@
 
 import argparse
 import json
+from pathlib import Path
 
+from effseg.errors import InputError
+from effseg.memory.network_plan import NetworkPlan, plan_network
+from effseg.memory.nnunet_plans import read_plans
 from effseg.memory.planner import BASELINE, HEADROOM, MEMORY, Mode, Plan, Request, plan, total_gpu_memory
 from effseg.memory.report import OUTSIDE, MemoryReport
 from effseg.memory.units import format_bytes, parse_bytes, parse_volume
@@ -10,12 +14,21 @@ from effseg.models import MODEL_NAMES
 
 HELP = """Predict the GPU memory of a training step on a whole volume (forward, loss, backward, optimizer) in
 every memory mode, without a GPU and without the memory, choose the mode with the least arithmetic that fits,
-and find the largest volume that does; takes about a minute. Exit code 0 if the volume fits, 1 if not."""
+and find the largest volume that does; takes about a minute. With --network the same for nnU-Net's plans:
+their network as it is and converted, on its patches and on whole volumes. Exit code 0 if the volume, or the
+plans' patches, fit, 1 if not."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--volume", required=True, metavar="XxYxZ", help="voxels, as in 512x512x300")
-    parser.add_argument("--classes", type=int, required=True, help="classes, background included")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--volume", metavar="XxYxZ", help="voxels, as in 512x512x300")
+    what.add_argument(
+        "--network", type=Path, metavar="PLANS.json", help="nnU-Net's plans, instead of --volume and --model"
+    )
+    parser.add_argument("--configuration", default="3d_fullres", help="of the plans (default: %(default)s)")
+    parser.add_argument(
+        "--classes", type=int, help="classes, background included; with --network those of its dataset.json"
+    )
     parser.add_argument(
         "--gpu-memory",
         metavar="SIZE",
@@ -29,8 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bf16 (default): autocast, fp32 weights",
     )
     parser.add_argument("--channels", type=int, default=1, help="channels of the image (default: 1)")
-    parser.add_argument("--batch", type=int, default=1, help="volumes in a step (default: 1)")
-    parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="default: %(default)s")
+    parser.add_argument("--batch", type=int, help="volumes in a step (default: 1, or that of the plans)")
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "sgd"), help="default: adamw, with --network nnU-Net's sgd"
+    )
     parser.add_argument(
         "--memory",
         choices=MEMORY,
@@ -49,19 +64,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     memory = total_gpu_memory() if args.gpu_memory is None else parse_bytes(args.gpu_memory)
+    if args.network is not None:
+        found = _plan_network(args, memory)
+        print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+        return 0 if found.fits else 1
+    if args.classes is None:
+        raise InputError("--classes: expected the number of classes, background included, with --volume")
     request = Request(
         volume=parse_volume(args.volume),
         classes=args.classes,
         model=args.model,
         dtype=args.dtype,
         channels=args.channels,
-        batch=args.batch,
-        optimizer=args.optimizer,
+        batch=1 if args.batch is None else args.batch,
+        optimizer=args.optimizer or "adamw",
         memory=args.memory,
     )
     answer = plan(request, memory, args.headroom)
     print(json.dumps(answer.to_dict(), indent=2) if args.json else _text(answer))
     return 0 if answer.fits else 1
+
+
+def _plan_network(args: argparse.Namespace, memory: int) -> NetworkPlan:
+    network = read_plans(args.network, args.configuration, args.classes)
+    return plan_network(
+        network,
+        memory,
+        dtype=args.dtype,
+        batch=args.batch,
+        optimizer=args.optimizer or "sgd",
+        headroom=args.headroom,
+    )
 
 
 def _text(answer: Plan) -> str:

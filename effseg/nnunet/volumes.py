@@ -155,7 +155,7 @@ class nnUNetTrainerEffSegFull(nnUNetTrainer):
             loss = self.network(image, labels, **self.loss_options)
             classes = self._bare_network().segment(image)
         tp, fp, fn = _counts(classes, labels, self.label_manager.num_segmentation_heads)
-        return {"loss": loss.cpu().numpy(), "tp_hard": tp[1:], "fp_hard": fp[1:], "fn_hard": fn[1:]}
+        return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp[1:], "fp_hard": fp[1:], "fn_hard": fn[1:]}
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Segment the fold's validation cases to validation/ and score them there, in summary.json."""

@@ -1,0 +1,77 @@
+"""`effseg nnunet` before nnU-Net is called."""
+
+import os
+import sys
+from importlib import metadata
+
+import pytest
+
+from effseg import cli
+from effseg.commands import nnunet
+from effseg.nnunet import TRAINERS, VARIABLE
+
+
+@pytest.fixture
+def called(monkeypatch, tmp_path):
+    """What nnU-Net's entry points would see."""
+    seen = {}
+
+    def call(module, name, arguments):
+        seen.update(module=module, name=name, arguments=list(arguments), trainers=os.environ[VARIABLE])
+
+    monkeypatch.setattr(nnunet, "_call", call)
+    monkeypatch.setattr(metadata, "version", lambda name: "2.8.1")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    for name in nnunet.FOLDERS:
+        monkeypatch.setenv(name, str(tmp_path))
+    yield seen
+    os.environ.pop(VARIABLE, None)
+
+
+def test_train_has_a_trainer(called):
+    assert cli.main(["nnunet", "train", "1", "3d_fullres", "0", "--c"]) == 0
+    assert called["name"] == "run_training_entry"
+    assert called["arguments"] == ["1", "3d_fullres", "0", "--c", "-tr", "nnUNetTrainerEffSeg"]
+    assert called["trainers"] == TRAINERS
+
+
+def test_train_with_another_trainer(called):
+    assert cli.main(["nnunet", "train", "1", "3d_fullres", "all", "-tr", "nnUNetTrainerEffSegFull"]) == 0
+    assert called["arguments"] == ["1", "3d_fullres", "all", "-tr", "nnUNetTrainerEffSegFull"]
+
+
+def test_planning_needs_no_trainer(called):
+    assert cli.main(["nnunet", "plan_and_preprocess", "-d", "1", "-c", "3d_fullres"]) == 0
+    assert called["arguments"] == ["-d", "1", "-c", "3d_fullres"]
+
+
+def test_folders_are_asked_for(called, monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_results")
+    assert cli.main(["nnunet", "train", "1", "3d_fullres", "0"]) == 2
+    assert capsys.readouterr().err.startswith("effseg: error: nnUNet_results: nnU-Net expects a folder")
+    assert cli.main(["nnunet", "train", "--help"]) == 0
+
+
+def test_old_nnunet_is_told(called, monkeypatch, capsys):
+    monkeypatch.setattr(metadata, "version", lambda name: "2.7.3")
+    assert cli.main(["nnunet", "train", "1", "3d_fullres", "0"]) == 2
+    assert "expected version 2.8 or newer, got 2.7.3" in capsys.readouterr().err
+
+
+def test_missing_nnunet_is_told(monkeypatch, capsys):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert cli.main(["nnunet", "predict", "-i", "scans"]) == 2
+    assert capsys.readouterr().err == "effseg: error: nnU-Net is not installed: pip install nnunetv2\n"
+
+
+def test_entry_points_read_their_own_arguments(monkeypatch):
+    before = sys.argv
+    monkeypatch.setitem(sys.modules, "entry_module", type(sys)("entry_module"))
+    sys.modules["entry_module"].entry = lambda: seen.extend(sys.argv)
+    seen = []
+    nnunet._call("entry_module", "entry", ["-d", "1"])
+    assert seen == ["entry", "-d", "1"]
+    assert sys.argv is before
