@@ -16,6 +16,7 @@ from effseg.phantom import write_dataset
 PROGRAM = Path(__file__).parents[1] / "with_nnunet.py"
 TRAINERS_TO_RUN = ("nnUNetTrainerEffSeg", "nnUNetTrainerEffSegFull")
 SPLITS = [{"train": ["phantom_000", "phantom_001"], "val": ["phantom_002"]}]  # five folds need five cases
+WORKERS = ("-npp", "1", "-nps", "1")
 METRICS = {"Dice", "IoU", "TP", "FP", "FN", "TN", "n_pred", "n_ref"}
 
 pytestmark = pytest.mark.slow
@@ -74,8 +75,8 @@ def test_prediction_and_nnunets_evaluation(effseg, trained):
     trainer, _ = trained
     raw, output = effseg.home / "raw" / "Dataset901_Phantoms", effseg.home / trainer
     effseg(
-        "nnunet", "predict", "-d", "901", "-c", "3d_fullres", "-f", "0", "-tr", trainer, "-i", raw / "imagesTs",
-        "-o", output, "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta",
+        "nnunet", "predict", "-d", "901", "-c", "3d_fullres", "-f", "0", "-tr", trainer,
+        "-i", raw / "imagesTs", "-o", output, "-device", "cpu", *WORKERS, "--disable_tta",
     )  # fmt: skip
     scan, labels = (
         nibabel.load(path)
@@ -84,8 +85,9 @@ def test_prediction_and_nnunets_evaluation(effseg, trained):
     assert labels.shape == scan.shape
     np.testing.assert_allclose(labels.affine, scan.affine, atol=1e-5)
     evaluate = Path(sys.executable).with_name("nnUNetv2_evaluate_folder")
+    about = ("-djfile", output / "dataset.json", "-pfile", output / "plans.json")
     subprocess.run(
-        [evaluate, raw / "labelsTs", output, "-djfile", output / "dataset.json", "-pfile", output / "plans.json"],
+        [evaluate, raw / "labelsTs", output, *about],
         env=os.environ | effseg.settings, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     assert set(json.loads((output / "summary.json").read_text())["foreground_mean"]) == METRICS
@@ -98,8 +100,7 @@ def test_probabilities_and_classes_agree(effseg):
     for output, options in (("classes", ()), ("probabilities", ("--save_probabilities",))):
         effseg(
             "nnunet", "predict", "-d", "901", "-c", "3d_fullres", "-f", "0", "-tr", trainer,
-            "-i", raw / "imagesTs", "-o", effseg.home / output, "-device", "cpu", "-npp", "0", "-nps", "0",
-            *options,
+            "-i", raw / "imagesTs", "-o", effseg.home / output, "-device", "cpu", *WORKERS, *options,
         )  # fmt: skip
         found[output] = nibabel.load(effseg.home / output / "phantom_003.nii.gz").get_fdata()
     np.testing.assert_array_equal(found["classes"], found["probabilities"])
