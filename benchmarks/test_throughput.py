@@ -20,8 +20,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 TWIN, RAW, STREAM = "stock-effseg-base/eager", "effseg-base/raw/auto", "effseg-base/stream/auto"
-BARS = {RAW: (1.0, 0.45), STREAM: (1.25, 0.20)}
-"""Of the same network in stock torch: its time, and its measured memory, of a training step in fp32."""
+TIME_BARS = {RAW: 1.0, STREAM: 1.25}
+"""Of the same network in stock torch: seconds of a training step in fp32."""
+MEMORY_BARS = {96: {RAW: 0.52, STREAM: 0.20}, 128: {RAW: 0.45, STREAM: 0.20}}
+"""Measured memory, by the volume's edge: of a small volume raw's slabs, thick by default, are a large share."""
 LOW_PRECISION_BAR = 1.3
 """Of its time in bf16, which a CPU has few instructions for."""
 
@@ -39,14 +41,14 @@ def trained(rows):
 
 @pytest.mark.parametrize(("edge", "rounds"), [(96, 5), (128, 3)])
 def test_the_same_network_in_stock_torch(benchmark, measured, device, edge, rounds):
-    found = cases((TWIN, *BARS), edge)
+    found = cases((TWIN, *TIME_BARS), edge)
     steps = trained(measured(throughput.rows, found, "fp32", device, rounds=rounds, measure=True))
-    ratios = {name: _ratios(steps[name], steps[TWIN]) for name in BARS}
+    ratios = {name: _ratios(steps[name], steps[TWIN]) for name in TIME_BARS}
     benchmark.extra_info["ratios of time and memory"] = ratios
     if device.type == "cpu":
-        for name, (time, memory) in BARS.items():
-            assert ratios[name][0] <= time, ratios
-            assert ratios[name][1] <= memory, ratios
+        for name, (time, memory) in ratios.items():
+            assert time <= TIME_BARS[name], ratios
+            assert memory <= MEMORY_BARS[edge][name], ratios
 
 
 def _ratios(row, twin):
