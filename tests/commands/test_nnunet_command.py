@@ -19,6 +19,7 @@ def called(monkeypatch, tmp_path):
     def call(module, name, arguments):
         seen.update(module=module, name=name, arguments=list(arguments), trainers=os.environ[VARIABLE])
 
+    monkeypatch.setitem(sys.modules, nnunet.__name__, nnunet)  # other tests import commands anew
     monkeypatch.setattr(nnunet, "_call", call)
     monkeypatch.setattr(metadata, "version", lambda name: "2.8.1")
     monkeypatch.delenv(VARIABLE, raising=False)

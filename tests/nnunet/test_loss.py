@@ -1,5 +1,9 @@
 """The fused loss is nnU-Net's."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss, DC_and_topk_loss
@@ -88,3 +92,14 @@ def test_lazy_logits_and_those_of_the_network_as_it_is():
     torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
     for a, b in zip(our_gradients, own_gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = str(Path(__file__).with_name("ddp_run.py"))
+    done = subprocess.run([*torchrun, program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("off")]
+    assert len(found) == 2
+    assert max(found) < 1e-5
