@@ -7,6 +7,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 import effseg
+from effseg.errors import InputError
 from effseg.nnunet import options
 from effseg.nnunet.loss import fused
 
@@ -40,6 +41,9 @@ class nnUNetTrainerEffSeg(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
+        patch = configuration_manager.patch_size
+        if len(patch) != 3:
+            raise InputError(f"nnUNetTrainerEffSeg: expected a 3D configuration, got patches of {patch}")
         network = nnUNetTrainer.build_network_architecture(
             plans_manager,
             configuration_manager,
@@ -47,8 +51,7 @@ class nnUNetTrainerEffSeg(nnUNetTrainer):
             num_output_channels,
             enable_deep_supervision,
         )
-        shape = (1, num_input_channels, *configuration_manager.patch_size)
-        return effseg.convert(network, shape=shape, **options.memory(MEMORY, "raw"))
+        return effseg.convert(network, shape=(1, num_input_channels, *patch), **options.memory(MEMORY, "raw"))
 
     def _do_i_compile(self) -> bool:
         return False  # there is little left to compile between the fused operators

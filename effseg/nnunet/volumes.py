@@ -123,6 +123,7 @@ class nnUNetTrainerEffSegFull(nnUNetTrainer):
         return [PreprocessedCase(dataset, name, (d, h, w)) for name in names]
 
     def _loss_options(self, training: list[PreprocessedCase]) -> dict[str, Any]:
+        self.print_to_log_file(f"Counting the classes' voxels in {len(training)} training cases")
         counts = count_voxels(training, self.label_manager.num_segmentation_heads)
         return {
             "class_weights": class_weights(counts).to(self.device),

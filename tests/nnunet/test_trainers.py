@@ -145,6 +145,12 @@ def test_whole_volumes_take_labels_of_one_stage(make_trainer):
         make_trainer(nnUNetTrainerEffSegFull, previous_stage="3d_lowres")
 
 
+def test_patches_are_3d(make_trainer):
+    trainer = make_trainer(nnUNetTrainerEffSeg, patch_size=[32, 32])
+    with pytest.raises(InputError, match="expected a 3D configuration"):
+        trainer.initialize()
+
+
 def test_length_is_set_from_outside(make_trainer, monkeypatch):
     monkeypatch.setenv("EFFSEG_NNUNET_EPOCHS", "2")
     for kind in (nnUNetTrainerEffSeg, nnUNetTrainerEffSegFull):
