@@ -19,6 +19,9 @@ from dataclasses import dataclass
 THICK_SLAB_ELEMENTS = 2**22
 # The share of a tensor that a slab holds where that is more, and everywhere with SHARE.
 SLAB_FRACTION = 1 / 32
+# The most that a slab holds of a tensor, but for a quarter of a thick slab: a volume of a few thick slabs
+# would need as much memory for slabs as for what it keeps.
+LARGEST_FRACTION = 1 / 8
 # Thinner slabs are mostly halo.
 MIN_ROWS = 4
 # As `slab_elements`: slabs of the same share of every tensor, so that what a step needs grows with the volume
@@ -30,13 +33,15 @@ def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None = None
     """Rows in a slab of a tensor of `rows` rows with `row_elements` elements each.
 
     `slab_elements` asks for slabs of about so many elements and may give slabs of a single row; SHARE asks
-    for SLAB_FRACTION of the tensor, but at least MIN_ROWS; None for that or THICK_SLAB_ELEMENTS, if more.
+    for SLAB_FRACTION of the tensor, but at least MIN_ROWS; None for that or, if more, THICK_SLAB_ELEMENTS or
+    LARGEST_FRACTION of the tensor, whichever is less.
     """
     if slab_elements:
         return max(1, min(rows, slab_elements // row_elements))
     thickness = max(MIN_ROWS, int(rows * SLAB_FRACTION))
     if slab_elements is None:
-        thickness = max(thickness, THICK_SLAB_ELEMENTS // row_elements)
+        most = max(THICK_SLAB_ELEMENTS // 4, int(rows * row_elements * LARGEST_FRACTION))
+        thickness = max(thickness, min(THICK_SLAB_ELEMENTS, most) // row_elements)
     # Equal slabs: a thin rest would be all halo.
     return math.ceil(rows / math.ceil(rows / thickness))
 

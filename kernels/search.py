@@ -169,13 +169,14 @@ def disagreement(got: Sequence[Tensor], expected: Sequence[Tensor], dtype: str) 
             if flipped > FLIPPED:
                 return f"result {i}: {flipped:.1%} of voxels differ"
             continue
-        error = _worst_row(ours, theirs)
+        error = worst_row(ours, theirs)
         if not error <= TOLERANCE[dtype]:
             return f"result {i}: relative error {error:.1e}"
     return ""
 
 
-def _worst_row(ours: Tensor, theirs: Tensor) -> float:
+def worst_row(ours: Tensor, theirs: Tensor) -> float:
+    """The largest relative error of a row of features, or the relative error of anything else."""
     rows = zip(ours.unbind(2), theirs.unbind(2), strict=True) if ours.dim() == 5 else ((ours, theirs),)
     errors = []
     for a, b in rows:

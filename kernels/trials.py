@@ -44,37 +44,55 @@ class Trial:
         return self.aten() if uses_aten(config) else self.kernel(config)
 
 
-def trial(problem: Problem, device: torch.device) -> Trial:
-    """The problem, cut to MOST_ELEMENTS, on random tensors that are made here."""
-    return TRIALS[problem.op](_Operands(cropped(problem), device))
+def trial(
+    problem: Problem, device: torch.device, *, most: int = MOST_ELEMENTS, held: torch.dtype | None = None
+) -> Trial:
+    """The problem, cut to `most` elements, on random tensors that are made here.
+
+    held: what floating-point tensors are held in, for ATen to be exact; their values, rounded to the
+    problem's type, are those that the same random numbers give without it.
+    """
+    return TRIALS[problem.op](_Operands(cropped(problem, most), device, held))
 
 
-def cropped(problem: Problem) -> Problem:
-    """The same over as many rows as MOST_ELEMENTS allows."""
+def cropped(problem: Problem, most: int = MOST_ELEMENTS) -> Problem:
+    """The same over as many rows as so many elements of a tensor allow."""
     d, h, w = problem.size
     # A problem's size is that of the input for dgrad, of the output for the other passes.
     inputs = problem.in_channels * (1 if problem.op == "conv3d_dgrad" else math.prod(problem.stride))
     channels = max(inputs, problem.out_channels)
-    return replace(problem, size=(max(1, min(d, MOST_ELEMENTS // (channels * h * w))), h, w))
+    return replace(problem, size=(max(1, min(d, most // (channels * h * w))), h, w))
 
 
 @dataclass(frozen=True)
 class _Operands:
     problem: Problem
     device: torch.device
+    held: torch.dtype | None
+
+    @property
+    def stored(self) -> torch.dtype:
+        return TORCH_DTYPES[self.problem.dtype]
+
+    @property
+    def summed(self) -> torch.dtype:
+        return self.held or torch.float32
+
+    def rounded(self, values: Tensor) -> Tensor:
+        return values.to(self.stored).to(self.held or self.stored)
 
     def empty(self, channels: int, size: Triple) -> Tensor:
-        return empty((1, channels, *size), TORCH_DTYPES[self.problem.dtype], self.device)
+        return empty((1, channels, *size), self.held or self.stored, self.device)
 
     def features(self, channels: int, size: Triple) -> Tensor:
-        return self.empty(channels, size).normal_()
+        return self.rounded(empty((1, channels, *size), self.stored, self.device).normal_())
 
     def values(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device)
 
     def terms(self, channels: int) -> NormAct:
         mean, scale, beta = (0.1 * self.values(1, channels) for _ in range(3))
-        return NormAct(mean, 1 + scale, beta, SLOPE)
+        return NormAct(mean.to(self.summed), (1 + scale).to(self.summed), beta.to(self.summed), SLOPE)
 
     def prologue(self) -> NormAct | None:
         return self.terms(self.problem.in_channels) if self.problem.prologue else None
@@ -135,7 +153,7 @@ def _wgrad(o: _Operands) -> Trial:
     def by_aten() -> Results:
         _, gw = aten.convolution_backward(grad, _activated(x, terms), weight, window, pad, False, True)
         assert gw is not None
-        return (gw.float(),)
+        return (gw.to(o.summed),)
 
     def by_kernel(config: Config) -> Results:
         return (conv3d_wgrad(x, grad, window=window, front=pad[0], prologue=terms, config=config),)
@@ -158,7 +176,7 @@ def _weight(o: _Operands) -> Tensor:
     """Keeps the variance of what it is applied to."""
     ci, co, kernel = o.problem.in_channels, o.problem.out_channels, o.problem.kernel
     weight = o.values(co, ci, *kernel) / math.sqrt(ci * math.prod(kernel))
-    return weight.to(TORCH_DTYPES[o.problem.dtype])
+    return o.rounded(weight)
 
 
 # Elementwise passes and reductions
@@ -225,7 +243,7 @@ def _moments(y: Tensor) -> Results:
 def _channel_sums(o: _Operands) -> Trial:
     g = o.features(o.problem.in_channels, o.problem.size)
     return Trial(
-        lambda: (g.sum((2, 3, 4), dtype=torch.float32),),
+        lambda: (g.sum((2, 3, 4), dtype=o.summed),),
         lambda config: (statistics.channel_sums(g, config),),
     )
 
@@ -279,7 +297,7 @@ class _HeadOperands:
         self.label_dtype = torch.uint8 if self.classes <= 256 else torch.int16
         self.labels = torch.randint(self.classes, o.problem.size, dtype=self.label_dtype, device=o.device)
         self.class_weights = torch.ones(self.classes, device=o.device)
-        self.sums = Sums(*(o.values(1, *s) for s in [(self.classes,)] * 3 + [()] * 3))
+        self.sums = Sums(*(o.values(1, *s).to(o.summed) for s in [(self.classes,)] * 3 + [()] * 3))
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -176,9 +175,15 @@ def _logits(x: Any) -> Any:
     return x if isinstance(x, LazyTensor) and x.has_head else real(x)
 
 
-@cache
-def _mixed(base: Any, mixin: type) -> Any:
-    return type(f"Converted{base.__name__}", (mixin, base), {"__module__": base.__module__})
+_mixtures: dict[tuple[type, type], type] = {}
+
+
+def _mixed(base: type, mixin: type) -> type:
+    """One class for each pair, so that copies are of the same class."""
+    if (base, mixin) not in _mixtures:
+        made = type(f"Converted{base.__name__}", (mixin, base), {"__module__": base.__module__})
+        _mixtures[base, mixin] = made
+    return _mixtures[base, mixin]
 
 
 def _base(mixed: type) -> type:

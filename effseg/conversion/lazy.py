@@ -42,6 +42,10 @@ class Convolution(NamedTuple):
 
 
 Value = Tensor | Deferred | Convolution
+FOREIGN = (
+    "a torch.autograd.Function was given a lazy tensor, whose gradient would be lost; give it "
+    "tensor.materialise() (effseg.conversion.LazyTensor)"
+)
 Handler = Callable[..., Any]
 
 
@@ -56,18 +60,30 @@ class LazyTensor(Tensor):
 
     handlers: ClassVar[dict[Any, Handler]] = {}
     """By torch's function; an entry returns NotImplemented for arguments that it does not take."""
-    value: Value
+    _value: Value
 
     @staticmethod
     def __new__(cls, value: Value) -> LazyTensor:
         shape, device = tuple(value.shape), _device(value)
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=device)
-        made.value = value
+        made._value = value
+        if torch.is_grad_enabled() and any(t.requires_grad for t in made.operands()):
+            with torch._C.DisableTorchFunctionSubclass():
+                made.requires_grad_().register_hook(_refuse_gradient)
         return made
+
+    @property
+    def value(self) -> Value:
+        """Raises `RuntimeError` for what a torch.autograd.Function gave its own graph."""
+        with torch._C.DisableTorchFunctionSubclass():
+            foreign = self.grad_fn is not None
+        if foreign:
+            raise RuntimeError(FOREIGN)
+        return self._value
 
     def become(self, value: Value) -> LazyTensor:
         """Change in place, as an operator that works in place does."""
-        self.value = value
+        self._value = value
         return self
 
     def deferred(self, dtype: torch.dtype) -> Deferred:
@@ -144,6 +160,11 @@ METADATA = {
     )),
     torch.numel, torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
+
+
+def _refuse_gradient(grad: Tensor) -> None:
+    """Gradients go to what a lazy tensor is made of. Called where one came past torch's function protocol."""
+    raise RuntimeError(FOREIGN)
 
 
 def lazy(value: Any) -> Any:

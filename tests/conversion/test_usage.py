@@ -247,3 +247,92 @@ def test_a_lazy_tensor_without_torchs_functions_says_so():
         pytest.raises(RuntimeError, match=r"pass tensor\.materialise"),
     ):
         torch.exp(logits)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def test_no_gradient_is_lost_in_a_function_of_ones_own():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.InstanceNorm3d(2), nn.ReLU())
+
+        def forward(self, x):
+            return Doubled.apply(self.body(x))
+
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.Function was given a lazy tensor"):
+        effseg.convert(Network())(torch.randn(1, 1, 4, 4, 4))
+
+
+def test_a_running_training_goes_on():
+    """Three steps as it is, then three converted or not: the same losses."""
+    network, image = make("residual")
+    labels = torch.randint(3, (2, 16, 20, 24))
+    criterion = effseg.SegmentationLoss()
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+
+    def train(model, optimizer):
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = criterion(model(image), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    before = train(network, optimizer)
+    other, _ = make("residual")
+    other.load_state_dict(network.state_dict())
+    second = torch.optim.SGD(other.parameters(), 0.05, momentum=0.9)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    expected = train(network, optimizer)
+    found = train(effseg.convert(other, memory="block"), second)
+    assert expected[-1] < before[0]
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain deep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("residual", "segresnet"))],
+)
+def test_with_kernels_in_the_interpreter(name, kernel_device):
+    """The Triton algorithm computes what ATen's does, in the size of its tests."""
+    network, image = make(name, torch.float32)
+    image = image[:1, :, :8, :8, :8].contiguous()
+    converted = effseg.convert(network.to(kernel_device))
+    labels = torch.randint(3, (1, 8, 8, 8), device=kernel_device)
+    found = []
+    for algorithm in ("triton", "aten"):
+        converted.zero_grad()
+        with effseg.algorithm(algorithm):
+            loss = effseg.SegmentationLoss()(converted(image.to(kernel_device)), labels)
+            loss.backward()
+        grads = [p.grad.flatten() for p in converted.parameters() if p.grad is not None]
+        found.append((loss.detach(), torch.cat(grads)))
+    (loss, grads), (loss_of_aten, grads_of_aten) = found
+    torch.testing.assert_close(loss, loss_of_aten, rtol=1e-5, atol=1e-6)
+    assert (grads - grads_of_aten).norm() <= 1e-3 * grads_of_aten.norm()
+
+
+def test_monais_loss_takes_lazy_logits():
+    losses = pytest.importorskip("monai.losses")
+    network, image = make("basic", torch.float32)
+    labels = torch.randint(3, (2, 1, *image.shape[2:]))
+    criterion = losses.DiceCELoss(to_onehot_y=True, softmax=True)
+    found = []
+    for each in (network, effseg.convert(copy.deepcopy(network))):
+        loss = criterion(each(image), labels)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in each.parameters())])
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    whole = torch.cat([g.flatten() for g in found[0]]).norm()
+    assert all((a - b).norm() <= 1e-3 * whole for a, b in zip(*found, strict=True))
