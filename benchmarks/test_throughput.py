@@ -27,6 +27,9 @@ MEMORY_BARS = {96: {RAW: 0.45, STREAM: 0.20}, 128: {RAW: 0.45, STREAM: 0.20}}
 LOW_PRECISION_BAR = 1.3
 """Of its time in bf16, which a CPU has few instructions for."""
 
+CONVERTED_BARS = {"raw": 1.1, "block": 1.45}
+"""Of the original network's time."""
+
 
 def cases(names, edge):
     workload = workloads()[f"{edge}x{edge}x{edge}, 15 classes"]
@@ -84,3 +87,16 @@ def test_selected(measured, device, full, workload, dtype):
         pytest.skip("only with --full" if not full else "not in the long selection")
     rows = measured(throughput.rows, found, dtype, device, measure=True)
     assert [(row.contender, row.reason) for row in rows if row.status == "wrong"] == []
+
+
+@pytest.mark.parametrize("network", ["nnunet", "basic-unet"])
+def test_a_converted_network(benchmark, measured, device, network):
+    found = cases((f"{network}/eager", *(f"{network}/{memory}/auto" for memory in CONVERTED_BARS)), 64)
+    steps = trained(measured(throughput.rows, found, "fp32", device, tasks=["train"], rounds=3))
+    if not steps:
+        pytest.skip(f"{network}'s package is not installed")
+    whole = steps[f"{network}/eager"].seconds_p50
+    ratios = {memory: steps[f"{network}/{memory}/auto"].seconds_p50 / whole for memory in CONVERTED_BARS}
+    benchmark.extra_info["ratios of time"] = ratios
+    for memory, bar in CONVERTED_BARS.items():
+        assert device.type != "cpu" or ratios[memory] <= bar, ratios

@@ -1,7 +1,8 @@
 """Only what computes the right thing is timed: a contender against another way to compute the same network.
 
-Ours against the same architecture in stock torch, any other implementation against its own eager form, from
-the same weights and data, over one step of a small volume. Eager baselines must be finite.
+Ours against the same architecture in stock torch, a converted network and any other implementation against
+its own eager form, from the same weights and data, over one step of a small volume. Eager baselines must be
+finite.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def verdict(contender: Contender, dtype: str, device: torch.device, classes: int
 
 def reference(contender: Contender) -> Contender | None:
     """The contender that must give the same; None for one that is nobody else's form."""
-    network = f"stock-{contender.network}" if contender.is_ours else contender.network
-    twin = contenders().get(f"{network}/eager")
+    known = contenders()
+    twin = known.get(f"stock-{contender.network}/eager") or known.get(f"{contender.network}/eager")
     return None if twin == contender else twin
 
 

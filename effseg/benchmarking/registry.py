@@ -22,6 +22,7 @@ from effseg.algorithms import ALGORITHMS
 from effseg.benchmarking import checkpointing, networks
 from effseg.benchmarking.checkpointing import CheckpointedUNet3D
 from effseg.benchmarking.networks import DNA, MONAI
+from effseg.conversion import convert
 from effseg.errors import InputError
 from effseg.losses import dice_cross_entropy
 from effseg.memory.step import label_dtype_for, training_loss
@@ -63,8 +64,9 @@ class Workload:
 @dataclass(frozen=True)
 class Contender:
     """network: its name; implementation: one of IMPLEMENTATIONS, an algorithm of this package, or "auto";
-    memory: an EffSegNet's mode, "stream+1" with level 1 recomputed, "-" of others; make: builds it for so
-    many classes and one channel; requires: modules; is_ours: whether it is what this package is about."""
+    memory: an EffSegNet's mode, "stream+1" with level 1 recomputed, a converted network's, "-" of others;
+    make: builds it for so many classes and one channel; requires: modules; is_ours: whether it is what this
+    package is about."""
 
     network: str
     implementation: str
@@ -155,22 +157,26 @@ def workloads() -> dict[str, Workload]:
 
 @cache
 def contenders() -> dict[str, Contender]:
-    """By name: the baselines, the same architecture as ours in stock torch, ours."""
-    found = [*_baselines(), *_ours()]
+    """By name: the baselines, the same architecture as ours in stock torch, ours, converted baselines."""
+    found = [*_baselines(), *_ours(), *_converted()]
     return {contender.name: contender for contender in found}
 
 
+_BASELINES: tuple[tuple[str, Any, Any, tuple[str, ...]], ...] = (
+    ("unet3d", partial(UNet3D, 1), partial(CheckpointedUNet3D, 1), ()),
+    ("nnunet", networks.plain_conv_unet, checkpointing.plain_conv_unet, (DNA,)),
+    ("nnunet-resenc-m", networks.residual_encoder_unet, checkpointing.residual_encoder_unet, (DNA,)),
+    ("segresnet", networks.segresnet, checkpointing.segresnet, (MONAI,)),
+    ("dynunet", networks.dynunet, checkpointing.dynunet, (MONAI,)),
+    ("basic-unet", networks.basic_unet, checkpointing.basic_unet, (MONAI,)),
+)
+"""Name, how it is made, with activation checkpointing, and what it needs."""
+
+
 def _baselines() -> Iterator[Contender]:
-    for name, make, checkpointed, requires in (
-        ("unet3d", partial(UNet3D, 1), partial(CheckpointedUNet3D, 1), ()),
-        ("nnunet", networks.plain_conv_unet, checkpointing.plain_conv_unet, (DNA,)),
-        ("nnunet-resenc-m", networks.residual_encoder_unet, checkpointing.residual_encoder_unet, (DNA,)),
-        ("segresnet", networks.segresnet, checkpointing.segresnet, (MONAI,)),
-        ("dynunet", networks.dynunet, checkpointing.dynunet, (MONAI,)),
-        ("basic-unet", networks.basic_unet, checkpointing.basic_unet, (MONAI,)),
-    ):
+    for name, make, checkpointed, requires in _BASELINES:
         for implementation in IMPLEMENTATIONS:
-            build: Any = checkpointed if implementation == "checkpoint" else make
+            build = checkpointed if implementation == "checkpoint" else make
             yield Contender(name, implementation, "-", _made(build, implementation), requires)
     for preset in PRESETS:
         build = partial(StockEffSegNet, 1, preset=preset)
@@ -203,6 +209,19 @@ def _ours() -> Iterator[Contender]:
                 yield Contender(f"effseg-{preset}", implementation, memory, build, requires, is_ours=True)
 
 
+def _converted() -> Iterator[Contender]:
+    for name, make, _, requires in _BASELINES:
+        for memory in ("raw", "block"):
+            for implementation in (*ALGORITHMS, "auto"):
+                needs = (*requires, "triton") if implementation == "triton" else requires
+                build = partial(_convert, make, memory)
+                yield Contender(name, implementation, memory, build, needs, is_ours=True)
+
+
+def _convert(make: Callable[[int], nn.Module], memory: str, classes: int) -> nn.Module:
+    return convert(make(classes), memory=memory)
+
+
 class Case(NamedTuple):
     contender: Contender
     workload: Workload
@@ -218,6 +237,7 @@ class Selection:
 
 _SHORT = (
     "unet3d/eager", "unet3d/checkpoint", "nnunet/eager", "nnunet/checkpoint", "segresnet/eager",
+    "nnunet/raw/auto", "nnunet/block/auto",
     "stock-effseg-base/eager", "effseg-base/raw/auto", "effseg-base/stream/auto", "effseg-base/stream+1/auto",
 )  # fmt: skip
 _LONG = (
@@ -231,6 +251,8 @@ _LONG = (
     *(f"effseg-base/stream+1/{how}" for how in (*ALGORITHMS, "auto")),
     *(f"effseg-{preset}/{memory}/auto" for preset in ("large", "large-w32") for memory in ("raw", "stream")),
     "effseg-tiny/raw/auto",
+    *(f"{name}/{memory}/auto" for name, *_ in _BASELINES for memory in ("raw", "block")),
+    "nnunet/raw/aten", "nnunet/raw/triton",
 )  # fmt: skip
 _WHOLE = tuple(f"512x512x{slices}, 15 classes" for slices in (128, 256, 512))
 
