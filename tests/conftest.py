@@ -1,6 +1,7 @@
 """Flags and fixtures that every test shares."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,15 @@ import torch
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
     parser.addoption("--gpu", action="store_true", help="run the tests that need an NVIDIA GPU, too")
+    parser.addoption("--minutes", type=float, metavar="N", help="skip what has not begun after so long")
+
+
+STARTED = pytest.StashKey[float]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Without a GPU kernels run in Triton's interpreter, asked for before they are imported."""
+    config.stash[STARTED] = time.monotonic()
     if not config.getoption("--gpu"):
         os.environ["TRITON_INTERPRET"] = "1"
         from interpreter import mend
@@ -33,6 +39,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in skipped:
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - item.config.stash[STARTED] > 60 * minutes:
+        pytest.skip(f"not begun after {minutes:g} minutes")
 
 
 @pytest.fixture(scope="session")

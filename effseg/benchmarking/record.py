@@ -20,6 +20,8 @@ from effseg.errors import InputError
 SCHEMA = 1
 SUITES = ("memory", "throughput", "kernels")
 STATUSES = ("ok", "skipped", "out of memory", "wrong")
+INTERRUPTED = "interrupted"
+"""The reason of what was skipped because somebody ended the run."""
 MACHINE = ("cpu", "threads", "gpu", "gpu_memory", "driver", "clocks_before", "clocks_after")
 VERSIONS = ("python", "torch", "triton", "cudnn", "effseg", "commit")
 

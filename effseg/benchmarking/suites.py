@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from effseg.benchmarking import memory, throughput
-from effseg.benchmarking.record import SUITES, Record, Row, begin, finish
+from effseg.benchmarking.record import INTERRUPTED, SUITES, Record, Row, begin, finish
 from effseg.benchmarking.registry import (
     DTYPES,
     ONLY_FULL,
@@ -37,6 +37,8 @@ MEASURED_ON_CPU = (
 OPERATORS = ("96x96x96, 15 classes",), ("512x512x128, 15 classes", "512x512x128, 105 classes")
 """Workloads of the kernels suite: by default, and with `full`; of all but the first only the heads."""
 
+LATE = "the time limit was reached"
+
 Show = Callable[[Row], object]
 
 
@@ -60,8 +62,8 @@ def run(
     """Everything that the suites select, and a skipped row for every other contender.
 
     dtypes: None: bf16 and fp32; on a CPU only fp32 is timed then. seconds: about how long to measure: what
-    has not begun by then is skipped. show: called with each row. Raises InputError for unknown suites and
-    dtypes.
+    has not begun by then is skipped. show: called with each row. KeyboardInterrupt ends the measuring: what
+    is left is skipped. Raises InputError for unknown suites and dtypes.
     """
     for option, asked, known in (("suite", suites, SUITES), ("dtype", dtypes or (), DTYPES)):
         if unknown := [name for name in asked if name not in known]:
@@ -82,15 +84,33 @@ def _measured(groups: Sequence[Group], seconds: float, show: Show) -> list[Row]:
     """Groups share the time that is left when each begins."""
     deadline = time.monotonic() + seconds
     found: list[Row] = []
+    reason = ""
     for i, group in enumerate(groups):
         left = deadline - time.monotonic()
-        if left > 0:
-            found += group.run(left / (len(groups) - i), show)
-            continue
+        reason = reason or (LATE if left <= 0 else "")
+        done: list[Row] = []
+        if not reason:
+            try:
+                found += group.run(left / (len(groups) - i), partial(_note, done, show))
+                continue
+            except KeyboardInterrupt:
+                reason = INTERRUPTED
+        found += done
+        known = {_identity(row) for row in done}
         for row in group.rows:
-            found.append(replace(row, status="skipped", reason="the time limit was reached"))
-            show(found[-1])
+            if _identity(row) not in known:
+                found.append(replace(row, status="skipped", reason=reason))
+                show(found[-1])
     return found
+
+
+def _note(done: list[Row], show: Show, row: Row) -> None:
+    done.append(row)
+    show(row)
+
+
+def _identity(row: Row) -> tuple[str, ...]:
+    return row.contender, row.workload, row.dtype, row.task
 
 
 def unselected(suite: str, full: bool, dtypes: Sequence[str] = DTYPES) -> list[Row]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from effseg.benchmarking.record import SUITES, Record, Row, read, write
+from effseg.benchmarking.record import INTERRUPTED, SUITES, Record, Row, read, write
 from effseg.benchmarking.registry import DTYPES
 from effseg.errors import InputError
 
@@ -86,6 +86,8 @@ def _measure(args: argparse.Namespace) -> int:
     if args.output is not None:
         write(record, args.output)
     _print(record)
+    if any(row.reason == INTERRUPTED for row in record.rows):
+        raise KeyboardInterrupt
     return 1 if any(row.status == "wrong" for row in record.rows) else 0
 
 

@@ -90,6 +90,24 @@ def test_time_is_shared_and_what_has_not_begun_is_skipped(nothing_runs, monkeypa
     assert {row.contender for row in found.rows} == contenders().keys()
 
 
+def test_an_interrupted_run_keeps_what_it_has(nothing_runs, tmp_path):
+    shown = []
+
+    def show(row):
+        shown.append(row)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+
+    found = run("throughput", full=True, show=show)
+    assert len(nothing_runs) == 1
+    assert found.rows[:3] == tuple(shown[:3])
+    assert [row.status for row in found.rows[:4]] == ["ok"] * 3 + ["skipped"]
+    assert {row.reason for row in found.rows[3:]} == {record.INTERRUPTED, "not in this suite's selection"}
+    identities = [(row.contender, row.workload, row.dtype, row.task) for row in found.rows]
+    assert len(set(identities)) == len(identities)
+    record.write(found, tmp_path / "record.json")
+
+
 def test_kernels_are_listed_without_a_gpu(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(suites, "OPERATORS", (("64x64x64, 15 classes",),) * 2)

@@ -61,6 +61,13 @@ def test_options_are_passed_on(asked):
     assert asked.options == (True, torch.device("cpu"), ["fp32"], 120)
 
 
+def test_an_interrupted_run_is_written(asked, tmp_path, capsys):
+    asked.rows = (*ROWS, Row("memory", "unet3d/eager", "x", "bf16", status="skipped", reason="interrupted"))
+    assert cli.main(["bench", "--device", "cpu", "--output", str(tmp_path / "record.json")]) == 130
+    assert read(tmp_path / "record.json").rows == asked.rows
+    assert capsys.readouterr().err.endswith("effseg: interrupted\n")
+
+
 def test_a_wrong_contender_is_exit_code_1(asked, tmp_path, capsys):
     asked.rows = (*ROWS, WRONG)
     assert cli.main(["bench", "--device", "cpu", "--output", str(tmp_path / "record.json")]) == 1
