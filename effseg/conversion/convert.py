@@ -168,7 +168,7 @@ def _shared(model: nn.Module) -> dict[int, Any]:
     """For deepcopy: parameters and buffers stay, other tensors with a graph (outputs that a network
     remembers) lose it."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return memo | {id(t): real(t).detach() for t in unregistered(model) if not t.is_leaf}
+    return memo | {id(t): t if t.is_leaf else real(t).detach() for t in unregistered(model)}
 
 
 def _logits(x: Any) -> Any:
