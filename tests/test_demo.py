@@ -68,6 +68,7 @@ def test_steps_that_fit(monkeypatch):
     assert demo.affordable_steps(1, (16, 16, 16)) == demo.FEWEST_STEPS
 
 
+@pytest.mark.slow
 def test_memory_against_the_baseline():
     size, base, baseline, share = (list(column.cells) for column in demo.memory_table((96, 96, 96)).columns)
     assert size == ["96x96x96", "parameters"]

@@ -11,7 +11,7 @@ from effseg.benchmarking.registry import Contender, contenders, missing
 from effseg.errors import InputError
 
 # The first one costs nothing: test_memory.py asks for the same prediction.
-QUICK = ("effseg-base/raw/aten", "effseg-base/stream/aten", "effseg-base/stream/triton")
+QUICK = ("effseg-base/raw/aten", "effseg-base/stream/triton")
 ROWS = [
     {"op": "fold", "shape": "C32", "arch": "sm_90", "dtype": "bf16", "issue": 300, "issue_all": 400},
     {"op": "fold", "shape": "C32", "arch": "sm_90", "dtype": "bf16", "issue": 100, "issue_all": 100},

@@ -87,6 +87,7 @@ def test_arithmetic_is_that_of_the_convolutions():
     assert peak_training_memory(model, (n, c, *size), dtype="fp32").macs == expected
 
 
+@pytest.mark.slow
 def test_streamed_layers_run_as_often_as_is_said():
     """The first layer again in every sweep, the last one two more times, but for what halos add."""
     step = Step.of(ARGUMENTS, (1, 1, 256, 32, 32))

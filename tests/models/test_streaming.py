@@ -460,7 +460,7 @@ def test_predicted_peak_of_a_512_cube(dtype, levels, classes, preset, bar):
 @pytest.mark.parametrize(
     ("shape", "slab", "levels"),
     [
-        ((1, 1, 48, 40, 40), 2**16, 0),
+        pytest.param((1, 1, 48, 40, 40), 2**16, 0, marks=pytest.mark.slow),
         pytest.param((1, 1, 48, 40, 40), 2**16, 1, marks=pytest.mark.slow),
         pytest.param((1, 1, 96, 96, 96), None, 0, marks=pytest.mark.slow),
         pytest.param((1, 1, 96, 96, 96), None, 1, marks=pytest.mark.slow),
