@@ -45,6 +45,9 @@ LOOPS = {
 
 DTYPES = ("fp32", "bf16", "fp16")
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+WIDE_TENSOR_MEMORY = (3, 9)
+"""The Triton that keeps `slide`'s accumulators of 64 columns within tensor memory's 512; those before ask for
+more, and compile that to a trap."""
 
 
 @dataclass(frozen=True)
@@ -353,12 +356,19 @@ def _conv(problem: Problem, loop: str) -> Config:
     )
 
 
+def _triton() -> tuple[int, int]:
+    """Major and minor version of the installed one; of none, that of the newest heuristics."""
+    major, minor = compilers().get("triton", "3.9").split(".")[:2]
+    return int(major), int(minor)
+
+
 def _slide(problem: Problem, channels: int, columns: int) -> Config:
-    """mma, unlike wgmma, reads both operands from registers; of tensor memory's 512 columns Triton 3.6 takes
-    608 for a larger tile of 64 channels."""
+    """mma, unlike wgmma, reads both operands from registers; a larger tile of 64 channels exceeds the tensor
+    memory of `WIDE_TENSOR_MEMORY`'s predecessors."""
     fp32, oldest = problem.dtype == "fp32", problem.architecture == "sm_80"
     small = fp32 or channels > {"sm_80": 16, "sm_90": 64, "sm_100": 32}[problem.architecture]
-    block_n = min(32 if fp32 or oldest else 64, columns)
+    crowded = problem.architecture == "sm_100" and not small and _triton() < WIDE_TENSOR_MEMORY
+    block_n = min(32 if fp32 or oldest or crowded else 64, columns)
     narrow = 32 if oldest and not (fp32 and problem.op == "conv3d_fwd") else 16
     return Config(
         "slide",

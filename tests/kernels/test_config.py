@@ -143,6 +143,16 @@ def test_unknown_architectures_are_taken_for_the_nearest_lower_known_one(archite
     assert choose(other) == choose(own)
 
 
+@pytest.mark.parametrize(
+    ("triton", "columns"), [({"triton": "3.7.1"}, 32), ({"triton": "3.10.0+git1"}, 64), ({}, 64)]
+)
+def test_accumulators_fit_the_tensor_memory_that_a_compiler_uses(triton, columns, monkeypatch):
+    monkeypatch.setattr(config, "compilers", lambda: triton)
+    problem = dataclasses.replace(PROBLEM, architecture="sm_100", out_channels=64)
+    assert choose(problem).block_n == columns
+    assert choose(dataclasses.replace(problem, architecture="sm_90")).block_n == 64
+
+
 @pytest.mark.parametrize("op", CONVOLUTIONS)
 def test_float32_tiles_are_no_larger_than_bfloat16s(op):
     for channels in WIDTHS:
