@@ -73,35 +73,44 @@ def run(
         suites=list(suites), full=full, device=str(device), rounds=ROUNDS, seconds=seconds,
         tf32=torch.backends.cudnn.allow_tf32,
     )  # fmt: skip
-    groups = [group for suite in suites for group in _groups(suite, full, device, dtypes)]
+    groups = [list(_groups(suite, full, device, dtypes)) for suite in suites]
     rows = _measured(groups, limit, show or (lambda row: None))
     for suite in suites:
         rows += unselected(suite, full, dtypes or DTYPES)
     return finish(record, rows)
 
 
-def _measured(groups: Sequence[Group], seconds: float, show: Show) -> list[Row]:
-    """Groups share the time that is left when each begins."""
+def _measured(suites: Sequence[Sequence[Group]], seconds: float, show: Show) -> list[Row]:
+    """Suites share the time that is left when each begins, and so do the groups of a suite."""
     deadline = time.monotonic() + seconds
     found: list[Row] = []
-    reason = ""
-    for i, group in enumerate(groups):
-        left = deadline - time.monotonic()
-        reason = reason or (LATE if left <= 0 else "")
-        done: list[Row] = []
-        if not reason:
-            try:
-                found += group.run(left / (len(groups) - i), partial(_note, done, show))
-                continue
-            except KeyboardInterrupt:
-                reason = INTERRUPTED
-        found += done
-        known = {_identity(row) for row in done}
-        for row in group.rows:
-            if _identity(row) not in known:
-                found.append(replace(row, status="skipped", reason=reason))
-                show(found[-1])
+    interrupted = False
+    for i, groups in enumerate(suites):
+        begun = time.monotonic()
+        until = begun + (deadline - begun) / (len(suites) - i)
+        for j, group in enumerate(groups):
+            left = until - time.monotonic()
+            done: list[Row] = []
+            if left > 0 and not interrupted:
+                try:
+                    found += group.run(left / (len(groups) - j), partial(_note, done, show))
+                    continue
+                except KeyboardInterrupt:
+                    interrupted = True
+            found += done
+            found += _skipped(group, done, INTERRUPTED if interrupted else LATE, show)
     return found
+
+
+def _skipped(group: Group, done: Sequence[Row], reason: str, show: Show) -> list[Row]:
+    """The group's rows that are not among those done."""
+    known = {_identity(row) for row in done}
+    rows = [
+        replace(row, status="skipped", reason=reason) for row in group.rows if _identity(row) not in known
+    ]
+    for row in rows:
+        show(row)
+    return rows
 
 
 def _note(done: list[Row], show: Show, row: Row) -> None:

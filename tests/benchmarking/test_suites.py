@@ -143,3 +143,25 @@ def test_unknown_names_are_told():
 def test_the_reason_of_a_kernel_is_the_registrys():
     assert isinstance(NO_GPU, str)
     assert Row("kernels", "x", "y", "fp32", status="skipped", reason=NO_GPU).reason == NO_GPU
+
+
+def test_a_long_suite_leaves_the_next_its_share(monkeypatch):
+    """Time stands still but for what groups take: of 60 seconds the first suite gets 30, the second the rest."""
+    now = [0.0]
+    monkeypatch.setattr(suites.time, "monotonic", lambda: now[0])
+    given = []
+
+    def group(name, takes):
+        row = Row("memory", name, "x", "fp32")
+
+        def run(seconds, show):
+            given.append((name, seconds))
+            now[0] += takes
+            return [row]
+
+        return suites.Group((row,), run)
+
+    first, second = [group(f"a{i}", 20) for i in range(3)], [group(f"b{i}", 5) for i in range(2)]
+    rows = suites._measured([first, second], 60, lambda row: None)
+    assert [row.status for row in rows] == ["ok", "ok", "skipped", "ok", "ok"]
+    assert given == [("a0", 10), ("a1", 5), ("b0", 10), ("b1", 15)]
