@@ -146,7 +146,7 @@ def test_the_reason_of_a_kernel_is_the_registrys():
 
 
 def test_a_long_suite_leaves_the_next_its_share(monkeypatch):
-    """Time stands still but for what groups take: of 60 seconds the first suite gets 30, the second the rest."""
+    """Time stands still but for what groups take. Of 60 seconds the first suite gets 30."""
     now = [0.0]
     monkeypatch.setattr(suites.time, "monotonic", lambda: now[0])
     given = []
