@@ -28,7 +28,7 @@ from effseg.phantom import NAMES, generate
 
 SHAPE = (48, 32, 48)
 CASES = 6
-EPOCHS = 9  # in the plain loop, and again in the engine
+EPOCHS = 10  # in the plain loop, and again in the engine
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
