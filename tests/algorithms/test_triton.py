@@ -50,6 +50,8 @@ def test_convolution_of_any_expression(case, channels, out_channels, size):
     kind, dtype = case
     if size[0] * size[1] * size[2] < 8:  # the variance of a few voxels is a cancelled difference
         size = (2, 2, size[2] + 1)
+    if dtype != torch.float32:  # of a few numbers torch's own rounding errors may cancel by chance
+        channels, out_channels = max(channels, 8), max(out_channels, 8)
     assert_like_torch((dtype, kind, channels, size), out_channels)
 
 
