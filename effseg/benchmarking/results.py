@@ -82,6 +82,8 @@ def label(contender: str) -> str:
     """What people call a contender: "stock-effseg-base/eager" is "EffSegNet base, stock torch"."""
     network, *rest = contender.split("/")
     ways = [WAYS.get(way, way) for way in rest]
+    if is_converted(contender):
+        ways.insert(0, "converted")
     if network.startswith("stock-effseg-"):
         ways.insert(0, "stock torch")
     preset = network.removeprefix("stock-").removeprefix("effseg-")
@@ -92,11 +94,17 @@ def label(contender: str) -> str:
 def colour(contender: str) -> str:
     """In pictures: of the network or, of one of ours, of its memory mode."""
     network, *rest = contender.split("/")
-    return COLOURS.get(rest[0] if is_ours(contender) and rest else network, OTHERS)
+    by_memory = rest and is_ours(contender) and not is_converted(contender)
+    return COLOURS.get(rest[0] if by_memory else network, OTHERS)
 
 
 def is_ours(contender: str) -> bool:
-    return contender.startswith("effseg-")
+    return contender.startswith("effseg-") or is_converted(contender)
+
+
+def is_converted(contender: str) -> bool:
+    """As in "nnunet/raw/auto": another's network with a memory mode."""
+    return contender.count("/") == 2 and not contender.startswith("effseg-")
 
 
 def is_on_gpu(record: Record) -> bool:

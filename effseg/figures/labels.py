@@ -74,7 +74,7 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
     return found
 
 
-def plain_logarithmic(axis: Any, marked: Sequence[int] = (1, 2, 5)) -> None:
+def plain_logarithmic(axis: Any, marked: Sequence[float] = (1, 1.5, 2, 3, 5, 7)) -> None:
     """Numbers as people write them, at these of each decade."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
