@@ -34,8 +34,11 @@ class _Accumulator:
             self.grad, self.written = part, [part.shape[2]]
             return
         if self.grad is None:
-            # The tensor itself may be one that only stands for a value, without strides of its own.
-            self.grad = torch.empty_like(self.tensor, memory_format=CHANNELS_LAST)
+            # What only stands for a value has no strides; any other gradient has its tensor's, or autograd
+            # would copy it.
+            stands = not any(self.tensor.stride())
+            layout = CHANNELS_LAST if stands else torch.preserve_format
+            self.grad = torch.empty_like(self.tensor, memory_format=layout)
         (lo, hi), done = use.rows, self.written[sample]
         grad = self.grad[sample : sample + 1]
         grad[:, :, done:lo].zero_()
