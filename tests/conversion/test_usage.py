@@ -336,3 +336,23 @@ def test_monais_loss_takes_lazy_logits():
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
     whole = torch.cat([g.flatten() for g in found[0]]).norm()
     assert all((a - b).norm() <= 1e-3 * whole for a, b in zip(*found, strict=True))
+
+
+def test_what_is_one_tensor_in_torch_is_one_here():
+    """What works in place on the result of a dropout that drops nothing works on its input. Padding copies."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.InstanceNorm3d(2), nn.ReLU())
+            self.drop = nn.Dropout3d(0.0)
+
+        def forward(self, x):
+            kept = self.body(x)
+            padded, same = nn.functional.pad(kept, [0] * 6), self.drop(kept)
+            same += 1
+            return kept, padded, same
+
+    network, image = Network(), torch.randn(1, 1, 4, 4, 4)
+    for a, b in zip(effseg.convert(network)(image), network(image), strict=True):
+        torch.testing.assert_close(a, b)

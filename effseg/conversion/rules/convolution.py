@@ -1,0 +1,64 @@
+"""Convolution and transposed convolution."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effseg.composed import transposed_conv
+from effseg.conversion import watch
+from effseg.conversion.lazy import Convolution, LazyTensor
+from effseg.conversion.rules.registry import Triple, rule, triple
+from effseg.functional import compute_dtype
+from effseg.slabs import Window
+
+
+@rule(torch.conv3d, F.conv3d)
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    if not isinstance(input, LazyTensor) or groups != 1 or set(triple(dilation)) != {1}:
+        return NotImplemented
+    kernel = triple(weight.shape[2:])
+    same = tuple(k // 2 for k in kernel)
+    if not all(k % 2 for k in kernel) or (padding != "same" and _pads(padding) != same):
+        return NotImplemented
+    watch.took("convolution")
+    x = input.deferred(compute_dtype(weight.device, weight))
+    return LazyTensor(Convolution(x, weight, bias, Window(kernel, triple(stride))))
+
+
+def _pads(padding: Any) -> Triple:
+    return (0, 0, 0) if padding == "valid" else triple(padding)
+
+
+@rule(torch.conv_transpose3d, F.conv_transpose3d)
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
+    """Taken where the kernel is the stride, so that no two voxels meet."""
+    plain_ones = {*triple(padding), *triple(output_padding)} == {0} and set(triple(dilation)) == {1}
+    if not isinstance(input, LazyTensor) or groups != 1 or not plain_ones:
+        return NotImplemented
+    if triple(stride) != triple(weight.shape[2:]):
+        return NotImplemented
+    found = transposed_conv(input.deferred(compute_dtype(weight.device, weight)), weight, bias)
+    watch.took("transposed convolution", math.prod(found.shape))
+    return LazyTensor(found)

@@ -1,0 +1,90 @@
+"""Sums and concatenations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effseg.composed import Shared, concatenation
+from effseg.conversion import watch
+from effseg.conversion.lazy import Convolution, LazyTensor, Value
+from effseg.conversion.outputs import convolve
+from effseg.conversion.rules.registry import IDENTITY, result, rule
+from effseg.deferred import Deferred, Normalisation, Raw, Residual, UpAdd, plain, residual, upsample_add
+
+
+@rule(torch.add, Tensor.add, Tensor.__add__)
+def add(input: Any, other: Any, *, alpha: Any = 1, out: None = None) -> Any:
+    return NotImplemented if out is not None else _sum(input, other, alpha, inplace=False)
+
+
+@rule(Tensor.__radd__)
+def radd(input: Any, other: Any) -> Any:
+    return _sum(other, input, 1, inplace=False)
+
+
+@rule(Tensor.add_, Tensor.__iadd__)
+def add_(input: Any, other: Any, *, alpha: Any = 1) -> Any:
+    return _sum(input, other, alpha, inplace=True)
+
+
+def _sum(first: Any, second: Any, alpha: Any, inplace: bool) -> Any:
+    both = isinstance(first, LazyTensor) and isinstance(second, LazyTensor)
+    if not both or alpha != 1 or first.shape != second.shape or first.dtype != second.dtype:
+        return NotImplemented
+    for one, other in ((first, second), (second, first)):
+        found = _added(one.value, other)
+        if found is not None:
+            return result(first, found, inplace)
+    return NotImplemented
+
+
+def _added(value: Value, other: LazyTensor) -> Value | None:
+    """value + other, where `value` can carry a sum."""
+    if isinstance(value, Convolution):
+        y, _, _ = convolve(value.x, value.weight, value.bias, value.window, statistics=False)
+        watch.took("sum")
+        # A stored sum: nothing keeps y, so that it may become the sum.
+        return y.add_(other.materialise())
+    if not isinstance(value, Deferred):
+        return None
+    if isinstance(value.spec, Raw) and value.spec.slope == IDENTITY:
+        y, *norm = value.tensors
+        watch.took("sum")
+        return residual(flat(other, value.dtype), y, Normalisation(*norm), IDENTITY)
+    if isinstance(value.spec, UpAdd) and value.spec.skip is None:
+        end = len(value.tensors) - 1 - value.spec.has_bias
+        coarse = Deferred(value.spec.coarse, value.tensors[:end])
+        weight, bias = value.tensors[end], value.tensors[end + 1] if value.spec.has_bias else None
+        watch.took("sum", math.prod(value.shape))
+        return upsample_add(other.deferred(value.dtype), coarse, weight, bias, factors=value.spec.factors)
+    return None
+
+
+MOST_NESTED = 3
+
+
+def flat(x: LazyTensor, dtype: torch.dtype) -> Deferred:
+    """A deferred expression, stored where it is a sum of sums: every use makes all of them."""
+    found, depth = x.deferred(dtype), 0
+    spec = found.spec
+    while isinstance(spec, (Residual, Shared)):
+        spec, depth = spec.inner, depth + isinstance(spec, Residual)
+    return plain(x.materialise(), dtype) if depth >= MOST_NESTED else found
+
+
+@rule(torch.cat, torch.concat, torch.concatenate)
+def cat(tensors: Sequence[Any], dim: int = 0, *, out: None = None) -> Any:
+    shapes = {(t.shape[0], *t.shape[2:]) for t in tensors if t.dim() == 5}
+    if dim not in (1, -4) or out is not None or len(shapes) != 1:
+        return NotImplemented
+    dtypes = {t.dtype for t in tensors}
+    if not all(isinstance(t, LazyTensor) for t in tensors) or len(dtypes) != 1:
+        return NotImplemented
+    found = concatenation([t.deferred(t.dtype) for t in tensors])
+    watch.took("concatenation", math.prod(found.shape))
+    return LazyTensor(found)

@@ -1,0 +1,67 @@
+"""What changes nothing, and what is asked of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effseg.conversion.lazy import LazyTensor, real
+from effseg.conversion.rules.registry import rule
+
+
+@rule(F.dropout, F.dropout3d)
+def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """One that drops nothing gives the tensor itself, as torch's does."""
+    return NotImplemented if training and p else input
+
+
+@rule(F.pad)
+def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    return NotImplemented if any(pad) else LazyTensor(input.value)
+
+
+@rule(Tensor.contiguous)
+def contiguous(input: Any, memory_format: Any = torch.contiguous_format) -> Any:
+    """Memory is channels last, whatever is asked for."""
+    return input
+
+
+@rule(Tensor.to)
+def to(input: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of the type and on the device that it has."""
+    wanted = [*args, *(kwargs.get(name) for name in ("dtype", "device"))]
+    others = set(kwargs) - {"dtype", "device", "non_blocking", "memory_format"}
+    known = (input.dtype, input.device, str(input.device), input.device.type, None, False)
+    return NotImplemented if others or any(all(w != k for k in known) for w in wanted) else input
+
+
+@rule(Tensor.float)
+def float_(input: Any, memory_format: Any = None) -> Any:
+    return input if input.dtype == torch.float32 else NotImplemented
+
+
+@rule(Tensor.__getitem__)
+def getitem(input: Any, index: Any) -> Any:
+    """Crops that leave everything."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not isinstance(input, LazyTensor) or not all(p is Ellipsis or isinstance(p, slice) for p in parts):
+        return NotImplemented
+    if Ellipsis in parts:
+        at = parts.index(Ellipsis)
+        parts = (*parts[:at], *[slice(None)] * (input.dim() - len(parts) + 1), *parts[at + 1 :])
+    whole = all(p.indices(n) == (0, n, 1) for p, n in zip(parts, input.shape, strict=False))
+    return input if whole else NotImplemented
+
+
+@rule(Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
+def requires_grad(input: LazyTensor) -> bool:
+    return any(t.requires_grad for t in input.operands())
+
+
+@rule(Tensor.is_leaf.__get__)  # type: ignore[attr-defined]
+def is_leaf(input: LazyTensor) -> bool:
+    return bool(real(input).is_leaf) if isinstance(input.value, Tensor) else not requires_grad(input)

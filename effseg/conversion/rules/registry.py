@@ -1,0 +1,35 @@
+"""How rules are made known, and what several need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from effseg.conversion.lazy import LazyTensor, Value
+
+Triple = tuple[int, int, int]
+IDENTITY = 1.0
+"""The slope of no activation."""
+
+
+def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        LazyTensor.handlers.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+def result(input: Tensor, value: Value, inplace: bool) -> LazyTensor:
+    """What an operator gives, in place or not."""
+    assert isinstance(input, LazyTensor)
+    return input.become(value) if inplace else LazyTensor(value)
+
+
+def triple(value: Any) -> Triple:
+    if isinstance(value, Sequence):
+        d, h, w = value if len(value) == 3 else (value[0],) * 3
+        return int(d), int(h), int(w)
+    return (int(value),) * 3
