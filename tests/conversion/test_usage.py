@@ -339,7 +339,7 @@ def test_monais_loss_takes_lazy_logits():
 
 
 def test_what_is_one_tensor_in_torch_is_one_here():
-    """What works in place on the result of a dropout that drops nothing works on its input. Padding copies."""
+    """In place on the result of a dropout that drops nothing is in place on its input; padding copies."""
 
     class Network(nn.Module):
         def __init__(self):
