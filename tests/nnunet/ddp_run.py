@@ -4,6 +4,7 @@ Prints the largest difference of the gradients, relative to the largest gradient
 """
 
 import copy
+import sys
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,8 @@ def main() -> None:
         gradients.append([p.grad for p in model.parameters()])
     largest = max(g.abs().max() for g in gradients[0])
     off = max((a - b).abs().max() for a, b in zip(*gradients, strict=True)) / largest
-    print(f"off {float(off):.1e}")
+    sys.stdout.write(f"off {float(off):.1e}\n")  # at once, or the processes' lines would mix
+    sys.stdout.flush()
     dist.destroy_process_group()
 
 
