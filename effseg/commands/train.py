@@ -91,6 +91,19 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help="leave out random affine maps, intensities, noise",
     )
 
+    group.add_argument(
+        "--mirror",
+        choices=("none", "left-right"),
+        default="none",
+        help="mirror every second volume left to right, too (default: none)",
+    )
+    group.add_argument(
+        "--mirror-pairs",
+        metavar="A:B,...",
+        help="labels that change places in a mirrored volume; none: no label has a side (default: "
+        "mirror_pairs of dataset.json or labels.json)",
+    )
+
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
     from effseg.models import MODEL_NAMES

@@ -36,6 +36,8 @@ class TrainingConfig:
     dtype: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on a CPU.
     ema: decay per step of a running mean of the weights which then is validated and saved; 0: none.
     augment: random affine maps, intensities and noise for the training cases.
+    mirror: "left-right" mirrors every second training volume, too, and needs to be told in mirror_pairs, or
+        in the data's description, which labels then change places: see `effseg.data.mirroring.mirror_pairs`.
     patch_size: train on random patches of that many voxels (R, A, S axes) instead of whole volumes and
         validate by a sliding window; None: whole volumes.
     window: HU limits of the intensity window. spacing: voxel size in mm (R, A, S) to resample to;
@@ -76,6 +78,8 @@ class TrainingConfig:
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     ema: float = 0.0
     augment: bool = True
+    mirror: Literal["none", "left-right"] = "none"
+    mirror_pairs: str | None = None
     patch_size: tuple[int, int, int] | None = None
     window: tuple[float, float] = (-200.0, 400.0)
     spacing: tuple[float, float, float] | None = None
@@ -113,6 +117,9 @@ class TrainingConfig:
             _demand(self, name, 0 <= getattr(self, name) < 1, "0 or more and below 1")
         for name, values in _CHOICES.items():
             _demand(self, name, getattr(self, name) in values, f"one of {', '.join(values)}")
+        _demand(self, "mirror", self.mirror == "none" or self.augment, "none without augmentation")
+        good = self.mirror_pairs is None or self.mirror == "left-right"
+        _demand(self, "mirror_pairs", good, "none without mirror left-right")
         baseline = not self.model.startswith("effseg")
         _demand(self, "norm", self.norm == "instance" or not baseline, "a choice for effseg models only")
         chosen = self.memory != "auto" or self.recompute or self.memory_budget is not None
@@ -180,6 +187,7 @@ _CHOICES = {
     "class_weights": ("sqrt", "none"),
     "dtype": ("auto", "bf16", "fp32"),
     "crop": ("body", "none"),
+    "mirror": ("none", "left-right"),
 }
 
 

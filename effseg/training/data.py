@@ -13,6 +13,7 @@ from effseg.data.augmentation import Augmentation, augmentation
 from effseg.data.cache import CachedCase, prepare_case
 from effseg.data.cases import Case, find_cases, select_cases, split_cases
 from effseg.data.labels import LabelMap, load_label_map
+from effseg.data.mirroring import Pairs, described_pairs, mirror_pairs
 from effseg.data.preprocessing import Preprocessing
 from effseg.errors import InputError
 from effseg.training.config import TrainingConfig
@@ -89,10 +90,18 @@ def load_training_data(config: TrainingConfig, world: World, say: Callable[[str]
         preprocessing,
         prepared[: len(training)],
         prepared[len(training) :],
-        augmentation(label_map.names) if config.augment else None,
+        augmentation(_mirror(config, label_map)) if config.augment else None,
     )
     _check(data, config)
     return data
+
+
+def _mirror(config: TrainingConfig, label_map: LabelMap) -> Pairs | None:
+    """The pairs of classes that mirrored volumes exchange; None where none is mirrored."""
+    if config.mirror == "none":
+        return None
+    described = described_pairs(config.data) if config.mirror_pairs is None else None
+    return mirror_pairs(label_map.names, config.mirror_pairs, described)
 
 
 def split(config: TrainingConfig) -> tuple[list[Case], list[Case]]:
