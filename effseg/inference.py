@@ -137,7 +137,7 @@ def load_predictor(
 
     Raises InputError where there is none, it is no such file, or its parts do not fit together.
     """
-    path = _weights(Path(checkpoint))
+    path = weights_file(Path(checkpoint))
     model = load(path, device)
     for key in ("preprocessing", "labels", "training"):
         if not isinstance(model.extra.get(key), dict):
@@ -218,7 +218,9 @@ def _segment_patches(
     return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
 
 
-def _weights(checkpoint: Path) -> Path:
+def weights_file(checkpoint: Path) -> Path:
+    """A .safetensors file itself; of a run's folder its best network, else its final one. Raises InputError
+    where there is none."""
     if not checkpoint.is_dir():
         if not checkpoint.exists():
             raise InputError(f"{checkpoint}: no such checkpoint or run folder")

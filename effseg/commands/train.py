@@ -57,6 +57,11 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "all: train on every case, no validation",
     )
     group.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="go on without cases of which files are missing or unreadable, and say which",
+    )
+    group.add_argument(
         "--labels",
         help="what to learn: a group of labels.json, GROUP:organ,organ or organ,organ (all)",
     )
@@ -110,6 +115,12 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
 
     group.add_argument(
         "--model", choices=MODEL_NAMES, default="effseg-base", help="network (default: effseg-base)"
+    )
+    group.add_argument(
+        "--init",
+        type=Path,
+        metavar="PATH",
+        help="begin with these weights: a .safetensors file or a run's folder (default: random ones)",
     )
     group.add_argument(
         "--norm",

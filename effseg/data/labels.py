@@ -137,9 +137,8 @@ def load_label_map(folder: str | Path, selection: str | None = None) -> LabelMap
         raise InputError(f"{path}: expected labels as an object of names and values")
     grouped = bool(entries) and all(isinstance(group, dict) for group in entries.values())
     groups = entries if grouped else {"": entries}
-    values, organs = _select(
-        {same_text(key): _values(group, path) for key, group in groups.items()}, selection, path
-    )
+    groups = {same_text(key): _values(group, path) for key, group in groups.items()}
+    values, organs = _select(groups, selection, path)
     return _label_map(values, organs, path)
 
 

@@ -49,9 +49,8 @@ def mirror_pairs(names: Sequence[str], given: str | None, described: Any) -> Pai
             continue
         if first is None or second is None:
             missing = pair[0] if first is None else pair[1]
-            raise InputError(
-                f"{MIRROR_PAIRS}: expected labels that are learnt ({', '.join(names[1:])}), got {missing!r}"
-            )
+            learnt = ", ".join(names[1:])
+            raise InputError(f"{MIRROR_PAIRS}: expected labels that are learnt ({learnt}), got {missing!r}")
         found.append((first, second))
     members = [number for pair in found for number in pair]
     twice = next((names[number] for number in members if members.count(number) > 1), None)

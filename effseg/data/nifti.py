@@ -18,7 +18,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from effseg.atomic import atomic_path
 from effseg.data.grid import Grid
-from effseg.errors import InputError
+from effseg.errors import DamagedFile, InputError
 
 SUFFIXES = (".nii.gz", ".nii")
 LARGEST_LABEL = 65535
@@ -103,7 +103,7 @@ def write_labels(
     Raises InputError where it cannot be written (disk full, no such folder, another suffix).
     """
     path = Path(path)
-    if not path.name.endswith(SUFFIXES):
+    if not path.name.lower().endswith(SUFFIXES):
         raise InputError(f"{path}: expected a name that ends in .nii.gz or .nii")
     if labels.shape != grid.ras_shape:
         raise ValueError(f"labels: expected shape {grid.ras_shape} in RAS order, got {labels.shape}")
@@ -130,7 +130,7 @@ def _read(path: Path) -> tuple[np.ndarray, Grid]:
     """The file's values in the file's axes, int16 or float32 in Fortran order, and their grid."""
     if not path.exists():
         raise InputError(f"{path}: no such file")
-    if path.is_dir() or not path.name.endswith(SUFFIXES):
+    if path.is_dir() or not path.name.lower().endswith(SUFFIXES):
         raise InputError(f"{path}: expected a NIfTI file (.nii.gz or .nii)")
     with _damage_reported(path), ImageOpener(str(path)) as file:
         header = _read_header(file, path)
@@ -152,7 +152,7 @@ def _damage_reported(path: Path) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error, HeaderDataError, WrapStructError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: damaged, truncated or no NIfTI file: {reason}") from error
+        raise DamagedFile(f"{path}: damaged, truncated or no NIfTI file: {reason}") from error
 
 
 def _read_header(file: ImageOpener, path: Path) -> nib.Nifti1Header:
@@ -162,7 +162,7 @@ def _read_header(file: ImageOpener, path: Path) -> nib.Nifti1Header:
             header = header_class(block[: header_class.template_dtype.itemsize], check=False)
             if header["magic"].item()[:2] == b"n+":
                 return header
-    raise InputError(f"{path}: no NIfTI file: its header is none")
+    raise DamagedFile(f"{path}: no NIfTI file: its header is none")
 
 
 def _grid(header: nib.Nifti1Header, path: Path) -> Grid:

@@ -2,8 +2,8 @@
 
 EFFSEG_MEMORY            the network's memory mode; see the trainers
 EFFSEG_MEMORY_BUDGET     for EFFSEG_MEMORY=auto, such as 24GB; default: the GPU's memory
-EFFSEG_MIRROR            none (default) or left-right: mirror every second volume, if trained on whole volumes
-EFFSEG_MIRROR_PAIRS      labels that then change places, A:B,C:D or none; default: mirror_pairs of dataset.json
+EFFSEG_MIRROR            none (default) or left-right: mirrors every second volume of whole ones
+EFFSEG_MIRROR_PAIRS      labels that then change places, A:B,C:D or none; default: dataset.json's
 EFFSEG_NNUNET_EPOCHS     number of epochs
 EFFSEG_NNUNET_ITERATIONS training steps of an epoch; validation takes a fifth of that, at least one
 """

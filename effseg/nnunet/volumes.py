@@ -33,9 +33,9 @@ class nnUNetTrainerEffSegFull(nnUNetTrainer):
 
     EFFSEG_MEMORY is "raw", "stream" or "auto" (default with a GPU), see `effseg.EffSegNet`. A subclass may
     set `preset`. EFFSEG_MIRROR and EFFSEG_MIRROR_PAIRS are `--mirror` and `--mirror-pairs` of `effseg train`;
-    dataset.json may have `mirror_pairs`. AdamW, warm-up and cosine, 1/sqrt(frequency) weights in the cross-entropy and augmentation
-    are those of `effseg train`. The default length, 200 epochs of 50 volumes, shows a network about as many
-    voxels of 512 x 512 x 300 scans as nnU-Net's 1000 epochs do.
+    dataset.json may have `mirror_pairs`. AdamW, warm-up and cosine, 1/sqrt(frequency) weights in the
+    cross-entropy and augmentation are those of `effseg train`. The default length, 200 epochs of 50 volumes,
+    shows a network about as many voxels of 512 x 512 x 300 scans as nnU-Net's 1000 epochs do.
     Takes labels, not regions, and no cascade. Predict with `effseg nnunet predict`: nnU-Net's own predictor
     would give the network windows.
     """

@@ -167,7 +167,7 @@ class TestPose:
 
     def test_strength_scales(self) -> None:
         image, labels = sample()
-        weak = [augmentation(SIDED, 0.1)(image, labels, seed)[0] for seed in range(8)]
-        strong = [augmentation(SIDED, 1.0)(image, labels, seed)[0] for seed in range(8)]
+        weak = [augmentation(strength=0.1)(image, labels, seed)[0] for seed in range(8)]
+        strong = [augmentation(strength=1.0)(image, labels, seed)[0] for seed in range(8)]
         for less, more in zip(weak, strong, strict=True):
             assert (less - image).abs().mean() < (more - image).abs().mean()
