@@ -109,10 +109,10 @@ def case_of(path: str | Path) -> Case:
     path = Path(path)
     listing, description = list_folder(path.parent), _description(path.parent)
     match = _CHANNEL.fullmatch(stem(path))
-    related = [path]
+    related = {path}
     if match:
         beside = [*listing.files, *listing.broken]
-        related = [file for file in beside if _CHANNEL.sub(r"\1", stem(file)) == match[1] != stem(file)]
+        related |= {file for file in beside if _CHANNEL.sub(r"\1", stem(file)) == match[1] != stem(file)}
     grouped = _group(related, description)
     name, files = next((name, files) for name, files in grouped.items() if path in files.values())
     wrong = _wrong(name, files, listing, description) if nifti_suffix(path.name) else ""

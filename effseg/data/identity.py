@@ -1,6 +1,7 @@
 """What a case's files were: to tell later whether they are still the same."""
 
 import hashlib
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,23 @@ def case_identity(case: Case) -> dict[str, Any]:
     try:
         images = [_scan_identity(path) for path in case.images]
         labels = None if case.labels is None else _file_identity(case.labels)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         name = getattr(error, "filename", None) or f"case {case.name}"
         raise InputError(f"{name}: cannot be read: {reason}") from error
     return {"images": images, "labels": labels}
 
 
+def header_bytes(path: Path) -> bytes:
+    """The first bytes of a NIfTI file, uncompressed. Raises OSError, EOFError or zlib.error."""
+    with ImageOpener(str(path)) as file:
+        found: bytes = file.read(HEADER_BYTES)
+    return found
+
+
 def _scan_identity(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
-    with ImageOpener(str(path)) as file:
-        header = file.read(HEADER_BYTES)
+    header = header_bytes(path)
     blocks = hashlib.sha256()
     with path.open("rb") as file:
         for number in range(BLOCKS):

@@ -117,6 +117,33 @@ class LabelMap:
         return ", ".join(named if len(named) <= 12 else [*named[:11], f"... {len(named)} classes"])
 
 
+Labels = LabelMap | Mapping[int, str] | Sequence[str]
+
+
+def as_label_map(labels: Labels, classes: int) -> LabelMap:
+    """A label map of `classes` classes from one, from {value: name}, or from names of the values 0, 1, ...
+
+    The background, value 0, may be left out. Raises InputError where the number of classes is another one.
+    """
+    if isinstance(labels, LabelMap):
+        label_map = labels
+    else:
+        if isinstance(labels, Mapping):
+            named = {int(value): str(name) for value, name in labels.items()}
+        elif isinstance(labels, str):
+            raise InputError(f"labels: expected a sequence of names, got {labels!r}")
+        else:
+            named = dict(enumerate(map(str, labels), start=0 if len(labels) == classes else 1))
+        named = {0: BACKGROUND} | named
+        label_map = LabelMap(tuple(named[value] for value in sorted(named)), tuple(sorted(named)))
+    if label_map.num_classes != classes:
+        raise InputError(
+            f"labels: expected {classes} classes, background included, as the network has, got "
+            f"{label_map.num_classes} ({', '.join(label_map.names)})"
+        )
+    return label_map
+
+
 def load_label_map(folder: str | Path, selection: str | None = None) -> LabelMap:
     """The label map of a data set: from dataset.json (nnU-Net's), else from labels.json.
 

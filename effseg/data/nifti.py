@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -94,12 +95,17 @@ def read_labels(path: _PathLike, like: Scan | Grid | None = None) -> np.ndarray:
 
 
 def write_labels(
-    path: _PathLike, labels: np.ndarray, grid: Grid, names: Mapping[int, str] | None = None
+    path: _PathLike,
+    labels: np.ndarray,
+    grid: Grid,
+    names: Mapping[int, str] | None = None,
+    made_by: str | None = None,
 ) -> None:
     """Write labels (X, Y, Z) in RAS+ on the original `grid` as uint8, or uint16 where a value needs it.
 
     Shape, affine, qform, sform, their codes and the voxel sizes are those of the file that `grid` comes
-    from. `names` (value -> name) goes into the header as a JSON comment. The file is whole or absent.
+    from. `names` (value -> name) goes into the header as a JSON comment, with `made_by` (see
+    `effseg.data.origin`). The file is whole or absent.
     Raises InputError where it cannot be written (disk full, no such folder, another suffix).
     """
     path = Path(path)
@@ -114,7 +120,8 @@ def write_labels(
     header.set_intent("label")
     header["cal_min"] = header["cal_max"] = 0
     if names:
-        text = json.dumps({"labels": {str(value): name for value, name in names.items()}})
+        entries: dict[str, Any] = {"labels": {str(value): name for value, name in names.items()}}
+        text = json.dumps(entries | ({} if made_by is None else {"made_by": made_by}))
         header.extensions.append(Nifti1Extension("comment", text.encode()))
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     data = grid.from_ras(labels).astype(header.get_data_dtype()).reshape(header.get_data_shape())

@@ -91,8 +91,8 @@ def load_training_data(
 ) -> TrainingData:
     """Find, check and prepare the cases of `config`; the processes of `world` share the work.
 
-    A run that is continued keeps the cases and the split that its folder records, unless it begins `anew`. say: is told how far a long
-    preparation is, and of what is left out.
+    A run that is continued keeps the cases and the split that its folder records, unless it begins `anew`.
+    say: is told how far a long preparation is, and of what is left out.
     Raises InputError for data that cannot be trained on: no cases, a label map without an organ, files that
     are missing or do not fit together, sizes that do not agree in a batch, a patch larger than a volume; and
     for data that has changed since the run began.

@@ -17,7 +17,7 @@ from effseg.training.config import TrainingConfig
 
 NAME = "data.json"
 FORMAT = 1
-ANEW = "begin anew with another output, or with --overwrite in this one (--init takes weights over)"
+ANEW = "begin anew in another output (--init RUN takes its weights over), or with --overwrite in this one"
 
 Split = tuple[list[Case], list[Case]]
 
