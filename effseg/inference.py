@@ -162,7 +162,8 @@ def load_predictor(
     path = weights_file(Path(checkpoint))
     model = load(path, device)
     classes = model.arguments["num_classes"]
-    own = {key: model.extra.get(key) for key in ("preprocessing", "labels", "training")}
+    found = {key: model.extra.get(key) for key in ("preprocessing", "labels", "training")}
+    own = {key: entries if isinstance(entries, dict) else None for key, entries in found.items()}
     try:
         chosen = _either(
             "preprocessing",
@@ -176,7 +177,7 @@ def load_predictor(
             None if labels is None else as_label_map(labels, classes),
             "--labels",
         )
-        known = own["training"].get("patch_size") if isinstance(own["training"], dict) else None
+        known = None if own["training"] is None else own["training"].get("patch_size")
         if own["training"] is not None and patch_size is not None:
             _either("patch_size", _patch_size(known) or "none, but whole volumes", patch_size, "--patch-size")
         predictor = Predictor(

@@ -188,8 +188,7 @@ def _with_gone(config: TrainingConfig, found: Found) -> dict[str, str]:
     parts = fold_names(config.data, config.fold or 0) if uses_folds else None
     known = {same_text(name) for name in (*found.missing, *(case.name for case in found.cases))}
     gone = [name for part in parts or () for name in part if same_text(name) not in known]
-    path = config.data / SPLITS
-    return found.missing | {name: f"{path}: case {name!r} of the fold is not there" for name in gone}
+    return found.missing | {name: f"{SPLITS}: case {name!r} of the fold is not there" for name in gone}
 
 
 def _prepare(
