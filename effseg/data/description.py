@@ -23,12 +23,20 @@ def description_file(folder: str | Path) -> Path:
 def read_json(path: Path) -> Any:
     """What the UTF-8 file holds; a byte order mark, as some editors write, is no part of it.
 
-    Raises InputError where it cannot be read.
+    Raises InputError where it cannot be read, or an object has an entry twice, of which one would be lost.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
+
+
+def _once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(entries)
+    if len(found) != len(entries):
+        keys = [key for key, _ in entries]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def same_text(text: str) -> str:

@@ -148,9 +148,9 @@ def load_label_map(folder: str | Path, selection: str | None = None) -> LabelMap
     """The label map of a data set: from dataset.json (nnU-Net's), else from labels.json.
 
     labels.json holds {value: name}, or several such groups by name (and "mirror_pairs", see
-    `effseg.data.mirroring`). `selection` is "GROUP",
-    "GROUP:organ,organ" or "organ,organ"; organs that are left out become background. Classes follow the
-    order of the values. A label named "ignore" is one which no loss counts.
+    `effseg.data.mirroring`). `selection` is "GROUP", "GROUP:organ,organ" or "organ,organ"; organs that are
+    left out become background. Classes follow the order of the values. A label named "ignore" is one which
+    no loss counts.
     Raises InputError where the file is missing or malformed, has no foreground, or the selection names
     nothing in it.
     """
@@ -175,12 +175,20 @@ def _values(entries: Mapping[str, Any], path: Path) -> dict[str, int]:
         if all(re.fullmatch(r"\d+", str(key)) for key in entries):
             values = {same_text(str(name)): int(value) for value, name in entries.items()}
         else:
-            values = {same_text(str(name)): int(value) for name, value in entries.items()}
+            values = {same_text(str(name)): _whole(value) for name, value in entries.items()}
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: expected one whole number a label, found {dict(entries)}") from error
+        raise InputError(f"{path}: expected one whole number a label, found {error}") from error
     if len(values) != len(entries):
         raise InputError(f"{path}: expected distinct names of labels, found {', '.join(entries.values())}")
     return values
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, list):
+        raise TypeError(f"a region of {value}")
+    if isinstance(value, bool) or not re.fullmatch(r"-?\d+(\.0)?", str(value)):
+        raise ValueError(repr(value))
+    return int(float(value))
 
 
 def _select(

@@ -29,7 +29,7 @@ from effseg.data.preprocessing import Preprocessing
 from effseg.errors import DamagedFile, InputError
 from effseg.training.config import TrainingConfig
 from effseg.training.distributed import World
-from effseg.training.runs import RunRecord, check_labels, read_record, recorded_split
+from effseg.training.runs import RunRecord, check_labels, read_record, recorded_split, twins
 
 SAY_EVERY = 10.0  # seconds
 
@@ -123,6 +123,8 @@ def load_training_data(
         resumed,
     )
     _check(data, config)
+    for one, other in twins(data.record):
+        say(f"validation case {one} is the same scan as training case {other}: its score is no proof")
     return data
 
 

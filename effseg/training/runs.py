@@ -108,6 +108,16 @@ def renamed(record: RunRecord, now: LabelMap) -> dict[str, str]:
     return {a: b for a, b in zip(record.label_map.names, now.names, strict=True) if a != b}
 
 
+def twins(record: RunRecord) -> list[tuple[str, str]]:
+    """Validation cases whose scan is that of a training case, with it: copies, or links to one file."""
+    return [
+        (one, other)
+        for one in record.validation
+        for other in record.training
+        if record.files[one]["images"] == record.files[other]["images"]
+    ]
+
+
 def recorded_split(record: RunRecord, config: TrainingConfig, say: Callable[[str], None]) -> Split:
     """The run's own cases, as they are split in it. `say` is told of cases that have come since.
 

@@ -138,6 +138,16 @@ def test_a_split_that_has_changed_is_told(go_on, data):
     assert "splits_final.json has put" in go_on()
 
 
+def test_a_scan_that_trains_and_validates_is_told(data, tmp_path, monkeypatch, capsys):
+    quiet(monkeypatch)
+    add_case(data, "copy")
+    config = make_config(data, tmp_path / "run", validation="copy")
+    from rich.console import Console
+
+    train(config, console=Console(width=500))
+    assert "validation case copy is the same scan as training case phantom_000" in capsys.readouterr().out
+
+
 def test_folders_and_times_may_change(go_on, data):
     os.utime(data / "imagesTr" / "phantom_000_0000.nii.gz", (1, 1))
     assert "continues after step 1" in go_on()
