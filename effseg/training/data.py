@@ -103,11 +103,9 @@ def load_training_data(
     label_map = load_label_map(config.data, config.labels)
     mirror = _mirror(config, label_map)
     resumed = None if anew else world.from_main(lambda: read_record(config.output))
-    if resumed is None:
-        parts = world.from_main(lambda: split(config, say))
-    else:
+    if resumed is not None:
         check_labels(resumed, label_map, mirror, config)
-        parts = world.from_main(lambda: recorded_split(resumed, config, say))
+    parts = world.from_main(lambda: split(config, say, anew))
     preprocessing = Preprocessing(
         window=config.window, spacing=config.spacing, crop=config.crop, margin=config.margin
     )
@@ -153,13 +151,20 @@ def _mirror(config: TrainingConfig, label_map: LabelMap) -> Pairs | None:
 
 
 def split(
-    config: TrainingConfig, say: Callable[[str], None] = lambda text: None
+    config: TrainingConfig, say: Callable[[str], None] = lambda text: None, anew: bool = False
 ) -> tuple[list[Case], list[Case]]:
-    """The training and the validation cases that `config` names.
+    """The training and the validation cases: those of the run that `config.output` holds, unless another one
+    begins `anew`, or else those that `config` names.
 
-    Raises InputError where one is empty, and where something is missing of what belongs to them, unless
-    `config.allow_missing`: then `say` is told what.
+    say: is told of what is left out. Raises InputError where a part is empty, a case of the run is gone or
+    has changed, or something is missing of what belongs to a new one's cases, unless `config.allow_missing`.
     """
+    record = None if anew else read_record(config.output)
+    return _deal(config, say) if record is None else recorded_split(record, config, say)
+
+
+def _deal(config: TrainingConfig, say: Callable[[str], None]) -> tuple[list[Case], list[Case]]:
+    """The cases of a new run."""
     found = look_for_cases(config.data, labelled=True)
     cases, missing = {case.name: case for case in found.cases}, _with_gone(config, found)
     names = [*cases, *missing]

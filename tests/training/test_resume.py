@@ -19,6 +19,7 @@ from effseg import phantom
 from effseg.data.cases import find_cases
 from effseg.errors import InputError
 from effseg.training import TrainingConfig, loop, train
+from effseg.training.data import split
 from effseg.training.distributed import World
 from effseg.training.lock import locked
 from effseg.training.records import read_rows
@@ -129,6 +130,8 @@ def test_the_same_split_goes_on_whatever_is_added(go_on, data):
     before = json.loads((go_on.run / "data.json").read_text(encoding="utf-8"))
     for name in ("aaa", "zzz"):
         add_case(data, name)
+    parts = split(make_config(data, go_on.run))
+    assert [[case.name for case in part] for part in parts] == [before["training"], before["validation"]]
     printed = go_on()
     assert "stay out of it: aaa, zzz" in printed
     assert json.loads((go_on.run / "data.json").read_text(encoding="utf-8")) == before
@@ -285,14 +288,10 @@ class TestMissing:
         config = make_config(data, tmp_path / "run")
         with pytest.raises(InputError, match=r"case 'c7' of the fold is not there; .*'c9'"):
             train(config)
-        from effseg.training.data import split
-
         assert [len(part) for part in split(config.replace(allow_missing=True))] == [4, 2]
         assert [len(part) for part in split(config.replace(cases=f"{names[0]},{names[5]}"))] == [1, 1]
 
     def test_cases_that_are_not_asked_for_do_not_matter(self, data, tmp_path):
-        from effseg.training.data import split
-
         dangling(data)
         config = make_config(
             data, tmp_path / "run", cases="phantom_000,phantom_001", validation="phantom_005"
