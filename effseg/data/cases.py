@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ class Case:
 class Found:
     """cases: those of a folder that are whole, in name order. missing: what should be there as well and is
     not, or not whole: {name of the case, or of the file: what is wrong}. fewer: more cases are missing of
-    which nothing but their number is known, in words; "" where none are."""
+    which nothing but their number is known, in words; "" where none are. unpaired: like missing, label files
+    NAME_seg without NAME_ct, which a folder of pairs may hold for another use."""
 
     cases: list[Case]
     missing: dict[str, str] = field(default_factory=dict)
     fewer: str = ""
+    unpaired: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,14 @@ def look_for_cases(folder: str | Path, *, labelled: bool) -> Found:
         found = _scans(next((folder / name for name in names if (folder / name).is_dir()), folder))
     if not found.cases and not found.missing:
         raise InputError(f"{folder}: no cases: expected {_wanted(folder, labelled)}")
-    return Found(sorted(found.cases, key=lambda case: case.name), found.missing, found.fewer)
+    return replace(found, cases=sorted(found.cases, key=lambda case: case.name))
 
 
 def find_cases(folder: str | Path, *, labelled: bool) -> list[Case]:
-    """The cases of `look_for_cases`. Raises InputError where something is missing, too."""
+    """The cases of `look_for_cases`; label files without a scan are left alone in a folder of pairs.
+
+    Raises InputError where something is missing, too.
+    """
     found = look_for_cases(folder, labelled=labelled)
     lacking = found.missing | ({"": found.fewer} if found.fewer else {})
     if lacking:
@@ -241,11 +246,10 @@ def _pairs(folder: Path) -> Found:
             found.missing[name] = f"{labels}: {listing.broken[labels]}"
         else:
             found.cases.append(Case(name, (path,), labels))
-    if scans:  # else it is a folder of label files, and no data set
-        for path in label_files.values():
-            name = stem(path).removesuffix("_seg")
-            scan = path.with_name(f"{name}_ct{nifti_suffix(path.name)}")
-            found.missing[name] = f"{path}: the scan of these labels is missing: expected {scan}"
+    for path in label_files.values():
+        name = stem(path).removesuffix("_seg")
+        scan = path.with_name(f"{name}_ct{nifti_suffix(path.name)}")
+        found.unpaired[name] = f"{path}: the scan of these labels is missing: expected {scan}"
     for path in listing.unread:
         if stem(path).partition(".")[0].endswith(("_ct", "_seg")):
             found.missing[path.name] = f"{path}: {path.suffix} files are not read, only {_formats()}"
@@ -343,11 +347,11 @@ def _unread(listing: Listing) -> dict[str, str]:
 
 def _counted(found: Found, description: _Description, folder: Path) -> Found:
     """With a word on cases of which no more is known than that dataset.json counts them."""
-    there = len(found.cases) + len(found.missing)
+    there = len(found.cases) + len(found.missing) + len(found.unpaired)
     if description.training is None or there >= description.training:
         return found
     fewer = f"{folder / 'dataset.json'}: numTraining is {description.training}, found {there} cases"
-    return Found(found.cases, found.missing, fewer)
+    return replace(found, fewer=fewer)
 
 
 def _description(folder: Path) -> _Description:

@@ -196,9 +196,10 @@ def _with_gone(config: TrainingConfig, found: Found) -> dict[str, str]:
     """What is missing, with the cases that only splits_final.json knows."""
     uses_folds = config.validation is None and config.fold != "all"
     parts = fold_names(config.data, config.fold or 0) if uses_folds else None
-    known = {same_text(name) for name in (*found.missing, *(case.name for case in found.cases))}
+    missing = found.missing | found.unpaired
+    known = {same_text(name) for name in (*missing, *(case.name for case in found.cases))}
     gone = [name for part in parts or () for name in part if same_text(name) not in known]
-    return found.missing | {name: f"{SPLITS}: case {name!r} of the fold is not there" for name in gone}
+    return missing | {name: f"{SPLITS}: case {name!r} of the fold is not there" for name in gone}
 
 
 def _prepare(

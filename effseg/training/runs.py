@@ -146,7 +146,7 @@ def _check_all_there(
     gone = [name for name in record.files if same_text(name) not in known]
     if not gone:
         return
-    reasons = {same_text(name): reason for name, reason in found.missing.items()}
+    reasons = {same_text(name): reason for name, reason in (found.missing | found.unpaired).items()}
     told = [f"{name} ({reasons.get(same_text(name), 'removed')})" for name in gone]
     raise InputError(f"{config.output} holds a run of cases that are gone: {_joined(told)}: {ANEW}")
 
@@ -155,7 +155,7 @@ def _tell_of_new(record: RunRecord, found: Found, config: TrainingConfig, say: C
     by_fold = config.validation is None and config.validates
     parts = (fold_names(config.data, config.fold or 0) if by_fold else None) or ([], [])
     names = [case.name for case in found.cases]
-    known = list(dict.fromkeys([*names, *found.missing, *parts[0], *parts[1]]))
+    known = list(dict.fromkeys([*names, *found.missing, *found.unpaired, *parts[0], *parts[1]]))
     chosen = select_names(known, config.cases)
     if config.validation is not None:
         chosen += select_names(known, config.validation)

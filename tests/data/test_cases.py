@@ -17,6 +17,8 @@ from effseg.data.cases import (
     split_cases,
 )
 from effseg.errors import InputError
+from effseg.training import TrainingConfig
+from effseg.training.data import split
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -107,7 +109,6 @@ class TestFind:
                 True,
                 r"b\.nii\.gz: the scan of these labels is missing: expected .*b_0000\.nii\.gz",
             ),
-            (("a_ct.nii.gz", "a_seg.nii.gz", "b_seg.nii.gz"), True, "the scan of these labels is missing"),
             (("a_ct.nii.gz", "a_seg.nii.gz", "b_ct.nrrd"), True, r"b_ct\.nrrd: \.nrrd files are not read"),
             (
                 ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTr/b_0000.mha"),
@@ -134,6 +135,17 @@ class TestFind:
         with pytest.raises(InputError, match=message) as caught:
             find_cases(touch(tmp_path, *files), labelled=labelled)
         assert str(tmp_path) in str(caught.value)
+
+    def test_labels_of_pairs_may_be_alone(self, tmp_path: Path) -> None:
+        """find_cases leaves them; training asks for their scans, unless it is told its cases."""
+        found = look_for_cases(touch(tmp_path, "a_ct.nii.gz", "a_seg.nii.gz", "b_seg.nii.gz"), labelled=True)
+        assert "the scan of these labels is missing" in found.unpaired["b"]
+        assert names(find_cases(tmp_path, labelled=True)) == ["a"]
+        config = TrainingConfig(data=tmp_path, output=tmp_path / "run", fold="all")
+        with pytest.raises(InputError, match=r"b_seg\.nii\.gz: the scan of these labels is missing"):
+            split(config)
+        for changes in ({"cases": "a"}, {"allow_missing": True}):
+            assert names(split(config.replace(**changes))[0]) == ["a"]
 
     def test_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="absent: no such folder"):
