@@ -51,7 +51,7 @@ def _moments(ops: Algorithm, x: Tensor, slab_elements: int | None) -> tuple[Tens
 
 def _slabs(x: Tensor, slab_elements: int | None):  # type: ignore[no-untyped-def]
     n, c, d, h, w = x.shape
-    return slabs(n, d, rows_per_slab(d, c * h * w, slab_elements))
+    return slabs(n, d, rows_per_slab(d, c * h * w, slab_elements, x.device))
 
 
 def statistics(x: Tensor, slab_elements: int | None = None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import CHANNELS_LAST, Features, Sums, VoxelSums, accumulation_dtype
+from effseg.device import kind_of
 
 # The loss holds about this many arrays of (classes, voxels) at a time; together they have so many elements.
 ARRAYS = 4
@@ -127,7 +128,7 @@ class Head:
     def _chunks(self, a: Tensor) -> Iterator[slice]:
         """Rows whose logits stay small, in the slab."""
         _, _, d, h, w = a.shape
-        elements = CHUNK_ELEMENTS.get(a.device.type, CHUNK_ELEMENTS["cpu"])
+        elements = CHUNK_ELEMENTS[kind_of(a.device)]
         step = max(1, elements // (ARRAYS * self.classes * h * w))
         return (slice(lo, min(lo + step, d)) for lo in range(0, d, step))
 

@@ -14,11 +14,13 @@ from effseg.deferred import Spec
 from effseg.slabs import Window, rows_per_slab, slabs
 
 
-def thickness(spec: Spec, out_shape: Sequence[int], window: Window, slab_elements: int | None) -> int:
+def thickness(
+    spec: Spec, out_shape: Sequence[int], window: Window, slab_elements: int | None, device: torch.device
+) -> int:
     """Output rows of a slab: the larger of its input and its output sets the size."""
     _, c, _, h, w = spec.shape
     _, co, d, ho, wo = out_shape
-    return rows_per_slab(d, max(c * h * w * window.stride[0], co * ho * wo), slab_elements)
+    return rows_per_slab(d, max(c * h * w * window.stride[0], co * ho * wo), slab_elements, device)
 
 
 def conv3d_forward(
@@ -42,7 +44,7 @@ def conv3d_forward(
     weight = weight.to(spec.dtype)
     bias = None if bias is None else bias.to(spec.dtype)
     moments = Moments(ops, n)
-    for sample, lo, hi in slabs(n, shape[2], thickness(spec, shape, window, slab_elements)):
+    for sample, lo, hi in slabs(n, shape[2], thickness(spec, shape, window, slab_elements, weight.device)):
         first, last, pad = window.input_rows(lo, hi, d)
         part = ops.convolution(rows(ops, spec, tensors, sample, first, last), weight, bias, window, pad)
         y[sample : sample + 1, :, lo:hi] = part
@@ -74,7 +76,7 @@ def conv3d_backward(
     g = grad_y + grad_mean / M + 2 grad_var (y - mean) / M.
     """
     folded = through_statistics(y, mean, grad_mean, grad_var)
-    rows_of_slab = thickness(spec, y.shape, window, slab_elements)
+    rows_of_slab = thickness(spec, y.shape, window, slab_elements, weight.device)
     if ops.fused is not None and ops.fused.takes(spec, weight, window) and not need_bias:
         grad_weight, grads = ops.fused.backward(
             spec, tensors, needed, weight, window, y, folded, grad_y, need_weight, rows_of_slab

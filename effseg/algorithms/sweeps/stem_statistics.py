@@ -37,7 +37,8 @@ def stem_statistics_forward(
     moments, sums = Moments(ops, n), [torch.zeros(0)] * n
     # Centring on the first slab's mean keeps Q small; the rest of the way to the mean is made at the end.
     reference = [torch.zeros(0)] * n
-    for sample, lo, hi in slabs(n, out[0], rows_per_slab(out[0], channels * out[1] * out[2], slab_elements)):
+    rows_of_slab = rows_per_slab(out[0], channels * out[1] * out[2], slab_elements, image.device)
+    for sample, lo, hi in slabs(n, out[0], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, d)
         x = image[sample : sample + 1, :, first:last].to(dtype)
         y = ops.convolution(x, low, None, window, pad)

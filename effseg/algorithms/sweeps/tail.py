@@ -49,9 +49,10 @@ class Layer(NamedTuple):
         return (self.spec.shape[0], self.weight.shape[0], *self.window.output_size((d, h, w)))
 
     def slabs(self) -> Iterator[tuple[int, int, int]]:
-        return slabs(
-            self.shape[0], self.shape[2], thickness(self.spec, self.shape, self.window, self.slab_elements)
+        rows_of_slab = thickness(
+            self.spec, self.shape, self.window, self.slab_elements, self.weight.device
         )
+        return slabs(self.shape[0], self.shape[2], rows_of_slab)
 
     def raw(self, sample: int, lo: int, hi: int) -> Tensor:
         """Rows of the convolution's output."""
