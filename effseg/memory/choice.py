@@ -85,7 +85,9 @@ class Step:
         found += [Settings(lean, levels) for levels in RECOMPUTE_LEVELS]
         found += [Settings(lean, most, rows) for rows in THIN_SLABS if rows < usual]
         if memory == "raw":
-            return [settings for settings in found if settings.memory == "raw" and not settings.recompute_levels]
+            return [
+                settings for settings in found if settings.memory == "raw" and not settings.recompute_levels
+            ]
         return [s for s in found if s.memory == "stream"] if memory == "stream" and streams else found
 
     def _finest(self) -> tuple[int, int]:
