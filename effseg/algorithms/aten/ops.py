@@ -199,7 +199,8 @@ def norm_terms_backward(
         )
     wide_mean, wide_scale, one = torch.stack((mean[0], scale[0], torch.ones_like(mean[0]))).repeat(1, w)
     dy, *sums = aten.native_batch_norm_backward(
-        _columns(dz), _columns(y), wide_scale, wide_mean, one, wide_mean, one, False, 0.0, [need_y, True, True]
+        _columns(dz), _columns(y), wide_scale, wide_mean, one, wide_mean, one, False, 0.0,
+        [need_y, True, True],
     )  # fmt: skip
     if need_y:
         dy = dy.view(1, d, h, w, c).permute(0, 4, 1, 2, 3)
