@@ -74,8 +74,8 @@ class Spec(ABC):
 
     @abstractmethod
     def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
-        """Rows [lo, hi) of one sample, (1, C, hi - lo, H, W), from the tensors cut as `uses` says, SHARED ones
-        `in_compute_type`."""
+        """Rows [lo, hi) of one sample, (1, C, hi - lo, H, W), from the tensors cut as `uses` says, those that
+        are SHARED `in_compute_type`."""
 
 
 def in_compute_type(spec: Spec, tensors: Sequence[Tensor]) -> list[Tensor]:

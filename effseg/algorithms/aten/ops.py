@@ -192,11 +192,8 @@ def norm_terms_backward(
     """
     _, c, d, h, w = y.shape
     if not need_terms:
-        return (
-            (torch.mul(dz, scale[..., None, None, None], out=torch.empty_like(dz)) if need_y else None),
-            None,
-            None,
-        )
+        dy = torch.mul(dz, scale[..., None, None, None], out=torch.empty_like(dz)) if need_y else None
+        return dy, None, None
     wide_mean, wide_scale, one = torch.stack((mean[0], scale[0], torch.ones_like(mean[0]))).repeat(1, w)
     dy, *sums = aten.native_batch_norm_backward(
         _columns(dz), _columns(y), wide_scale, wide_mean, one, wide_mean, one, False, 0.0,
