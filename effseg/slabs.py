@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
+
+from effseg.settings import Setting
 
 # Tensors under 32 MiB come from glibc's heap and are used again at once, where larger ones are mapped and
 # their pages cleared on every allocation: on a CPU that costs more than the arithmetic of an elementwise
@@ -53,7 +54,7 @@ class Abridgement:
     alike: int = 1
 
 
-_abridgement: ContextVar[Abridgement | None] = ContextVar("effseg_abridgement", default=None)
+_abridgement: Setting[Abridgement | None] = Setting("effseg_abridgement", None)
 
 
 @contextmanager
@@ -65,11 +66,8 @@ def abridged() -> Iterator[Abridgement]:
     on fake tensors.
     """
     abridgement = Abridgement()
-    token = _abridgement.set(abridgement)
-    try:
+    with _abridgement.set(abridgement):
         yield abridgement
-    finally:
-        _abridgement.reset(token)
 
 
 def slabs(samples: int, rows: int, thickness: int) -> Iterator[tuple[int, int, int]]:
