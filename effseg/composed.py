@@ -26,6 +26,7 @@ from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
 from effseg.deferred import SHARED, Deferred, Rows, Spec, Use, expect
+from effseg.settings import Function
 
 Triple = tuple[int, int, int]
 POOLINGS = ("max", "average")
@@ -119,7 +120,7 @@ class Shared(Spec):
         return _Standing.apply(standing, self.inner.rows(ops, lo, hi, inner))
 
 
-class _Standing(torch.autograd.Function):
+class _Standing(Function):
     """The value, with the gradient of what stands for it. Saved: nothing."""
 
     @staticmethod

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 
 from effseg.device import kind_of
+from effseg.settings import Setting
 
 # What a slab may hold by default, whatever the volume. On a CPU: tensors under 32 MiB come from glibc's heap
 # and are used again at once, where larger ones are mapped and their pages cleared on every allocation, which
@@ -86,7 +86,7 @@ class Abridgement:
     alike: int = 1
 
 
-_abridgement: ContextVar[Abridgement | None] = ContextVar("effseg_abridgement", default=None)
+_abridgement: Setting[Abridgement | None] = Setting("effseg_abridgement", None)
 
 
 @contextmanager
@@ -98,11 +98,8 @@ def abridged() -> Iterator[Abridgement]:
     on fake tensors.
     """
     abridgement = Abridgement()
-    token = _abridgement.set(abridgement)
-    try:
+    with _abridgement.set(abridgement):
         yield abridgement
-    finally:
-        _abridgement.reset(token)
 
 
 def slabs(samples: int, rows: int, thickness: int) -> Iterator[tuple[int, int, int]]:

@@ -206,7 +206,7 @@ def configure(
     if dtype not in _DTYPES:
         known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise InputError(f"memory: auto knows {known}, got {str(dtype).removeprefix('torch.')}")
-    kind = "cuda" if device.type == "cuda" else "cpu"
+    kind = "cpu" if device.type == "cpu" else "cuda"
     step = Step.of(model.arguments, image_shape, _DTYPES[dtype], "adamw", kind)
     choice = choose_for(step, usable(budget, device))
     model.active_memory = choice.memory

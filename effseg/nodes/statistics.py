@@ -12,10 +12,11 @@ from effseg.algorithms.interface import CHANNELS_LAST, Algorithm
 from effseg.algorithms.sweeps.conv3d import through_statistics
 from effseg.algorithms.sweeps.moments import Moments
 from effseg.nodes.backward import backward as node_backward
+from effseg.settings import Function
 from effseg.slabs import rows_per_slab, slabs
 
 
-class StatisticsFunction(torch.autograd.Function):
+class StatisticsFunction(Function):
     """mean, var (N, C) of x. Saved for backward: x, and mean."""
 
     @staticmethod

@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from effseg.algorithms.aten.head import Head
 from effseg.algorithms.interface import CHANNELS_LAST, FusedConv3d, NormActGradients, accumulation_dtype
+from effseg.settings import Function
 from effseg.slabs import Window
 
 aten = torch.ops.aten
@@ -111,7 +112,7 @@ def convolution_backward(
     return (gx.to(dtype) if need_input else None), (gw if need_weight else None)
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(Function):
     """Saved: the slab and the weight."""
 
     @staticmethod
@@ -228,7 +229,7 @@ def fold(grad: Tensor | None, y: Tensor, mean: Tensor, scale: Tensor, shift: Ten
     return found if grad is None else found.add_(grad)
 
 
-class _NormAct(torch.autograd.Function):
+class _NormAct(Function):
     """a = leaky_relu((y - mean) * scale + beta [+ addend]).
 
     Saved: y, mean, scale, a (of one slab). With dz = g * act'(z), read off the sign of a:
@@ -299,7 +300,7 @@ def _halve(g: Tensor, dim: int) -> Tensor:
     return out
 
 
-class _UpsampleX2(torch.autograd.Function):
+class _UpsampleX2(Function):
     """Linear x2 along one axis after the other (D first). Saved: nothing."""
 
     @staticmethod
