@@ -23,6 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", type=Path, metavar="FILE", help="write all rows to a JSON file")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Times are of one process with the machine to itself."""
+    return 0
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STARTED] = record.begin(
         full=config.getoption("--full"), tf32=torch.backends.cudnn.allow_tf32, tool="pytest benchmarks"

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from kept import bytes_kept_for_backward
-from tolerances import ATOL, EXACT, relative_error
+from tolerances import EXACT, joined, moved_by_rounding, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -333,21 +333,27 @@ def test_copies_stream_as_well(how, tmp_path):
     ids=["fp32", "bf16", "bf16-recomputed-swept"],
 )
 def test_step_in_low_precision(autocast, levels, classes):
-    """All gradients together: no worse than twice torch's own error against float64, in the median over
-    several networks (a sign that flips at a leaky ReLU's kink costs two digits, torch's or ours)."""
+    """All gradients together, in the median over several networks: a sign that flips at a leaky ReLU's kink
+    costs two digits, whoever rounds."""
     errors = []
     for seed in range(3):
         stream, _, stock = trio(classes=classes, dtype=torch.float32, seed=seed)
         stream.recompute_levels = levels
         image, labels = batch((1, 1, 34, 32, 36), classes, torch.float32)
-        exact = step(copy.deepcopy(stock).double(), image.double(), labels)
+        wide, wide_image = copy.deepcopy(stock).double(), image.double()
+
+        def joined_step(model, image, labels=labels):
+            return joined(step(model, image, labels))
+
+        exact = joined_step(wide, wide_image)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            found = [step(m, image, labels) for m in (stream, stock)]
-        got, torchs, exact = (torch.cat([g.flatten() for g in grads.values()]) for grads in (*found, exact))
-        assert bool(torch.isfinite(got).all())
+            got = joined_step(stream, image)
+            torchs = joined_step(stock, image) if autocast else None
+        if not autocast:
+            torchs = moved_by_rounding(lambda: joined_step(wide, wide_image), seed)  # noqa: B023
         errors.append((relative_error(got, exact), relative_error(torchs, exact)))
-    own, theirs = (statistics.median(e) for e in zip(*errors, strict=True))
-    assert own <= 2 * theirs + ATOL[torch.float32], f"ours {own:.2e}, torch's {theirs:.2e}"
+    own, allowed = (statistics.median(e) for e in zip(*errors, strict=True))
+    assert own <= 2 * allowed, f"ours {own:.2e}, allowed twice {allowed:.2e}"
 
 
 # ---------------------------------------------------------------- memory

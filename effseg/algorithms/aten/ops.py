@@ -32,6 +32,13 @@ def _wgrad_is_broken(x: Tensor, window: Window) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and thin
 
 
+def _forward_is_broken(x: Tensor, window: Window) -> bool:
+    """oneDNN's bfloat16 convolution on AMX is wrong where a stride leaves a width of one voxel; what is as
+    narrow as that takes float32 on every CPU."""
+    narrow = window.kernel[2] > 1 and window.stride[2] >= x.shape[4]
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and window.stride[2] > 1 and narrow
+
+
 def _pad_rows(x: Tensor, window: Window, pad: tuple[int, int]) -> tuple[Tensor, list[int]]:
     """x with its rows of zeros, and the padding left to the convolution. Equal rows on both sides need
     no copy."""
@@ -51,6 +58,9 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int]) -> Tensor:
+    if _forward_is_broken(x, window):
+        bias = None if bias is None else bias.float()
+        return _convolve(x.float(), weight.float(), bias, window, pad).to(x.dtype)
     padded, padding = _pad_rows(x, window, pad)
     weight = weight.contiguous(memory_format=CHANNELS_LAST)
     if _avoids_onednn(padded):
