@@ -31,6 +31,10 @@ for part in "${parts[@]:-}"; do
     exit 2
   fi
 done
+if [[ -n ${RESUME:-} && ! -d $RESUME ]]; then
+  echo "gpu.sh: RESUME: expected a folder of earlier results, got '$RESUME'" >&2
+  exit 2
+fi
 if [[ ! ${MINUTES:-60} =~ ^[1-9][0-9]*$ ]]; then
   echo "gpu.sh: MINUTES: expected a whole number of minutes, got '$MINUTES'" >&2
   exit 2
@@ -59,7 +63,7 @@ resume=${RESUME:+$(cd "$RESUME" && pwd)}
 state=$root/runs/gpu
 cd "$root"
 
-rows=$gpu.json tuned_rows=$gpu-tuned.json configurations=$gpu.tuned.json
+rows=$gpu.json tuned_rows=$gpu-tuned.json configurations=$gpu-configurations.json
 for name in "$rows" "$tuned_rows" "$configurations" real-size.json accuracy.json; do
   if [[ -n $resume && -f $resume/$name && ! -f $state/$name ]]; then
     cp "$resume/$name" "$state/$name"

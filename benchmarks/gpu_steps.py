@@ -52,7 +52,7 @@ def groups(part: str, device: torch.device) -> Iterator[Group]:
         for volume in VOLUMES:
             for name in names:
                 case = Case(contenders()[name], workloads()[volume])
-                group = suites.timed([case], DTYPE, device, ["train"], most=SECONDS)
+                group = suites.race([case], DTYPE, device, ["train"], most=SECONDS)
                 yield replace(group, silence=SILENCE[case.contender.implementation])
 
 

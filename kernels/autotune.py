@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effseg.algorithms import algorithm
 from effseg.atomic import atomic_path
-from effseg.common.isolation import isolated
+from effseg.common.isolation import Loss, isolated
 from effseg.errors import InputError
 from effseg.kernels import config as configurations
 from effseg.kernels.config import ATEN, Config, Problem, Triple
@@ -297,7 +297,7 @@ def tune_isolated(
         left = deadline - time.monotonic()
         run = partial(_tune_and_tell, needed, list(rest), machine, path, again, left)
         before = len(rest)
-        loss = isolated(run, tell, silence=SILENCE)
+        loss: Loss | None = isolated(run, tell, silence=SILENCE)
         if loss is None:
             break
         total.known += before - len(rest)  # what that process has measured is in the file

@@ -157,14 +157,14 @@ def _throughput(cases: Sequence[Case], device: torch.device, dtypes: Sequence[st
         for dtype in dtypes:
             for racing in by_workload.values():
                 for case in _ours_first(racing):
-                    yield timed([case], dtype, device)
+                    yield race([case], dtype, device)
         return
     for racing in by_workload.values():
         for dtype in dtypes:
-            yield timed(racing, dtype, device)
+            yield race(racing, dtype, device)
 
 
-def timed(
+def race(
     cases: Sequence[Case],
     dtype: str,
     device: torch.device,

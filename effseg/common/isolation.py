@@ -2,7 +2,7 @@
 
 A CUDA error such as an illegal address stays with its process: every later call raises it again. Processes
 are forked from a server that has imported PRELOADED and never used a GPU, so that one costs little more than
-its CUDA context.
+its CUDA context. Where some import has used it after all, they are started from nothing instead.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PRELOADED = ["effseg.benchmarking.suites"]
-"""Modules that most of the work here needs; importing them must not touch a GPU."""
+import torch
+
+PRELOADED = ["effseg.benchmarking.suites", "effseg.benchmarking.kernel_checks"]
+"""Modules that most of the work here needs; importing them should not touch a GPU."""
 MOST_CHARACTERS = 300
 PATIENCE = 10.0
 """Seconds that a killed process may take to end; one that the driver holds on to is left behind."""
 
 Tell = Callable[[Any], object]
+_method = "forkserver"
 
 
 class Loss(NamedTuple):
@@ -37,9 +40,11 @@ class Loss(NamedTuple):
 
 
 class _Ended(NamedTuple):
-    """The last message. error: None of a process that came to its end."""
+    """The last message. error: None of a process that came to its end; forked_late: it has done nothing, for
+    what it was forked from has used a GPU."""
 
     error: Loss | None
+    forked_late: bool = False
 
 
 def isolated(
@@ -51,10 +56,21 @@ def isolated(
     without a word after which the process is killed; seconds: in all. Returns None where all was told. What
     the process writes to stderr comes at its end.
     """
-    context = multiprocessing.get_context("forkserver")
+    global _method
+    deadline = time.monotonic() + seconds
+    last = _asked(run, tell, silence, deadline)
+    if last.forked_late:
+        _method = "spawn"
+        last = _asked(run, tell, silence, deadline)
+    return last.error
+
+
+def _asked(run: Callable[[Tell], object], tell: Tell, silence: float, deadline: float) -> _Ended:
+    # torch asks the driver's library whether there is a GPU, which uses none, and not CUDA.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    context: Any = multiprocessing.get_context(_method)
     context.set_forkserver_preload(list(PRELOADED))
     ours, theirs = context.Pipe(duplex=False)
-    deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="effseg-") as folder, ours:
         errors = Path(folder) / "stderr"
         process = context.Process(target=_child, args=(run, theirs, str(errors)))
@@ -62,9 +78,7 @@ def isolated(
         theirs.close()
         try:
             last = _followed(ours, tell, silence, deadline)
-            if last is None:
-                return Loss(f"its process ended: {_end(process)}{_last_line(errors)}")
-            return last.error
+            return last or _Ended(Loss(f"its process ended: {_end(process)}{_last_line(errors)}"))
         finally:
             process.kill()
             process.join(PATIENCE)
@@ -107,6 +121,9 @@ def _child(run: Callable[[Tell], object], pipe: Connection, errors: str) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: whoever asked for this process ends it
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if torch.cuda._is_in_bad_fork():
+        pipe.send(_Ended(None, forked_late=True))
+        return
     try:
         run(pipe.send)
         error = None
