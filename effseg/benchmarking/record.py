@@ -113,7 +113,7 @@ def machine() -> dict[str, Any]:
 def processor() -> str:
     """The CPU's model, as its maker calls it."""
     info = Path("/proc/cpuinfo")
-    names = info.read_text().splitlines() if info.exists() else []
+    names = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((n.split(":", 1)[1].strip() for n in names if n.startswith("model name")), platform.machine())
 
 

@@ -125,7 +125,7 @@ def _does_not_fit(case: Case, dtype: str) -> str:
 def _available() -> float:
     """Bytes that the host can still give, as Linux estimates it; elsewhere there is no telling."""
     info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next(
         (1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf
     )
