@@ -99,7 +99,13 @@ deliver() {
   done
 ) >/dev/null 2>&1 &
 courier=$!
-trap 'kill "$courier" 2>/dev/null || true; wait "$courier" 2>/dev/null || true; deliver' EXIT
+finish() {
+  kill "$courier" 2>/dev/null || true
+  wait "$courier" 2>/dev/null || true
+  rm -f "$state"/.copy-* "$out"/.copy-* # of one that was ended in the middle
+  deliver
+}
+trap finish EXIT
 
 # limit SECONDS COMMAND...: interrupted, not killed, with what it has started, so that it writes what it has.
 limit() {
