@@ -193,7 +193,7 @@ more() {
 }
 
 declare -A seconds=(
-  [first]=300 [steps]=540 [check]=300 [tune]=540 [again]=400 [tests]=240 [accuracy]=540 [more]=540
+  [first]=540 [steps]=540 [check]=300 [tune]=540 [again]=400 [tests]=240 [accuracy]=540 [more]=540
 )
 least=60 # seconds, for which a part is begun
 failed=0
