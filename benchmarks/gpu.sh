@@ -99,7 +99,13 @@ deliver() {
   done
 ) >/dev/null 2>&1 &
 courier=$!
-trap 'kill "$courier" 2>/dev/null || true; wait "$courier" 2>/dev/null || true; deliver' EXIT
+finish() {
+  kill "$courier" 2>/dev/null || true
+  wait "$courier" 2>/dev/null || true
+  rm -f "$state"/.copy-* "$out"/.copy-* # of one that was ended in the middle
+  deliver
+}
+trap finish EXIT
 
 # limit SECONDS COMMAND...: interrupted, not killed, with what it has started, so that it writes what it has.
 limit() {
@@ -187,7 +193,7 @@ more() {
 }
 
 declare -A seconds=(
-  [first]=300 [steps]=540 [check]=300 [tune]=540 [again]=400 [tests]=240 [accuracy]=540 [more]=540
+  [first]=540 [steps]=540 [check]=300 [tune]=540 [again]=400 [tests]=240 [accuracy]=540 [more]=540
 )
 least=60 # seconds, for which a part is begun
 failed=0

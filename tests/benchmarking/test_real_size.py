@@ -14,6 +14,7 @@ from effseg.common.isolation import Loss
 from effseg.kernels import autotune, config, trials
 from effseg.kernels.config import INTERPRETER, LOOPS, Config, Problem
 from effseg.kernels.trials import Trial
+from effseg.tuning.problem_lists import Listed, write
 
 CPU = torch.device("cpu")
 CUBE = (3, 3, 3)
@@ -122,6 +123,19 @@ def test_of_problems_of_one_kernel_the_largest_is_run(monkeypatch):
     extra = [p for p in found if p != whole]
     assert {(p.in_channels, p.size[0]) for p in extra} == {(16, 64), (32, 32), (64, 16)}
     assert len(extra) == 3 * 3 * 2
+
+
+def test_what_a_file_lists_is_not_listed_again(tmp_path, monkeypatch):
+    path, volume = tmp_path / "problems.json", (16, 8, 8)
+    listed = Listed(kernel_checks.MODEL, volume, "bf16", kernel_checks.CLASSES, "sm_90")
+    slab = Problem("fold", "sm_90", "bf16", 16, 16, (2, 8, 8))
+    write({listed: [slab]}, path)
+    asked = []
+    monkeypatch.setattr(autotune, "problems", lambda *arguments: asked.append(arguments) or [])
+    machine = real_size.Machine(CPU, "sm_90", "")
+    found = real_size._needed(machine, [volume, (4, 4, 4)], ["bf16"], path)
+    assert slab in found
+    assert [arguments[1] for arguments in asked] == [(4, 4, 4)]
 
 
 def test_what_was_tuned_is_run_but_not_aten(monkeypatch):
