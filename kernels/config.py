@@ -11,12 +11,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from effseg.settings import Setting
 
 INTERPRETER = "interpreter"
 ATEN = "aten"
@@ -108,17 +109,14 @@ def uses_aten(config: Config) -> bool:
 
 
 Answer = Callable[[Problem], Config]
-_answer: ContextVar[Answer | None] = ContextVar("effseg_answer", default=None)
+_answer: Setting[Answer | None] = Setting("effseg_answer", None)
 
 
 @contextmanager
 def answering(answer: Answer) -> Iterator[None]:
     """Inside, `choose` gives what `answer` says, and so tells it every problem that is met."""
-    token = _answer.set(answer)
-    try:
+    with _answer.set(answer):
         yield
-    finally:
-        _answer.reset(token)
 
 
 # Tuned files

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from effseg.kernels.config import DTYPES as DTYPE_NAMES
 from effseg.kernels.config import INTERPRETER, Problem, gpu_slug
+from effseg.settings import Setting
 
 CHANNELS_LAST = torch.channels_last_3d
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,18 +46,15 @@ class _Recording(NamedTuple):
     launches: list[Launch]
 
 
-_recording: ContextVar[_Recording | None] = ContextVar("effseg_recording", default=None)
+_recording: Setting[_Recording | None] = Setting("effseg_recording", None)
 
 
 @contextmanager
 def recording(target: str) -> Iterator[list[Launch]]:
     """Inside, `architecture` answers with the target ("sm_90") and kernels are listed instead of started."""
     launches: list[Launch] = []
-    token = _recording.set(_Recording(target, launches))
-    try:
+    with _recording.set(_Recording(target, launches)):
         yield launches
-    finally:
-        _recording.reset(token)
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tolerances import assert_as_rounded, assert_exact, assert_no_worse_than_torch, rounding_noise
 from torch.profiler import ProfilerActivity, profile
 
+import effseg
 from effseg import functional
 from effseg.losses import dice_cross_entropy
 
@@ -51,6 +52,36 @@ def test_equals_the_plain_formula(options, weighted):
         assert_exact(got, expected)
         for a, b in zip(torch.autograd.grad(got, leaves), grads, strict=True):
             assert_exact(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("algorithm", ["aten", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_dice": True, "smooth": 0.0}, {"label_smoothing": 0.1, "class_weights": torch.rand(5)}],
+    ids=str,
+)
+def test_nothing_to_learn_from(options, algorithm, dtype):
+    """A patch of ignored voxels only: loss 0, and gradients that are there and are zeros."""
+    features, weight, bias, labels = problem(size=(3, 4, 5), c=16, dtype=dtype)
+    labels = torch.full_like(labels, 255)
+    with effseg.algorithm(algorithm):
+        loss = functional.segmentation_loss(features, labels, weight, bias, ignore_index=255, **options)
+        loss.backward()
+    assert loss.item() == 0
+    for leaf in (features, weight, bias):
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("memory", ["raw", "stream"])
+def test_a_network_has_nothing_to_learn_from(memory):
+    torch.manual_seed(0)
+    model = effseg.EffSegNet(1, 3, preset="tiny", memory=memory)
+    labels = torch.full((1, 12, 10, 8), 3)
+    loss = model.loss(torch.randn(1, 1, 12, 10, 8), labels, ignore_index=3)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
 
 
 @settings(max_examples=30, deadline=None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from effseg import algorithm
 from effseg.benchmarking import traffic
 from effseg.benchmarking.failure import Failure, attempt
 from effseg.benchmarking.record import Row
-from effseg.benchmarking.registry import NO_GPU, ONLY_FULL, Workload
+from effseg.benchmarking.registry import NO_GPU, ONLY_COMPILED, Workload
 from effseg.benchmarking.timing import ROUNDS, Stopwatch, Times, filled, gpu_seconds, race
 from effseg.kernels.config import Problem, Triple
 from effseg.memory.step import DTYPES
@@ -70,14 +70,14 @@ def rows(
     device: torch.device,
     *,
     compiled: bool = True,
-    heads_only: bool = False,
+    names: Collection[str] | None = None,
     rounds: int = ROUNDS,
     seconds: float = math.inf,
     show: Callable[[Row], object] = lambda row: None,
     stopwatch: Stopwatch | None = None,
 ) -> list[Row]:
     """Of every operator, one for each contender; compiled: whether layers are also run by torch.compile;
-    heads_only: see `operators`.
+    names: only of these operators.
 
     seconds: about how long to measure; three rounds of each operator are not cut short. show: called with
     each row. stopwatch: as in `race`. Needs Triton, though not a GPU.
@@ -85,7 +85,8 @@ def rows(
     if stopwatch is None and device.type == "cuda":
         stopwatch = partial(gpu_seconds, device, flush_bytes=FLUSH_BYTES)
     deadline = time.monotonic() + seconds
-    todo = operators(workload, dtype, device, compiled, heads_only)
+    known = operators(workload, dtype, device, compiled)
+    todo = [operator for operator in known if names is None or operator.name in names]
     found = []
     for i, operator in enumerate(todo):
         left = max(0.0, deadline - time.monotonic()) / (len(todo) - i)
@@ -242,7 +243,7 @@ def _layers(
         "aten": _checked(partial(run, unit, "aten"), expected, dtype),
         "triton": Failure("skipped", NO_GPU),
         "eager": eager,
-        "compile": Failure("skipped", ONLY_FULL),
+        "compile": Failure("skipped", ONLY_COMPILED),
     }
     if device.type == "cuda":
         found["triton"] = _checked(partial(run, unit, "triton"), expected, dtype)

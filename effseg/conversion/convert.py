@@ -130,11 +130,11 @@ def _mix(model: M, settings: Settings, report: ConversionReport) -> M:
 def choose(model: Converted, shape: tuple[int, ...], device: str, low: bool, budget: int) -> str:
     """The first of "raw" and "block" whose predicted peak, AdamW included, is within `budget` bytes."""
     peaks = {}
-    dtype = "bf16" if low else "fp32"
+    dtype, kind = "bf16" if low else "fp32", "cpu" if device == "cpu" else "cuda"
     for mode in MODES[:2]:
         like = _mix(restore(model), Settings(mode, None, True), model.conversion_report)
         with torch.enable_grad(), torch.autocast(device, enabled=False):
-            peaks[mode] = peak_training_memory(like, shape, dtype=dtype, device=device).peak
+            peaks[mode] = peak_training_memory(like, shape, dtype=dtype, device=kind).peak
         if peaks[mode] <= budget:
             return mode
     needs = ", ".join(f"{format_bytes(peak)} ({mode})" for mode, peak in peaks.items())

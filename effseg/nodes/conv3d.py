@@ -12,12 +12,13 @@ from effseg.algorithms.sweeps.conv3d import conv3d_backward, conv3d_forward
 from effseg.deferred import Deferred
 from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
+from effseg.settings import Function
 from effseg.slabs import Window
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-class Conv3dFunction(torch.autograd.Function):
+class Conv3dFunction(Function):
     """y, mean, var = conv(expression).
 
     Saved for backward: the expression's tensors, the weight, mean (tiny) and y. The layer that follows

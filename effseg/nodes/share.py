@@ -12,9 +12,10 @@ from effseg.algorithms.sweeps.materialise import materialise_backward
 from effseg.composed import Shared
 from effseg.deferred import Deferred
 from effseg.nodes.backward import backward as node_backward
+from effseg.settings import Function
 
 
-class ShareFunction(torch.autograd.Function):
+class ShareFunction(Function):
     """A tensor of the expression's shape without memory, for gradients to come to; they are pulled back once.
 
     Saved for backward: the expression's tensors.

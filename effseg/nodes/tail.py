@@ -17,10 +17,11 @@ from effseg.deferred import Deferred
 from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
 from effseg.normalisation import Norm, merging, terms
+from effseg.settings import Function
 from effseg.slabs import Window
 
 
-class TailSumsFunction(torch.autograd.Function):
+class TailSumsFunction(Function):
     """The sums of Dice and cross-entropy over softmax(head(leaky_relu(norm(conv(expression))))).
 
     Saved for backward: the expression's tensors, the parameters, the labels as given, mean and variance

@@ -19,7 +19,9 @@ GB = 10**9
 BUDGETS = (8, 12, 16, 24, 80)
 ARGUMENTS = {"in_channels": 1, "num_classes": 15, "preset": "base"}
 ALL_SETTINGS = [
+    Settings("raw", 0, 32),  # of 2^27 elements at 512 x 512 x 512
     Settings("raw"),
+    Settings("stream", 0, 32),
     Settings("stream"),
     Settings("stream", 1),
     Settings("stream", 2),
@@ -160,26 +162,24 @@ def test_bytes_per_voxel_from_small_to_large(dtype):
 
 def test_the_order_of_candidates():
     assert Step.of(ARGUMENTS, (1, 1, 512, 512, 512)).candidates() == [
-        *ALL_SETTINGS[:4],
+        *ALL_SETTINGS[:6],
         *(Settings("stream", 2, rows) for rows in (4, 2, 1)),
     ]
-    assert (
-        Step.of(ARGUMENTS, (1, 1, 64, 64, 64)).candidates()
-        == [
-            Settings("raw"),
-            Settings("stream", 0, 64),  # slabs so thick that there is one
-            *ALL_SETTINGS[1:4],
-            *(Settings("stream", 2, rows) for rows in (2, 1)),
-        ]
-    )
-    assert Step.of(ARGUMENTS, (1, 1, 64, 64, 64)).candidates("raw") == [Settings("raw")]
-    assert Step.of(ARGUMENTS, (1, 1, 64, 64, 64)).candidates("stream")[:2] == [
-        Settings("stream", 0, 64),
-        Settings("stream"),
+    small = Step.of(ARGUMENTS, (1, 1, 64, 64, 64))
+    whole = [Settings("raw", 0, 64), Settings("stream", 0, 64)]  # slabs so thick that there is one
+    assert small.candidates() == [
+        *(whole[0], Settings("raw"), whole[1]),
+        *ALL_SETTINGS[3:6],
+        *(Settings("stream", 2, rows) for rows in (2, 1)),
     ]
+    assert small.candidates("raw") == [whole[0], Settings("raw")]
+    assert small.candidates("stream")[:2] == [whole[1], Settings("stream")]
+    on_cpu = Step.of(ARGUMENTS, (1, 1, 64, 64, 64), "fp32", "adamw", "cpu")
+    assert on_cpu.candidates()[:3] == [Settings("raw"), whole[1], Settings("stream")]
     assert Step.of(ARGUMENTS, (1, 1, 2, 64, 64)).candidates()[-1] == Settings("stream", 2, 1)
-    tiny = Step.of(ARGUMENTS | {"preset": "tiny"}, (1, 1, 64, 64, 64)).candidates()
-    assert {settings.memory for settings in tiny} == {"raw"}
+    tiny = Step.of(ARGUMENTS | {"preset": "tiny"}, (1, 1, 64, 64, 64))
+    assert {settings.memory for settings in tiny.candidates()} == {"raw"}
+    assert tiny.candidates("raw") == [Settings("raw", 0, 32), Settings("raw")]
 
 
 def test_the_first_candidate_that_fits_is_chosen(monkeypatch):
