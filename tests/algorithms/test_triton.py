@@ -13,6 +13,7 @@ from effseg import EffSegNet, functional, peak_training_memory
 from effseg.algorithms import select
 from effseg.kernels import config
 from effseg.losses import dice_cross_entropy
+from effseg.models.levels import PRESETS, Architecture
 
 TINY = (1, 1, 3, 2, 4)
 CLASSES = 5
@@ -129,19 +130,33 @@ def tiny():
     return torch.randn(TINY), torch.randint(0, CLASSES, (1, *TINY[2:]), dtype=torch.uint8)
 
 
-def network_like(memory, state, dtype=torch.float32):
-    network = EffSegNet(1, CLASSES, memory=memory)
-    network.load_state_dict(state)
+# All that the presets are made of, in few channels and levels: what a step in the interpreter costs.
+SMALL = Architecture((16, 16, 24), (0, 1, 1))
+
+
+def network_like(preset, memory, state=None, dtype=torch.float32):
+    network = EffSegNet(1, CLASSES, preset, memory=memory)
+    if state is not None:
+        network.load_state_dict(state)
     return network.to(dtype)
 
 
-@pytest.mark.parametrize("memory", ["raw", pytest.param("stream", marks=pytest.mark.slow)])
-def test_a_whole_step(memory, tiny):
+@pytest.mark.parametrize(
+    ("preset", "memory"),
+    [
+        ("small", "raw"),
+        ("small", "stream"),
+        pytest.param("base", "raw", marks=pytest.mark.slow),
+        pytest.param("base", "stream", marks=pytest.mark.slow),
+    ],
+)
+def test_a_whole_step(preset, memory, tiny, monkeypatch):
     """Loss and all gradients, on a volume whose deepest levels are one voxel."""
+    monkeypatch.setitem(PRESETS, "small", SMALL)
     image, labels = tiny
-    state = EffSegNet(1, CLASSES).state_dict()
-    ours = step(network_like(memory, state), "triton", image, labels)
-    exact_network = network_like(memory, state, torch.float64)
+    state = network_like(preset, memory).state_dict()
+    ours = step(network_like(preset, memory, state), "triton", image, labels)
+    exact_network = network_like(preset, memory, state, torch.float64)
 
     def exactly():
         return step(exact_network, "aten", image.double(), labels)

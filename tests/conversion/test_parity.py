@@ -19,7 +19,9 @@ def step(network, image):
     random = torch.Generator().manual_seed(1)
     loss = 0
     for output in outputs:
-        loss = loss + (output * torch.randn(output.shape, generator=random, dtype=image.dtype)).sum()
+        # The same numbers in any type: drawn in float64 they would be others.
+        weights = torch.randn(output.shape, generator=random, dtype=torch.float32).to(output.dtype)
+        loss = loss + (output * weights).sum()
     loss.backward()
     grads = [image.grad, *(p.grad for p in network.parameters())]
     return [o.detach() for o in outputs], grads, list(network.buffers())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import faults
 import pytest
 import torch
 from convolution_cases import (
@@ -132,6 +133,27 @@ def test_rows_outside_the_gradient_are_zero(config, stride, front, rows, kernel_
 @pytest.mark.parametrize("slope", [0.0, 1.0, 1.5])
 def test_slopes(slope, kernel_device):
     check(SLIDE, (16, 2), (1, 1, 3, 4), kernel_device, terms=some_terms(1, 2, slope))
+
+
+FAULTS = {
+    "tap": lambda f: faults.before(f, 1, faults.tap),
+    "weight": lambda f: faults.before(f, 1, faults.weight),
+    "input": lambda f: faults.before(f, 0, faults.border),
+    "border": lambda f: faults.after(f, 2, faults.border),
+    "row": lambda f: faults.before(f, 0, faults.row),
+    "scale": lambda f: faults.result(f, faults.one, 0),
+    "beta": lambda f: faults.result(f, faults.one, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "config", "dtype"),
+    [*((fault, SLIDE, FP32) for fault in FAULTS), ("tap", TAP, FP32), ("border", TAP, BF16)],
+)
+def test_a_fault_is_seen(fault, config, dtype, kernel_device, monkeypatch):
+    monkeypatch.setitem(globals(), "conv3d_dgrad", FAULTS[fault](conv3d_dgrad))
+    with pytest.raises(AssertionError, match="elements wrong"):
+        check(config, (48, 16), (1, 2, 3, 9), kernel_device, terms=some_terms(1, 16), dtype=dtype)
 
 
 @pytest.mark.parametrize("config", [replace(SLIDE, block_h=8, block_w=64), replace(TAP, block_w=64)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import faults
 import pytest
 import torch
 import triton
@@ -117,6 +118,28 @@ def test_rows_outside_the_input_are_zero(config, front, rows, kernel_device):
 def test_slopes(config, slope, kernel_device):
     x = normal(1, 16 if config is SLIDE else 2, 1, 3, 4)
     check(config, x, 2, kernel_device, terms=some_terms(1, x.shape[1], slope), statistics=False)
+
+
+FAULTS = {
+    "tap": lambda f: faults.before(f, 1, faults.tap),
+    "weight": lambda f: faults.before(f, 1, faults.weight),
+    "input": lambda f: faults.before(f, 0, faults.border),
+    "border": lambda f: faults.after(f, 2, faults.border),
+    "row": lambda f: faults.before(f, 0, faults.row),
+    "mean": lambda f: faults.result(f, faults.one, 0),
+    "variance": lambda f: faults.result(f, faults.one, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "config", "dtype"),
+    [*((fault, SLIDE, FP32) for fault in FAULTS), ("tap", TAP, FP32), ("border", FEW, BF16)],
+)
+def test_a_fault_is_seen(fault, config, dtype, kernel_device, monkeypatch):
+    monkeypatch.setitem(globals(), "conv3d_forward", FAULTS[fault](conv3d_forward))
+    x = normal(1, 5 if config is FEW else 48, 2, 3, 9, offset=0.5).to(dtype)
+    with pytest.raises(AssertionError, match="elements wrong"):
+        check(config, x, 16, kernel_device, terms=some_terms(1, x.shape[1]))
 
 
 def test_an_image_of_integers(kernel_device):

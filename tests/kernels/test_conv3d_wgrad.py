@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import faults
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,24 @@ TAPS = Config("tap", block_h=4, block_w=8, block_n=16, block_k=64, splits=2)
 def test_tiles_inside_and_on_the_border(loop, channels, kernel_device):
     """Three tiles along H and W, the middle one unmasked; odd sizes; two marches along D."""
     check(make(channels, (1, 5, 17), CUBE, kernel_device), marching(loop, block_d=2))
+
+
+FAULTS = {
+    "tap": lambda f: faults.result(f, faults.tap),
+    "weight": lambda f: faults.result(f, faults.weight),
+    "input": lambda f: faults.before(f, "x", faults.border),
+    "row": lambda f: faults.before(f, "x", faults.row),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "loop"), [*((fault, "pair3") for fault in FAULTS), ("input", "kw"), ("input", "tap")]
+)
+def test_a_fault_is_seen(fault, loop, kernel_device, monkeypatch):
+    monkeypatch.setitem(globals(), "conv3d_wgrad", FAULTS[fault](conv3d_wgrad))
+    case = make((16, 16), (2, 3, 9), CUBE, kernel_device)
+    with pytest.raises(AssertionError, match="elements wrong"):
+        check(case, TAPS if loop == "tap" else marching(loop))
 
 
 @pytest.mark.parametrize("loop", ["pair3", "pair", "kw"])

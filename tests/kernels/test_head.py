@@ -1,5 +1,6 @@
 """The segmentation head's kernels against float64 torch, and against the ATen head's treatment of labels."""
 
+import faults
 import numpy as np
 import pytest
 import torch
@@ -214,6 +215,25 @@ def _exact_products(monkeypatch):
 )
 def test_against_float64_torch(kernel_device, options, config):
     check(Case(kernel_device, **options), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("head_sums", lambda f: faults.before(f, 0, faults.border)),
+        ("head_sums", lambda f: faults.before(f, 1, faults.one)),
+        ("head_sums", lambda f: faults.result(f, faults.one, 3)),
+        ("head_backward", lambda f: faults.before(f, 0, faults.border)),
+        ("head_backward", lambda f: faults.before(f, 1, faults.one)),
+        ("head_backward", lambda f: faults.after(f, 7, faults.border)),
+        ("head_backward", lambda f: faults.after(f, 7, faults.row)),
+        ("head_backward", lambda f: faults.result(f, faults.one, 0)),
+    ],
+)
+def test_a_fault_is_seen(name, make, kernel_device, monkeypatch):
+    monkeypatch.setitem(globals(), name, make(globals()[name]))
+    with pytest.raises(AssertionError, match="elements wrong"):
+        check(Case(kernel_device, channels=16, classes=4, size=(2, 3, 7)), TILE)
 
 
 def test_equals_the_aten_head(kernel_device):

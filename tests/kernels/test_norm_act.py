@@ -1,5 +1,6 @@
 """Normalisation with activation, its gradient, and the gradient through statistics."""
 
+import faults
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,6 +103,25 @@ def test_backward(dtype, n, c, size, slope, with_addend, kernel_device):
     dy, dz = nans(y), nans(y)
     sums = norm_act_backward(grad, y, terms, activated=a, dy=dy, dz=dz, sums=True, config=CONFIG)
     assert_backward((dz, dy, *sums), grad, y, terms, a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fault_is_seen(dtype, kernel_device):
+    y, grad = (values((1, 5, 2, 3, 7), dtype, kernel_device, seed) for seed in (0, 3))
+    terms = make_terms(1, 5, kernel_device, 0.2)
+    found = out, dy, dz = nans(y), nans(y), nans(y)
+    norm_act(y, terms, out, None, CONFIG)
+    sums = norm_act_backward(grad, y, terms, dy=dy, dz=dz, sums=True, config=CONFIG)
+    for i in range(5):
+        wrong = [t.clone() for t in (*found, *sums)]
+        (faults.border if i < 3 else faults.one)(wrong[i])
+        with pytest.raises(AssertionError, match="elements wrong"):
+            assert_both(*wrong, grad, y, terms)
+
+
+def assert_both(out, dy, dz, dscale, dbeta, grad, y, terms):
+    assert_forward(out, y, terms)
+    assert_backward((dz, dy, dscale, dbeta), grad, y, terms)
 
 
 def test_backward_in_place_and_in_parts(kernel_device):

@@ -1,5 +1,6 @@
 """Per-channel moments and sums of stored values."""
 
+import faults
 import pytest
 import torch
 from convolution_cases import assert_moments
@@ -44,6 +45,21 @@ def test_against_float64(dtype, shape, offset, kernel_device):
     assert mean.dtype == variance.dtype == torch.float32
     assert_moments(mean, variance, y)
     assert_sums(channel_sums(y, CONFIG), y)
+
+
+def test_a_fault_is_seen(kernel_device):
+    """One voxel of one channel in the sums is a thousandth too large, or one result is."""
+    y = values((1, 3, 3, 5, 7), torch.float32, kernel_device)
+    wrong = y.clone()
+    faults.border(wrong)
+    mean, variance = moments(y, CONFIG)
+    for call in (
+        lambda: assert_moments(*moments(wrong, CONFIG), y),
+        lambda: assert_moments(mean, variance * faults.BY, y),
+        lambda: assert_sums(channel_sums(wrong, CONFIG), y),
+    ):
+        with pytest.raises(AssertionError, match="elements wrong"):
+            call()
 
 
 def test_equal_values_have_no_variance(kernel_device):

@@ -1,5 +1,6 @@
 """Trilinear upsampling of slabs, and its transpose."""
 
+import faults
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,15 @@ def check(dtype, samples_channels, size, factors, cut, rows, config, device, see
 @pytest.mark.parametrize(("dtype", "samples_channels", "size", "factors", "cut", "rows"), CASES)
 def test_against_torch(dtype, samples_channels, size, factors, cut, rows, kernel_device):
     check(dtype, samples_channels, size, factors, cut, rows, CONFIG, kernel_device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", [faults.border, faults.row])
+@pytest.mark.parametrize("name", ["upsample_x2", "upsample_x2_transpose"])
+def test_a_fault_is_seen(name, fault, dtype, kernel_device, monkeypatch):
+    monkeypatch.setitem(globals(), name, faults.after(globals()[name], 1, fault))
+    with pytest.raises(AssertionError, match="elements wrong"):
+        check(dtype, (1, 5), (2, 2, 3), (2, 2, 2), (0, 1), (0, 3), CONFIG, kernel_device)
 
 
 def test_small_tiles(kernel_device):

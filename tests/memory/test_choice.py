@@ -57,7 +57,11 @@ def reports(shape, settings, every_slab, **options):
     return few, peak_training_memory(build, shape, **options)
 
 
-@pytest.mark.parametrize("settings", [Settings("raw", 0, 4), Settings("stream", 1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(Settings("raw", 0, 4), marks=pytest.mark.slow), Settings("stream", 1, 4)],
+    ids=str,
+)
 def test_a_few_slabs_stand_for_all(settings, every_slab):
     few, every = reports((1, 1, 25, 16, 16), settings, every_slab, dtype="fp32")
     assert few.peak == pytest.approx(every.peak, rel=1e-3)
@@ -110,18 +114,14 @@ def choice_or_refusal(shape, budget):
 
 
 @pytest.mark.parametrize(
-    "z",
-    [
-        128,
-        pytest.param(256, marks=pytest.mark.slow),
-        pytest.param(512, marks=pytest.mark.slow),
-        pytest.param(1024, marks=pytest.mark.slow),
-    ],
+    ("z", "budgets"),
+    [(128, (12, 80)), *(pytest.param(z, BUDGETS, marks=pytest.mark.slow) for z in (128, 256, 512, 1024))],
+    ids=str,
 )
-def test_choices_for_a_ct_fit_their_budgets(z):
+def test_choices_for_a_ct_fit_their_budgets(z, budgets):
     shape, found = (1, 1, 512, 512, z), []
     step = Step.of(ARGUMENTS, shape)
-    for budget in BUDGETS:
+    for budget in budgets:
         chosen, refusal = choice_or_refusal(shape, budget * GB)
         found.append(chosen)
         if chosen is None:
@@ -228,9 +228,9 @@ def test_configure_sets_what_was_chosen_and_disturbs_nothing():
 
 def test_the_network_of_a_choice_is_the_one_that_is_trained():
     """Other options of the constructor reach the prediction, those that a choice decides do not."""
-    arguments = build_model("effseg-large", 2, 7).arguments | {"norm": "batch", "memory_budget": "8GB"}
+    arguments = build_model("effseg-tiny", 2, 7).arguments | {"norm": "batch", "memory_budget": "8GB"}
     report = choice.predict(Step.of(arguments, (1, 2, 32, 32, 32), "fp32", "adamw", "cpu"), Settings("raw"))
-    like = EffSegNet(2, 7, preset="large", norm="batch")
+    like = EffSegNet(2, 7, preset="tiny", norm="batch")
     assert report.parameters == sum(p.numel() for p in like.parameters())
     assert report.peak == peak_training_memory(like, (1, 2, 32, 32, 32), dtype="fp32").peak
 
