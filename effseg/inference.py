@@ -241,6 +241,11 @@ def predict_files(
         except InputError as error:
             failures.append(str(error))
             continue
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            failures.append(f"{case.images[0]}: does not fit in main memory")
+            continue
         write_labels(target, labels, scan.grid, names, _origin(predictor, case))
         written.append(target)
         if on_case is not None:

@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from effseg.training.distributed import World
 from effseg.training.runs import RunRecord, check_labels, read_record, recorded_split, twins
 
 SAY_EVERY = 10.0  # seconds
+
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +111,9 @@ def load_training_data(
     preprocessing = Preprocessing(
         window=config.window, spacing=config.spacing, crop=config.crop, margin=config.margin
     )
-    training, validation = (
-        _prepare(part, preprocessing, label_map, config, world, say) if part else [] for part in parts
-    )
+    folder = config.cache or config.output / "cache"
+    prepare = partial(prepare_case, preprocessing=preprocessing, label_map=label_map, folder=folder)
+    training, validation = (_prepare(part, prepare, config, world, say) for part in parts)
     if not training:
         raise InputError(f"{config.data}: no case is left to train on")
     data = TrainingData(
@@ -195,20 +198,18 @@ def _with_gone(config: TrainingConfig, found: Found) -> dict[str, str]:
 
 def _prepare(
     cases: list[Case],
-    preprocessing: Preprocessing,
-    label_map: LabelMap,
+    prepare: Callable[[Case], Prepared],
     config: TrainingConfig,
     world: World,
     say: Callable[[str], None],
-) -> list[CachedCase]:
-    """The prepared cases; without the damaged ones where `config.allow_missing`."""
-    folder = config.cache or config.output / "cache"
+) -> list[Prepared]:
+    """What `prepare` makes of the cases; without the damaged ones where `config.allow_missing`."""
     mine, errors = world.share(cases), []
     damaged: list[tuple[str, str]] = []
     said = time.monotonic()
     for number, case in enumerate(mine, start=1):
         try:
-            prepare_case(case, preprocessing, label_map, folder)
+            prepare(case)
         except DamagedFile as error:
             damaged.append((case.name, str(error)))
         except InputError as error:
@@ -219,12 +220,11 @@ def _prepare(
             say(f"prepared {number} of {len(mine)} cases")
     world.fail_together(errors)
     lost = dict(world.gather(damaged))
+    if lost and not config.allow_missing:
+        raise InputError(f"{describe_missing(lost)} (--allow-missing goes on without)")
     if lost:
-        told = describe_missing(lost)
-        if not config.allow_missing:
-            raise InputError(f"{told} (--allow-missing goes on without)")
-        say(f"goes on without: {told}")
-    return [prepare_case(case, preprocessing, label_map, folder) for case in cases if case.name not in lost]
+        say(f"goes on without: {describe_missing(lost)}")
+    return [prepare(case) for case in cases if case.name not in lost]
 
 
 def _check(data: TrainingData, config: TrainingConfig) -> None:

@@ -152,17 +152,17 @@ def _check_all_there(
 
 
 def _tell_of_new(record: RunRecord, found: Found, config: TrainingConfig, say: Callable[[str], None]) -> None:
-    recorded = set(map(same_text, record.files))
+    by_fold = config.validation is None and config.validates
+    parts = (fold_names(config.data, config.fold or 0) if by_fold else None) or ([], [])
     names = [case.name for case in found.cases]
-    chosen = select_names(names, config.cases) if config.cases is None or names else []
-    new = [name for name in chosen if same_text(name) not in recorded]
+    known = list(dict.fromkeys([*names, *found.missing, *parts[0], *parts[1]]))
+    chosen = select_names(known, config.cases)
+    if config.validation is not None:
+        chosen += select_names(known, config.validation)
+    recorded = set(map(same_text, record.files))
+    new = [name for name in names if name in chosen and same_text(name) not in recorded]
     if new:
         say(f"cases that came after this run began stay out of it: {_joined(new)}; its split goes on")
-    parts = (
-        fold_names(config.data, config.fold or 0) if config.validation is None and config.validates else None
-    )
-    if parts is None:
-        return
     training, validation = (set(map(same_text, part)) for part in parts)
     moved = [name for name in record.training if same_text(name) in validation]
     moved += [name for name in record.validation if same_text(name) in training]

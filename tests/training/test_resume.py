@@ -270,6 +270,9 @@ class TestMissing:
         record = json.loads((config.output / "data.json").read_text(encoding="utf-8"))
         assert record["training"] == ["phantom_000", "phantom_002", "phantom_004", "phantom_005"]
         train(config)  # a run goes on without what it began without
+        named = config.replace(output=tmp_path / "named", cases="phantom_000,phantom_001", allow_missing=True)
+        train(named)
+        train(named)
 
     def test_cases_of_the_fold(self, data, tmp_path):
         names = [case.name for case in find_cases(data, labelled=True)]
