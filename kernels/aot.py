@@ -65,7 +65,7 @@ def compiled(launch: Launch, architecture: str) -> Any:
 
 
 def specialisation(launch: Launch, architecture: str) -> str:
-    """What a recorded launch is compiled for; Triton compiles once for all launches of which this is the same."""
+    """What a recorded launch is compiled for: those that have the same share a compilation."""
     device = Driver(architecture)
     driver.set_active(device)
     *_, binder = launch.kernel.device_caches[device.get_current_device()]

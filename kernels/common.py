@@ -7,6 +7,15 @@ from typing import Any
 import triton
 import triton.language as tl
 
+UNALIGNED = [
+    "labels_ptr",
+    "grad_intersection_ptr",
+    "grad_probability_ptr",
+    "grad_nll_ptr",
+    "grad_smooth_ptr",
+]
+"""Of slabs and samples, which begin at any element; none is read in wide loads."""
+
 
 def kernel(function: Callable[..., Any]) -> Any:
     """`triton.jit` for what the host launches: compiled once for tensors of every size.
@@ -22,8 +31,7 @@ def kernel(function: Callable[..., Any]) -> Any:
         for name, parameter in inspect.signature(function).parameters.items()
         if not name.endswith("_ptr") and "constexpr" not in str(parameter.annotation)
     ]
-    # Labels are read one by one, and slabs of them begin at any byte.
-    return triton.jit(function, do_not_specialize=numbers, do_not_specialize_on_alignment=["labels_ptr"])
+    return triton.jit(function, do_not_specialize=numbers, do_not_specialize_on_alignment=UNALIGNED)
 
 
 @triton.jit

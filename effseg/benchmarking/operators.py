@@ -133,8 +133,8 @@ def _halved(size: Triple, times: int) -> Triple:
 
 
 def problems(workload: Workload, dtype: str, device: torch.device) -> list[Problem]:
-    """As `effseg.kernels.config` describes them: of what the network asks for on the workload, by operator and
-    channels, that which takes longest in a step."""
+    """As `effseg.kernels.config` describes them: of what the network asks for on the workload, by operator
+    and channels, that which takes longest in a step."""
     from effseg.kernels import device as gpus
     from effseg.kernels import launch
 
