@@ -221,16 +221,15 @@ def test_what_does_not_fit_is_named(kernel_device):
 
 @triton.jit
 def _address_kernel(found_ptr, n, d, stride, H, W, C: tl.constexpr):
-    tl.store(found_ptr, plane_base(tl.zeros((), tl.int64), n, d, stride, H * W * C))
+    tl.store(found_ptr, plane_base(tl.zeros((), tl.int64), n, d, stride, H * W, C))
 
 
 @pytest.mark.parametrize(("n", "d"), [(0, 511), (1, 511), (3, 0), (2, -1)])
 def test_addresses_past_2_31_elements(n, d, kernel_device):
     """Planes of 512 x 512 x 512 x 32 tensors, by the function that the kernels use."""
     found = torch.zeros(1, dtype=torch.int64, device=kernel_device)
-    stride = 512 * 512 * 512 * 32
-    _address_kernel[(1,)](found, n, d, stride, 512, 512, 32)
-    assert found.item() == n * stride + d * 512 * 512 * 32
+    _address_kernel[(1,)](found, n, d, 512 * 512 * 512, 512, 512, 32)
+    assert found.item() == (n * 512 + d) * 512 * 512 * 32
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from convolution_cases import on, operand
+from convolution_cases import operand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_rounded, slack, slack_of_sum, stored
@@ -14,7 +14,6 @@ from effseg.algorithms.aten.head import Head, Sums
 from effseg.kernels import head as head_module
 from effseg.kernels.config import Config
 from effseg.kernels.head import HeadGradients, head_argmax, head_backward, head_sums
-from effseg.kernels.launch import NormAct
 
 CLASSES, TILE = Config("classes", block_w=32, splits=2), Config("tile", block_w=32, splits=2)
 MEASURES = ("intersection", "probability", "nll", "smooth_nll")
@@ -34,7 +33,6 @@ class Case:
         ignore_index=None,
         weight=True,
         bias=True,
-        slope=None,
         seed=0,
     ):
         random = torch.Generator().manual_seed(seed)
@@ -55,24 +53,18 @@ class Case:
         self.labels = known.to(device, labels)
         self.class_weights = torch.rand(classes, generator=random).to(device) + 0.5
         self.ignore_index = ignore_index
-        self.prologue = None
-        if slope is not None:
-            mean, scale, beta = (normal(1, channels).float().to(device) for _ in range(3))
-            self.prologue = NormAct(mean, scale, beta, slope)
         self.grads = HeadGradients(*(normal(*s).to(device) for s in ((classes,), (classes,), (), ())))
 
     def sums(self, config=TILE):
-        return head_sums(*self.arguments, prologue=self.prologue, config=config)
+        return head_sums(*self.arguments, config=config)
 
     def backward(self, config=TILE, out=None, parameters=True):
         out = torch.full_like(self.features, float("nan")) if out is None else out
-        return out, *head_backward(
-            *self.arguments, self.grads, out, prologue=self.prologue, parameters=parameters, config=config
-        )
+        return out, *head_backward(*self.arguments, self.grads, out, parameters=parameters, config=config)
 
     def argmax(self, config=TILE, dtype=torch.uint8):
         out = torch.full(self.labels.shape, 77, dtype=dtype, device=self.features.device)
-        head_argmax(self.features, self.weight, self.bias, out, prologue=self.prologue, config=config)
+        head_argmax(self.features, self.weight, self.bias, out, config=config)
         return out
 
     @property
@@ -92,8 +84,7 @@ class Exact:
 
     def __init__(self, case: Case) -> None:
         self.dtype = case.features.dtype
-        prologue = None if case.prologue is None else on(case.prologue, torch.device("cpu"))
-        a, self.a_size, self.a_open = (t[0] for t in operand(case.features, prologue, self.dtype))
+        a, self.a_size, self.a_open = (t[0] for t in operand(case.features, None, self.dtype))
         self.a, self.weight = a, None if case.weight is None else case.weight.cpu().double()
         self.logits, size, logits_open = a, self.a_size, self.a_open
         if self.weight is not None:
@@ -203,11 +194,11 @@ def _exact_products(monkeypatch):
     "options",
     [
         {"dtype": torch.float32, "ignore_index": 255, "labels": torch.int32},
-        {"dtype": torch.bfloat16, "channels": 16, "classes": 15, "slope": 0.01, "labels": torch.uint8},
+        {"dtype": torch.bfloat16, "channels": 16, "classes": 15, "labels": torch.uint8},
         {"dtype": torch.float16, "channels": 33, "classes": 17, "bias": False, "ignore_index": 0},
         {"channels": 1, "classes": 2, "ignore_index": -1, "labels": torch.int8, "size": (1, 1, 1)},
-        {"channels": 3, "classes": 118, "slope": 0.0, "labels": torch.int16, "size": (2, 7, 9)},
-        {"dtype": torch.bfloat16, "channels": 48, "classes": 1, "slope": 1.5, "size": (1, 11, 2)},
+        {"channels": 3, "classes": 118, "labels": torch.int16, "size": (2, 7, 9)},
+        {"dtype": torch.bfloat16, "channels": 48, "classes": 1, "size": (1, 11, 2)},
         {"weight": False, "classes": 6, "ignore_index": 5, "labels": torch.int8},
         {"weight": False, "classes": 150, "dtype": torch.bfloat16, "labels": torch.int16},
     ],
@@ -340,7 +331,7 @@ def test_logits_far_apart(kernel_device):
 @pytest.mark.parametrize("config", [CLASSES, TILE], ids=lambda config: config.loop)
 def test_two_runs_give_the_same_bits_in_poisoned_memory(kernel_device, config, monkeypatch):
     """What is allocated is written in full: fresh memory full of NaN changes nothing."""
-    case = Case(kernel_device, size=(3, 6, 9), slope=0.01, ignore_index=1)
+    case = Case(kernel_device, size=(3, 6, 9), ignore_index=1)
     first = (*case.sums(config), *case.backward(config))
 
     class Poisoned:
@@ -424,7 +415,6 @@ def test_any_shape_and_option(kernel_device, data):
         "ignore_index": draw(None, 0, 1, -1),
         "weight": weight,
         "bias": draw(True, False),
-        "slope": draw(None, 0.0, 0.01, 1.0, 2.0),
         "seed": data.draw(st.integers(0, 10**6)),
     }
     config = Config(draw("classes", "tile"), block_w=draw(16, 32, 64), splits=draw(1, 2, 3))
