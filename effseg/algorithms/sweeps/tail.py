@@ -172,6 +172,6 @@ def _sweep_terms(
         )
         assert found.dscale is not None
         assert found.dbeta is not None
-        scale[one] += found.dscale
-        beta[one] += found.dbeta
+        scale[one].add_(found.dscale)
+        beta[one].add_(found.dbeta)
     return scale, beta
