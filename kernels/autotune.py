@@ -2,7 +2,7 @@
 
 `problems` lists what a network's training step and segmentation ask `config.choose`; `tune` climbs, for each
 of them, from the heuristic's configuration to faster neighbours, and writes what is fastest of those that
-agree with ATen to a tuned file. Nothing else imports this file: training never measures.
+agree with ATen to a tuned file. Only commands and benchmarks import this file: training never measures.
 """
 
 from __future__ import annotations
