@@ -98,7 +98,7 @@ def check_labels(record: RunRecord, now: LabelMap, mirror: Pairs | None, config:
         raise InputError(
             f"{where} with the value {before.ignore} to ignore, but now it is {now.ignore}: {ANEW}"
         )
-    if mirror != record.mirror:
+    if _unordered(mirror) != _unordered(record.mirror):
         names = [_named(pairs, before.names) for pairs in (record.mirror, mirror)]
         raise InputError(f"{where} with mirror pairs {names[0]}, but now they are {names[1]}: {ANEW}")
 
@@ -175,6 +175,10 @@ def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         return f"{len(was['images'])} channels, now {len(now['images'])}"
     parts = [name for name in ("images", "labels") if was[name] != now[name]]
     return " and ".join({"images": "scan", "labels": "labels"}[name] for name in parts)
+
+
+def _unordered(pairs: Pairs | None) -> set[frozenset[int]] | None:
+    return None if pairs is None else set(map(frozenset, pairs))
 
 
 def _named(pairs: Pairs | None, names: tuple[str, ...]) -> str:

@@ -1,5 +1,6 @@
 """A run knows its data: what may change before it is continued, and what may not."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,12 +12,15 @@ import time
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 import effseg
 from effseg import phantom
 from effseg.data.cases import find_cases
 from effseg.errors import InputError
 from effseg.training import TrainingConfig, loop, train
+from effseg.training.distributed import World
+from effseg.training.lock import locked
 from effseg.training.records import read_rows
 
 STEPS = 2
@@ -336,20 +340,17 @@ class TestInit:
 
 
 HOLD = """
-import sys, time
-from pathlib import Path
-import torch
-from effseg.training.distributed import World
-from effseg.training.lock import locked
-with locked(Path(sys.argv[1]), World(0, 1, torch.device("cpu")), print):
-    print("held", flush=True)
-    time.sleep(60)
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
 """
 
 
 def test_a_killed_process_leaves_no_lock(go_on):
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(go_on.run)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(go_on.run / ".lock")], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout.readline() == "held\n"
@@ -363,6 +364,28 @@ def test_a_killed_process_leaves_no_lock(go_on):
         process.wait()
         process.stdout.close()
     go_on()
+
+
+def test_a_lock_is_of_one_run_at_a_time(tmp_path):
+    world, said = World(0, 1, torch.device("cpu")), []
+    with locked(tmp_path / "run", world, said.append):
+        with pytest.raises(InputError, match="another process"), locked(tmp_path / "run", world, said.append):
+            pytest.fail("two at once")
+        with locked(tmp_path / "other", world, said.append):
+            pass
+    with locked(tmp_path / "run", world, said.append):
+        pass
+    assert said == []
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    said = []
+    with locked(tmp_path, World(0, 1, torch.device("cpu")), said.append):
+        assert "cannot be locked (Operation not supported)" in said[0]
 
 
 @pytest.mark.slow
