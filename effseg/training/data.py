@@ -89,7 +89,7 @@ def load_training_data(config: TrainingConfig, world: World, say: Callable[[str]
         preprocessing,
         prepared[: len(training)],
         prepared[len(training) :],
-        augmentation(label_map.names) if config.augment else None,
+        augmentation(label_map.names, on_device=config.augments_on(world.device)) if config.augment else None,
     )
     _check(data, config)
     return data
