@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one line and names what was looked at, what was expected and what came. The command
     line prints it and exits with code 2; every other exception is a defect and keeps its traceback.
     """
+
+
+class DamagedFile(InputError):
+    """A file that is damaged, truncated or not of its kind: as good as missing."""

@@ -200,7 +200,7 @@ def test_logits_that_are_not_lazy() -> None:
 @pytest.mark.parametrize("matrix", [None, np.eye(4)])
 def test_augmentation(matrix: np.ndarray | None) -> None:
     image, labels = batch(channels=2)
-    changes = Changes(matrix, factor=1.1, offset=0.1, mirrored=True)
+    changes = Changes(matrix, factor=1.1, offset=0.1, mirrored=((1, 2),))
     with Watch():
         changed = change(image[0], labels[0], changes, 0)
     assert [t.device.type for t in changed] == [DEVICE, DEVICE]

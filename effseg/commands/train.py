@@ -57,6 +57,11 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "all: train on every case, no validation",
     )
     group.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="go on without cases of which files are missing or unreadable, and say which",
+    )
+    group.add_argument(
         "--labels",
         help="what to learn: a group of labels.json, GROUP:organ,organ or organ,organ (all)",
     )
@@ -98,12 +103,31 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "(default: device on a GPU, cpu on a CPU); their noise differs",
     )
 
+    group.add_argument(
+        "--mirror",
+        choices=("none", "left-right"),
+        default="none",
+        help="mirror every second volume left to right, too (default: none)",
+    )
+    group.add_argument(
+        "--mirror-pairs",
+        metavar="A:B,...",
+        help="labels that change places in a mirrored volume; none: no label has a side (default: "
+        "mirror_pairs of dataset.json or labels.json)",
+    )
+
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
     from effseg.models import MODEL_NAMES
 
     group.add_argument(
         "--model", choices=MODEL_NAMES, default="effseg-base", help="network (default: effseg-base)"
+    )
+    group.add_argument(
+        "--init",
+        type=Path,
+        metavar="PATH",
+        help="begin with these weights: a .safetensors file or a run's folder (default: random ones)",
     )
     group.add_argument(
         "--norm",

@@ -54,7 +54,7 @@ def prepare_case(
     record = stem.with_name(stem.name + ".json")
     if not record.is_file():
         _store(_prepare(case, case.labels, preprocessing, label_map), stem, record)
-    entries = json.loads(record.read_text())
+    entries = json.loads(record.read_text(encoding="utf-8"))
     return CachedCase(
         case.name,
         np.load(_array(stem, "image"), mmap_mode="c"),
@@ -92,7 +92,7 @@ def _store(case: CachedCase, stem: Path, record: Path) -> None:
     entries = {"spacing": case.spacing, "counts": case.counts.tolist()}
     _write(_array(stem, "image"), lambda path: np.save(path, case.image))
     _write(_array(stem, "labels"), lambda path: np.save(path, case.labels))
-    _write(record, lambda path: path.write_text(json.dumps(entries)))
+    _write(record, lambda path: path.write_text(json.dumps(entries), encoding="utf-8"))
 
 
 def _write(path: Path, writer: Callable[[Path], object]) -> None:

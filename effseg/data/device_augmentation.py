@@ -16,6 +16,7 @@ from monai.transforms.utils import create_scale, create_translate
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from effseg.data.mirroring import Pairs, exchange
 from effseg.data.preprocessing import AIR
 from effseg.slabs import slabs
 
@@ -27,13 +28,14 @@ Size = tuple[int, int, int]
 @dataclass(frozen=True)
 class Changes:
     """matrix: (4, 4) from voxels of the result to voxels of the source, None to leave the pose; the image
-    times `factor`, plus `offset`, plus noise of standard deviation `noise`; mirrored: left to right (D)."""
+    times `factor`, plus `offset`, plus noise of standard deviation `noise`; mirrored: left to right
+    (D), where these pairs of classes change places, None: not."""
 
     matrix: np.ndarray | None = None
     factor: float = 1.0
     offset: float = 0.0
     noise: float = 0.0
-    mirrored: bool = False
+    mirrored: Pairs | None = None
 
 
 def change(image: Tensor, labels: Tensor, changes: Changes, seed: int) -> tuple[Tensor, Tensor]:
@@ -46,14 +48,19 @@ def change(image: Tensor, labels: Tensor, changes: Changes, seed: int) -> tuple[
     if changes.matrix is None:
         for lo, hi in _rows(image):
             _change_intensities(image[:, lo:hi], changes, noise)
-        return (image.flip(1), labels.flip(0)) if changes.mirrored else (image, labels)
+        if changes.mirrored is None:
+            return image, labels
+        image, labels = image.flip(1), labels.flip(0)
+        _exchange(image, labels, changes)
+        return image, labels
     labels = _move_labels(labels, changes, image)
+    _exchange(image, labels, changes)
     image.sub_(AIR)  # grid_sample fills with 0
     moved = torch.empty_like(image)
     for lo, hi, grid in _grids(changes.matrix, image):
         slab = grid_sample(image[None], grid, align_corners=False)[0].add_(AIR)
         _change_intensities(slab, changes, noise)
-        _put(moved, 1, lo, hi, slab, changes.mirrored)
+        _put(moved, 1, lo, hi, slab, changes.mirrored is not None)
     return moved, labels
 
 
@@ -74,8 +81,12 @@ def _move_labels(labels: Tensor, changes: Changes, image: Tensor) -> Tensor:
     source, moved = labels[None, None].to(torch.float32), torch.empty_like(labels)
     for lo, hi, grid in _grids(changes.matrix, image):
         slab = grid_sample(source, grid, mode="nearest", align_corners=False)[0, 0]
-        _put(moved, 0, lo, hi, slab, changes.mirrored)
+        _put(moved, 0, lo, hi, slab, changes.mirrored is not None)
     return moved
+
+
+def _exchange(image: Tensor, labels: Tensor, changes: Changes) -> None:
+    exchange((labels[lo:hi] for lo, hi in _rows(image)), changes.mirrored or ())
 
 
 def _put(target: Tensor, dim: int, lo: int, hi: int, slab: Tensor, mirrored: bool) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -18,7 +19,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from effseg.atomic import atomic_path
 from effseg.data.grid import Grid
-from effseg.errors import InputError
+from effseg.errors import DamagedFile, InputError
 
 SUFFIXES = (".nii.gz", ".nii")
 LARGEST_LABEL = 65535
@@ -94,16 +95,21 @@ def read_labels(path: _PathLike, like: Scan | Grid | None = None) -> np.ndarray:
 
 
 def write_labels(
-    path: _PathLike, labels: np.ndarray, grid: Grid, names: Mapping[int, str] | None = None
+    path: _PathLike,
+    labels: np.ndarray,
+    grid: Grid,
+    names: Mapping[int, str] | None = None,
+    made_by: str | None = None,
 ) -> None:
     """Write labels (X, Y, Z) in RAS+ on the original `grid` as uint8, or uint16 where a value needs it.
 
     Shape, affine, qform, sform, their codes and the voxel sizes are those of the file that `grid` comes
-    from. `names` (value -> name) goes into the header as a JSON comment. The file is whole or absent.
+    from. `names` (value -> name) goes into the header as a JSON comment, with `made_by` (see
+    `effseg.data.origin`). The file is whole or absent.
     Raises InputError where it cannot be written (disk full, no such folder, another suffix).
     """
     path = Path(path)
-    if not path.name.endswith(SUFFIXES):
+    if not path.name.lower().endswith(SUFFIXES):
         raise InputError(f"{path}: expected a name that ends in .nii.gz or .nii")
     if labels.shape != grid.ras_shape:
         raise ValueError(f"labels: expected shape {grid.ras_shape} in RAS order, got {labels.shape}")
@@ -114,7 +120,8 @@ def write_labels(
     header.set_intent("label")
     header["cal_min"] = header["cal_max"] = 0
     if names:
-        text = json.dumps({"labels": {str(value): name for value, name in names.items()}})
+        entries: dict[str, Any] = {"labels": {str(value): name for value, name in names.items()}}
+        text = json.dumps(entries | ({} if made_by is None else {"made_by": made_by}))
         header.extensions.append(Nifti1Extension("comment", text.encode()))
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     data = grid.from_ras(labels).astype(header.get_data_dtype()).reshape(header.get_data_shape())
@@ -130,7 +137,7 @@ def _read(path: Path) -> tuple[np.ndarray, Grid]:
     """The file's values in the file's axes, int16 or float32 in Fortran order, and their grid."""
     if not path.exists():
         raise InputError(f"{path}: no such file")
-    if path.is_dir() or not path.name.endswith(SUFFIXES):
+    if path.is_dir() or not path.name.lower().endswith(SUFFIXES):
         raise InputError(f"{path}: expected a NIfTI file (.nii.gz or .nii)")
     with _damage_reported(path), ImageOpener(str(path)) as file:
         header = _read_header(file, path)
@@ -152,7 +159,7 @@ def _damage_reported(path: Path) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error, HeaderDataError, WrapStructError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: damaged, truncated or no NIfTI file: {reason}") from error
+        raise DamagedFile(f"{path}: damaged, truncated or no NIfTI file: {reason}") from error
 
 
 def _read_header(file: ImageOpener, path: Path) -> nib.Nifti1Header:
@@ -162,7 +169,7 @@ def _read_header(file: ImageOpener, path: Path) -> nib.Nifti1Header:
             header = header_class(block[: header_class.template_dtype.itemsize], check=False)
             if header["magic"].item()[:2] == b"n+":
                 return header
-    raise InputError(f"{path}: no NIfTI file: its header is none")
+    raise DamagedFile(f"{path}: no NIfTI file: its header is none")
 
 
 def _grid(header: nib.Nifti1Header, path: Path) -> Grid:

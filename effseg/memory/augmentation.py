@@ -7,7 +7,7 @@ from effseg.data.device_augmentation import Changes, change
 from effseg.memory.tracker import LiveStorages
 
 # All that can be drawn; which rotation and how much of what makes no difference.
-EVERYTHING = Changes(matrix=np.eye(4), factor=1.1, offset=0.1, noise=0.05, mirrored=True)
+EVERYTHING = Changes(matrix=np.eye(4), factor=1.1, offset=0.1, noise=0.05, mirrored=((1, 2),))
 
 
 def augment_batch(tracker: LiveStorages, image: torch.Tensor, labels: torch.Tensor) -> None:

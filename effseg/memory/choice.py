@@ -16,7 +16,7 @@ from effseg.memory.report import MemoryReport
 from effseg.memory.units import format_bytes, parse_bytes
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.levels import PRESETS
-from effseg.slabs import SHARE, THICK_SLAB_ELEMENTS, rows_per_slab
+from effseg.slabs import SHARE, THICK_SLAB_ELEMENTS, THICKEST_SLAB_ELEMENTS, rows_per_slab
 
 # Convolution workspace, rounding and fragmentation and the CUDA context are outside a prediction, so this
 # part of a GPU's memory is left to them.
@@ -75,16 +75,20 @@ class Step:
         streams = PRESETS[self.preset].stem_stride == 1
         lean = "stream" if streams else "raw"
         most = RECOMPUTE_LEVELS[-1]
-        usual = rows_per_slab(*self._finest(), SHARE)
-        thick = rows_per_slab(*self._finest(), THICK_SLAB_ELEMENTS)
-        found = [Settings("raw")]
+        on_gpu, device = self.device == "cuda", torch.device(self.device)
+        most_elements = THICKEST_SLAB_ELEMENTS if on_gpu else THICK_SLAB_ELEMENTS["cpu"]
+        usual = rows_per_slab(*self._finest(), SHARE, device)
+        thick = rows_per_slab(*self._finest(), most_elements, device)
+        found = [Settings("raw", 0, thick)] * (on_gpu and thick > usual) + [Settings("raw")]
         if streams:
             found += [Settings(lean, 0, thick)] * (thick > usual) + [Settings(lean)]
         found += [Settings(lean, levels) for levels in RECOMPUTE_LEVELS]
         found += [Settings(lean, most, rows) for rows in THIN_SLABS if rows < usual]
         if memory == "raw":
-            return found[:1]
-        return found[1:] if memory == "stream" and streams else found
+            return [
+                settings for settings in found if settings.memory == "raw" and not settings.recompute_levels
+            ]
+        return [s for s in found if s.memory == "stream"] if memory == "stream" and streams else found
 
     def _finest(self) -> tuple[int, int]:
         """Rows, and elements of a row, at the network's finest level."""
@@ -166,8 +170,13 @@ def choose(
 
 def choose_for(step: Step, budget: int) -> Choice:
     """`choose` for any network and step."""
+    return first_that_fits(step, step.candidates(), budget)
+
+
+def first_that_fits(step: Step, candidates: Sequence[Settings], budget: int) -> Choice:
+    """The first of these whose predicted peak is within `budget` bytes. Raises InputError where none is."""
     looked_at: list[Candidate] = []
-    for settings in step.candidates():
+    for settings in candidates:
         report = predict(step, settings)
         looked_at.append(Candidate(settings, report.peak))
         if report.peak <= budget:

@@ -151,7 +151,7 @@ def _modes(request: Request, usable: int) -> tuple[Mode, tuple[Mode, ...], Setti
         if settings.rows is not None and (chosen is not None or settings not in allowed):
             continue
         report = choice.predict(step, settings)
-        arithmetic = report.macs / (modes[0].report if modes else report).macs
+        arithmetic = report.macs / choice.predict(step, Settings("raw")).macs
         modes.append(Mode(settings, step.slab_elements(settings), report, arithmetic))
         if chosen is None and settings in allowed and report.peak <= usable:
             chosen = modes[-1]

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
-from effseg.algorithms.aten.head import CHUNK_ELEMENTS
+from effseg.device import DEVICE_KINDS, pretending
 from effseg.errors import InputError
 from effseg.memory.augmentation import augment_batch
 from effseg.memory.autocast import CudaAutocast
@@ -45,8 +45,8 @@ def peak_training_memory(
         :func:`effseg.losses.dice_cross_entropy`.
     optimizer: ``adamw`` or ``sgd``; its state exists already, as in every step but the first.
     label_dtype: None: uint8 for networks of this package, int64 for those in stock torch.
-    device: ``cpu`` or ``cuda``: where the head of this package's networks would run, which works on more
-        voxels at a time on a GPU. No GPU is needed.
+    device: ``cpu`` or ``cuda``: where this package's networks would run, which work on thicker slabs and on
+        more voxels at a time on a GPU. No GPU is needed.
 
     augmented: whether the batch is augmented on the device first, as `effseg train` does on a GPU.
 
@@ -59,11 +59,11 @@ def peak_training_memory(
         raise InputError(f"shape: expected (N, C, D, H, W), each 1 or more, got {tuple(shape)}")
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if device not in CHUNK_ELEMENTS:
-        raise InputError(f"device: expected one of {', '.join(CHUNK_ELEMENTS)}, got {device!r}")
+    if device not in DEVICE_KINDS:
+        raise InputError(f"device: expected one of {', '.join(DEVICE_KINDS)}, got {device!r}")
     n, _, *size = shape
     gc.collect()  # cycles of earlier steps would be freed in the middle of this one
-    with FakeTensorMode(allow_non_fake_inputs=True), abridged() as abridgement, _chunks_of(device):
+    with FakeTensorMode(allow_non_fake_inputs=True), abridged() as abridgement, pretending(device):
         network = fake_copy(model)
         tracker = LiveStorages(abridgement)
         steps = make_optimizer(optimizer, network.parameters())
@@ -107,17 +107,6 @@ def _step(
         tracker.start_phase("optimizer")
         optimizer.step()
         tracker.start_phase("done")
-
-
-@contextlib.contextmanager
-def _chunks_of(device: str) -> Iterator[None]:
-    """Fake tensors are on the CPU: the head works on them in chunks of another device's size."""
-    own = CHUNK_ELEMENTS["cpu"]
-    CHUNK_ELEMENTS["cpu"] = CHUNK_ELEMENTS[device]
-    try:
-        yield
-    finally:
-        CHUNK_ELEMENTS["cpu"] = own
 
 
 def fake_copy(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:

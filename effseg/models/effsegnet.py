@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +15,7 @@ from effseg.errors import InputError
 from effseg.models.base import SegmentationModel, check_image, check_sizes
 from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, Triple
 from effseg.normalisation import NORMS
-from effseg.slabs import SHARE
+from effseg.slabs import slabs_of_levels
 
 MEMORY_MODES = ("raw", "stream", "auto")
 AUXILIARY_WEIGHTS = (1.0, 0.5, 0.25)  # of the loss at strides 1, 2 and 4, divided by their sum
@@ -150,7 +151,7 @@ class EffSegNet(SegmentationModel):
         """Dice + cross-entropy without full-size logits: `effseg.functional.segmentation_loss`'s options."""
         if self.arguments["memory"] == "auto":
             self._configure(image)
-        slab = SHARE if self.streams and self.slab_elements is None else self.slab_elements
+        slab = self._slab_elements(image)
         slab_options = {**options, "slab_elements": slab}
         trunk = self._trunk(image, self.streams, slab)
         if self.streams:
@@ -188,6 +189,16 @@ class EffSegNet(SegmentationModel):
     def streams(self) -> bool:
         """Without full-resolution features there is nothing to stream but the logits, which always are."""
         return self.active_memory != "raw" and self.architecture.stem_stride == 1
+
+    def _slab_elements(self, image: Tensor) -> int | None:
+        """Of a training step's slabs: as configured, else by the size of the volume alone."""
+        if self.slab_elements is not None:
+            return self.slab_elements
+        stride, widths = self.architecture.stem_stride, self.architecture.widths
+        finest = [-(-size // stride) for size in image.shape[2:]]
+        half = [-(-size // factor) for size, factor in zip(finest, self.first_stride, strict=True)]
+        elements, stored = widths[0] * math.prod(finest), widths[1] * math.prod(half)
+        return slabs_of_levels(elements, stored if self.streams else elements, image.device, self.streams)
 
     def _configure(self, image: Tensor) -> None:
         """Choose for this size, unless it was the last one's too."""

@@ -43,7 +43,7 @@ class StatisticsFunction(Function):
 
 
 def _moments(ops: Algorithm, x: Tensor, slab_elements: int | None) -> tuple[Tensor, Tensor]:
-    moments = Moments(ops, x.shape[0])
+    moments = Moments(ops, x.shape[0], x.dtype)
     for sample, lo, hi in _slabs(x, slab_elements):
         part = x[sample : sample + 1, :, lo:hi]
         moments.add(sample, part.contiguous(memory_format=CHANNELS_LAST))
@@ -52,7 +52,7 @@ def _moments(ops: Algorithm, x: Tensor, slab_elements: int | None) -> tuple[Tens
 
 def _slabs(x: Tensor, slab_elements: int | None):  # type: ignore[no-untyped-def]
     n, c, d, h, w = x.shape
-    return slabs(n, d, rows_per_slab(d, c * h * w, slab_elements))
+    return slabs(n, d, rows_per_slab(d, c * h * w, slab_elements, x.device))
 
 
 def statistics(x: Tensor, slab_elements: int | None = None) -> tuple[Tensor, Tensor]:

@@ -234,3 +234,31 @@ def test_what_cannot_be_made_is_one_line(readme, capsys, text, named):
     assert line.startswith("tables: error: ")
     assert named in line
     assert readme.read_text() == text
+
+
+# Records of runs that ended early
+
+
+def test_partial_records_fill_what_they_have(readme):
+    """A GPU that has timed two of its steps, each with what it took, and has run out of memory in a third."""
+    names = ("effseg-base/raw/aten", "effseg-base/stream/triton", "unet3d/eager")
+    whole = {"workload": "512x512x512, 15 classes", "dtype": "bf16", "voxels": 512**3}
+    rows = [
+        timed(names[0], 1.0, bytes_allocated=24 * 2**30, bytes_reserved=25 * 2**30, **whole),
+        timed(names[1], 0.5, bytes_allocated=9 * 2**30, bytes_reserved=10 * 2**30, **whole),
+        Row("throughput", names[2], whole["workload"], "bf16", status="out of memory", reason="1 TiB"),
+        Row("throughput", "nnunet/eager", whole["workload"], "bf16", status="failed", reason="SIGABRT"),
+        Row("checks", "doctor", "every device", "all", "doctor", reason="gpu: ok"),
+    ]
+    folder = readme.parent / "results"
+    write(record(*rows, gpu="NVIDIA H200", begun={"x": 1}), folder / "nvidia-h200.json")
+    write(record(*rows[:1], gpu="NVIDIA H200", tuned=True), folder / "nvidia-h200-tuned.json")
+    cells = {line.split(" | ")[0]: line for line in tables.memory_block(folder).splitlines()}
+    assert "| 24.00 GiB, 25.00 GiB reserved (NVIDIA H200) |" in cells["| **EffSegNet base, raw**"]
+    assert "| not measured |" in cells["| **EffSegNet base, stream**"]  # by Triton alone
+    assert "| out of memory (NVIDIA H200) |" in cells["| 3D U-Net (Cicek 2016)"]
+    steps = tables.gpu_block(folder)
+    assert "| **EffSegNet base, raw, ATen** | 1 (0.99 to 1.01) |" in steps
+    assert "| **EffSegNet base, stream, Triton** | 0.5 (" in steps
+    assert "| nnU-Net PlainConvUNet | failed |" in steps
+    assert steps.count("NVIDIA H200, torch 2.13.0, tuned kernels:") == 1

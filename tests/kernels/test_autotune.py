@@ -194,9 +194,7 @@ def test_kernels_and_aten_agree_on_every_trial(op, dtype, kernel_device):
     head, conv = op.startswith("head"), op.startswith("conv3d")
     kernel = (1, 3, 3) if conv else (1, 1, 1)
     stride = (2, 2, 1) if conv else (1, 1, 1)
-    problem = Problem(
-        op, INTERPRETER, dtype, 16, 7 if head else 16, (3, 4, 5), kernel, stride, prologue=head or conv
-    )
+    problem = Problem(op, INTERPRETER, dtype, 16, 7 if head else 16, (3, 4, 5), kernel, stride, prologue=conv)
     torch.manual_seed(0)
     with torch.no_grad():
         run = trial(problem, kernel_device)
