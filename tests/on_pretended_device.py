@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
+import numpy as np
 import pretended_device
 import pytest
 import torch
@@ -21,6 +22,7 @@ import effseg
 import effseg.algorithms
 from effseg import inference, modules
 from effseg.algorithms.aten import ops as aten_ops
+from effseg.data.device_augmentation import Changes, change
 from effseg.kernels import config as kernel_config
 from effseg.kernels import launch
 from effseg.losses import dice_cross_entropy
@@ -163,9 +165,7 @@ def converted(name: str, memory: str, **options: Any) -> Any:
     ("name", "memory", "algorithm"),
     [
         ("plain deep", "raw", "triton"),
-        ("plain batch", "block", "aten"),
         ("residual", "block", "triton"),
-        ("basic", "raw", "aten"),
         ("dynunet residual, deep", "block", "triton"),
         ("segresnet", "raw", "triton"),
         ("plain", "auto", "auto"),
@@ -196,6 +196,17 @@ def test_logits_that_are_not_lazy() -> None:
         assert all(out.device.type == DEVICE for out in listed(network.eval()(image)))
 
 
+# ---------------------------------------------------------------- augmentation
+@pytest.mark.parametrize("matrix", [None, np.eye(4)])
+def test_augmentation(matrix: np.ndarray | None) -> None:
+    image, labels = batch(channels=2)
+    changes = Changes(matrix, factor=1.1, offset=0.1, mirrored=((1, 2),))
+    with Watch():
+        changed = change(image[0], labels[0], changes, 0)
+    assert [t.device.type for t in changed] == [DEVICE, DEVICE]
+    assert [t.shape for t in changed] == [image.shape[1:], labels.shape[1:]]
+
+
 # ---------------------------------------------------------------- settings
 VALUES: dict[str, Callable[[], Any]] = {
     "effseg_algorithm": lambda: "triton",
@@ -224,7 +235,7 @@ def network_and_loss(kind: str) -> tuple[Any, Callable[[], torch.Tensor]]:
     return network, lambda: network.loss(image, labels)
 
 
-@pytest.mark.parametrize("kind", ["raw 1", "stream 0", "stream 2", "converted raw", "converted block"])
+@pytest.mark.parametrize("kind", ["raw 1", "stream 2", "converted block"])
 def test_backward_sees_every_setting_of_forward(kind: str) -> None:
     """Backward is outside of the `with` block, and in another thread."""
     expected = values()
@@ -247,9 +258,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     return seen
 
 
-@pytest.mark.parametrize(
-    ("kind", "algorithm"), [("raw 1", "triton"), ("stream 2", "aten"), ("converted block", "triton")]
-)
+@pytest.mark.parametrize(("kind", "algorithm"), [("raw 1", "aten"), ("converted block", "triton")])
 def test_a_second_pass_takes_the_algorithm_of_the_first(
     kind: str, algorithm: str, loaded: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

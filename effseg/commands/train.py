@@ -95,6 +95,13 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         action="store_false",
         help="leave out random affine maps, intensities, noise",
     )
+    group.add_argument(
+        "--augment-on",
+        choices=("auto", "cpu", "device"),
+        default="auto",
+        help="where volumes are augmented: in the threads that prepare them, or where the network is "
+        "(default: device on a GPU, cpu on a CPU); their noise differs",
+    )
 
     group.add_argument(
         "--mirror",

@@ -111,8 +111,9 @@ def predict(step: Step, settings: Settings) -> MemoryReport:
 
     with torch.enable_grad():
         return peak_training_memory(
-            build, step.shape, dtype=step.dtype, optimizer=step.optimizer, device=step.device
-        )
+            build, step.shape, dtype=step.dtype, optimizer=step.optimizer, device=step.device,
+            augmented=step.device == "cuda",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

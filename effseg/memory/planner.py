@@ -183,4 +183,5 @@ def _stock(request: Request, volume: Volume, model: str) -> MemoryReport:
         (request.batch, request.channels, *volume),
         dtype=request.dtype,
         optimizer=request.optimizer,
+        augmented=True,
     )

@@ -13,6 +13,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from effseg.device import DEVICE_KINDS, pretending
 from effseg.errors import InputError
+from effseg.memory.augmentation import augment_batch
 from effseg.memory.autocast import CudaAutocast
 from effseg.memory.report import KINDS, LiveTensor, MemoryReport
 from effseg.memory.step import DTYPES, Loss, follows_autocast, label_dtype_for, make_optimizer, training_loss
@@ -32,6 +33,7 @@ def peak_training_memory(
     image_dtype: torch.dtype = torch.float32,
     label_dtype: torch.dtype | None = None,
     device: str = "cpu",
+    augmented: bool = False,
 ) -> MemoryReport:
     """Predict the peak of one training step: forward, loss, backward, optimizer step.
 
@@ -45,6 +47,8 @@ def peak_training_memory(
     label_dtype: None: uint8 for networks of this package, int64 for those in stock torch.
     device: ``cpu`` or ``cuda``: where this package's networks would run, which work on thicker slabs and on
         more voxels at a time on a GPU. No GPU is needed.
+
+    augmented: whether the batch is augmented on the device first, as `effseg train` does on a GPU.
 
     The step runs on fake tensors (shapes and dtypes, no numbers) through the real autograd engine, while
     every storage's birth and death is followed: exact for the bytes of tensors. Of a sweep's equal slabs a
@@ -69,6 +73,8 @@ def peak_training_memory(
         image = torch.empty(tuple(shape), dtype=image_dtype)
         labels = torch.empty((n, *size), dtype=label_dtype_for(network, label_dtype))
         tracker.add([image, labels], "batch")
+        if augmented:
+            augment_batch(tracker, image, labels)
         _step(network, steps, tracker, image, labels, dtype, loss, loss_options or {})
     return _report(network, tracker, tuple(shape), dtype)
 

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from effseg.errors import InputError
 
 # What may differ between a run and its continuation: nothing here changes a computed number,
@@ -44,6 +46,8 @@ class TrainingConfig:
     dtype: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on a CPU.
     ema: decay per step of a running mean of the weights which then is validated and saved; 0: none.
     augment: random affine maps, intensities and noise for the training cases.
+    augment_on: where that runs: "cpu", in the threads that prepare batches, "device", where the network is,
+        or "auto": device on CUDA, else cpu. Their noise differs.
     mirror: "left-right" mirrors every second training volume, too, and needs to be told in mirror_pairs, or
         in the data's description, which labels then change places: see `effseg.data.mirroring.mirror_pairs`.
     patch_size: train on random patches of that many voxels (R, A, S axes) instead of whole volumes and
@@ -88,6 +92,7 @@ class TrainingConfig:
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     ema: float = 0.0
     augment: bool = True
+    augment_on: Literal["auto", "cpu", "device"] = "auto"
     mirror: Literal["none", "left-right"] = "none"
     mirror_pairs: str | None = None
     patch_size: tuple[int, int, int] | None = None
@@ -161,6 +166,11 @@ class TrainingConfig:
             return self.learning_rate
         return 4e-3 if self.model.startswith("effseg") else 1e-3
 
+    def augments_on(self, device: torch.device) -> bool:
+        """Whether cases are augmented on `device`, where the network is, and not ahead on the CPU."""
+        on_device = self.augment_on == "device" or (self.augment_on == "auto" and device.type != "cpu")
+        return self.augment and on_device
+
     @property
     def validates(self) -> bool:
         return self.fold != "all"
@@ -200,6 +210,7 @@ _CHOICES = {
     "memory": ("raw", "stream", "auto"),
     "class_weights": ("sqrt", "none"),
     "dtype": ("auto", "bf16", "fp32"),
+    "augment_on": ("auto", "cpu", "device"),
     "crop": ("body", "none"),
     "mirror": ("none", "left-right"),
 }

@@ -121,7 +121,7 @@ def load_training_data(
         preprocessing,
         training,
         validation,
-        augmentation(mirror) if config.augment else None,
+        augmentation(mirror, on_device=config.augments_on(world.device)) if config.augment else None,
         resumed or world.from_main(lambda: _record(label_map, mirror, parts, (training, validation))),
         resumed,
     )

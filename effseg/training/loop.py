@@ -110,6 +110,7 @@ class _Run:
             self.data.augment,
             config.patch_size,
             pin=device.type == "cuda",
+            augment_on=device if config.augments_on(device) else None,
         )
         ahead = batches.ahead(state.step, self.steps, config.workers)
         spent, before = 0.0, state.seconds
