@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from effseg.data.preprocessing import Window, parse_window
 from effseg.errors import InputError
 
 # What may differ between a run and its continuation: nothing here changes a computed number.
@@ -38,8 +39,10 @@ class TrainingConfig:
     augment: random affine maps, intensities and noise for the training cases.
     patch_size: train on random patches of that many voxels (R, A, S axes) instead of whole volumes and
         validate by a sliding window; None: whole volumes.
-    window: HU limits of the intensity window. spacing: voxel size in mm (R, A, S) to resample to;
-        None: every scan's own. crop: "body" or "none". margin: mm kept around the body.
+    window: HU limits of the intensity window of all CT channels (those that dataset.json calls otherwise are
+        standardised), or limits for each channel, None to standardise it. spacing: voxel size in mm
+        (R, A, S) to resample to; None: every scan's own. crop: "body" or "none". margin: mm kept around the
+        body.
     validation_interval, checkpoint_interval: in steps.
     seed: with the step number it determines every random choice.
     workers: background threads that prepare batches; 0 prepares them between steps.
@@ -77,7 +80,7 @@ class TrainingConfig:
     ema: float = 0.0
     augment: bool = True
     patch_size: tuple[int, int, int] | None = None
-    window: tuple[float, float] = (-200.0, 400.0)
+    window: Window | tuple[Window | None, ...] = (-200.0, 400.0)
     spacing: tuple[float, float, float] | None = None
     crop: Literal["body", "none"] = "body"
     margin: float = 5.0
@@ -92,9 +95,10 @@ class TrainingConfig:
         object.__setattr__(self, "data", Path(self.data))
         object.__setattr__(self, "output", Path(self.output))
         object.__setattr__(self, "cache", None if self.cache is None else Path(self.cache))
-        for name, kind in (("patch_size", int), ("window", float), ("spacing", float)):
+        for name, kind in (("patch_size", int), ("spacing", float)):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(map(kind, value)))
+        object.__setattr__(self, "window", parse_window(self.window))
         self._check()
 
     def _check(self) -> None:
@@ -130,8 +134,6 @@ class TrainingConfig:
         _demand(self, "patch_size", good, "3 sizes in voxels")
         good = spacing is None or (len(spacing) == 3 and 0 < min(spacing) <= max(spacing) < math.inf)
         _demand(self, "spacing", good, "3 sizes in mm above 0")
-        good = len(self.window) == 2 and -math.inf < self.window[0] < self.window[1] < math.inf
-        _demand(self, "window", good, "a lower and a higher limit in HU")
 
     @property
     def peak_rate(self) -> float:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from effseg.data.augmentation import Augmentation, augmentation
-from effseg.data.cache import CachedCase, prepare_case
+from effseg.data.cache import CachedCase, WholeCase, prepare_case, prepare_whole_case
 from effseg.data.cases import Case, find_cases, select_cases, split_cases
+from effseg.data.intensities import channel_names, is_ct, listed
 from effseg.data.labels import LabelMap, load_label_map
 from effseg.data.preprocessing import Preprocessing
 from effseg.errors import InputError
@@ -19,6 +20,7 @@ from effseg.training.config import TrainingConfig
 from effseg.training.distributed import World
 
 SAY_EVERY = 10.0  # seconds
+MOST_NOTES = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +30,7 @@ class TrainingData:
     label_map: LabelMap
     preprocessing: Preprocessing
     training: list[CachedCase]
-    validation: list[CachedCase]
+    validation: list[WholeCase]
     augment: Augmentation | None
 
     @property
@@ -79,16 +81,16 @@ def load_training_data(config: TrainingConfig, world: World, say: Callable[[str]
     """
     label_map = load_label_map(config.data, config.labels)
     training, validation = split(config)
-    preprocessing = Preprocessing(
-        window=config.window, spacing=config.spacing, crop=config.crop, margin=config.margin
-    )
+    preprocessing = _preprocessing(config, say)
     folder = config.cache or config.output / "cache"
-    prepared = _prepare(training + validation, preprocessing, label_map, folder, world, say)
+    prepared, whole = _prepare(training, validation, preprocessing, label_map, folder, world, say)
+    cases: list[CachedCase | WholeCase] = [*prepared, *whole]
+    _tell([note for case in cases for note in case.notes], say)
     data = TrainingData(
         label_map,
         preprocessing,
-        prepared[: len(training)],
-        prepared[len(training) :],
+        prepared,
+        whole,
         augmentation(label_map.names) if config.augment else None,
     )
     _check(data, config)
@@ -113,19 +115,38 @@ def split(config: TrainingConfig) -> tuple[list[Case], list[Case]]:
     return training, validation
 
 
+def _preprocessing(config: TrainingConfig, say: Callable[[str], None]) -> Preprocessing:
+    """What `config` says; one window is that of the CT channels, others by name are standardised."""
+    preprocessing = Preprocessing(
+        window=config.window, spacing=config.spacing, crop=config.crop, margin=config.margin
+    )
+    names = channel_names(config.data)
+    if names is None:
+        return preprocessing
+    windows = preprocessing.windows(len(names))
+    if preprocessing.window == windows[0]:  # one for all
+        windows = tuple(windows[0] if is_ct(name) else None for name in names)
+    if None not in windows:
+        return preprocessing
+    say(f"channels {', '.join(names)}: {listed(windows)}")
+    return replace(preprocessing, window=windows)
+
+
 def _prepare(
-    cases: list[Case],
+    training: list[Case],
+    validation: list[Case],
     preprocessing: Preprocessing,
     label_map: LabelMap,
     folder: Path,
     world: World,
     say: Callable[[str], None],
-) -> list[CachedCase]:
-    mine, errors = world.share(cases), []
+) -> tuple[list[CachedCase], list[WholeCase]]:
+    work = [(prepare_case, case) for case in training] + [(prepare_whole_case, case) for case in validation]
+    mine, errors = world.share(work), []
     said = time.monotonic()
-    for number, case in enumerate(mine, start=1):
+    for number, (prepare, case) in enumerate(mine, start=1):
         try:
-            prepare_case(case, preprocessing, label_map, folder)
+            prepare(case, preprocessing, label_map, folder)
         except InputError as error:
             errors.append(str(error))
             break
@@ -133,18 +154,28 @@ def _prepare(
             said = time.monotonic()
             say(f"prepared {number} of {len(mine)} cases")
     world.fail_together(errors)
-    return [prepare_case(case, preprocessing, label_map, folder) for case in cases]
+    return (
+        [prepare_case(case, preprocessing, label_map, folder) for case in training],
+        [prepare_whole_case(case, preprocessing, label_map, folder) for case in validation],
+    )
+
+
+def _tell(notes: Sequence[str], say: Callable[[str], None]) -> None:
+    for note in notes[:MOST_NOTES]:
+        say(f"warning: {note}")
+    if len(notes) > MOST_NOTES:
+        say(f"warning: ... and {len(notes) - MOST_NOTES} more such notes on the cases")
 
 
 def _check(data: TrainingData, config: TrainingConfig) -> None:
-    cases = data.training + data.validation
+    cases: list[CachedCase | WholeCase] = [*data.training, *data.validation]
     for case in cases:
         if case.image.shape[0] != data.channels:
             raise InputError(
                 f"case {case.name}: expected {data.channels} channels like {cases[0].name}, "
                 f"got {case.image.shape[0]}"
             )
-        patch, size = config.patch_size, case.labels.shape
+        patch, size = config.patch_size, case.image.shape[1:]
         if patch is not None and any(wanted > extent for wanted, extent in zip(patch, size, strict=True)):
             raise InputError(
                 f"patch_size: expected at most {_size(size)}, the prepared size of case {case.name}, "

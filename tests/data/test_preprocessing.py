@@ -14,7 +14,7 @@ from effseg.data.cases import find_cases
 from effseg.data.grid import Grid
 from effseg.data.nifti import Scan, read_image, read_labels
 from effseg.data.preprocessing import AIR, Preprocessing
-from effseg.data.resampling import nearest_indices, resample_linear
+from effseg.data.resampling import resample_labels, resample_linear
 from effseg.errors import InputError
 
 SPACING = (1.0, 2.0, 3.0)
@@ -131,13 +131,6 @@ class TestResampling:
         first = resample_linear(image, (9, 5, 8))
         turned = resample_linear(np.ascontiguousarray(image.transpose(0, 3, 1, 2)), (8, 9, 5))
         np.testing.assert_allclose(first, turned.transpose(0, 2, 3, 1), atol=1e-6)
-
-    @given(extent=st.integers(1, 40), factor=st.integers(1, 5))
-    def test_nearest_up_and_down_again_is_exact(self, extent: int, factor: int) -> None:
-        up = nearest_indices(extent, extent * factor)
-        np.testing.assert_array_equal(up, np.repeat(np.arange(extent), factor))
-        down = nearest_indices(extent * factor, extent)
-        np.testing.assert_array_equal(up[down], np.arange(extent))
 
     def test_labels_land_where_the_image_does(self) -> None:
         array = np.full((12, 12, 12), -1000, np.int16)
