@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from effseg.data.preprocessing import Window, parse_window
 from effseg.errors import InputError
 
 # What may differ between a run and its continuation: nothing here changes a computed number,
@@ -52,8 +53,10 @@ class TrainingConfig:
         in the data's description, which labels then change places: see `effseg.data.mirroring.mirror_pairs`.
     patch_size: train on random patches of that many voxels (R, A, S axes) instead of whole volumes and
         validate by a sliding window; None: whole volumes.
-    window: HU limits of the intensity window. spacing: voxel size in mm (R, A, S) to resample to;
-        None: every scan's own. crop: "body" or "none". margin: mm kept around the body.
+    window: HU limits of the intensity window of all CT channels (those that dataset.json calls otherwise are
+        standardised), or limits for each channel, None to standardise it. spacing: voxel size in mm
+        (R, A, S) to resample to; None: every scan's own. crop: "body" or "none". margin: mm kept around the
+        body.
     validation_interval, checkpoint_interval: in steps.
     seed: with the step number it determines every random choice.
     workers: background threads that prepare batches; 0 prepares them between steps.
@@ -96,7 +99,7 @@ class TrainingConfig:
     mirror: Literal["none", "left-right"] = "none"
     mirror_pairs: str | None = None
     patch_size: tuple[int, int, int] | None = None
-    window: tuple[float, float] = (-200.0, 400.0)
+    window: Window | tuple[Window | None, ...] = (-200.0, 400.0)
     spacing: tuple[float, float, float] | None = None
     crop: Literal["body", "none"] = "body"
     margin: float = 5.0
@@ -113,9 +116,10 @@ class TrainingConfig:
         for name in ("cache", "init"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else Path(value))
-        for name, kind in (("patch_size", int), ("window", float), ("spacing", float)):
+        for name, kind in (("patch_size", int), ("spacing", float)):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(map(kind, value)))
+        object.__setattr__(self, "window", parse_window(self.window))
         self._check()
 
     def _check(self) -> None:
@@ -156,8 +160,6 @@ class TrainingConfig:
         _demand(self, "patch_size", good, "3 sizes in voxels")
         good = spacing is None or (len(spacing) == 3 and 0 < min(spacing) <= max(spacing) < math.inf)
         _demand(self, "spacing", good, "3 sizes in mm above 0")
-        good = len(self.window) == 2 and -math.inf < self.window[0] < self.window[1] < math.inf
-        _demand(self, "window", good, "a lower and a higher limit in HU")
 
     @property
     def peak_rate(self) -> float:
