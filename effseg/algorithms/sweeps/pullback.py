@@ -23,6 +23,18 @@ class _Accumulator:
         self.grad: Tensor | None = None
         self.written = [0] * tensor.shape[0]
 
+    def prepare(self, use: Use) -> None:
+        """Allocate the gradient, unless the rows are all: then they become it."""
+        if self.grad is not None or use.rows is None:
+            return
+        if self.tensor.shape[0] == 1 and use.rows == (0, self.tensor.shape[2]):
+            return
+        # What only stands for a value has no strides; any other gradient has its tensor's, or autograd would
+        # copy it.
+        stands = not any(self.tensor.stride())
+        layout = CHANNELS_LAST if stands else torch.preserve_format
+        self.grad = torch.empty_like(self.tensor, memory_format=layout)
+
     def add(self, use: Use, sample: int, part: Tensor) -> None:
         if use.rows is None:
             if self.grad is None:  # many slabs add to it
@@ -30,15 +42,9 @@ class _Accumulator:
                 self.grad = torch.zeros_like(self.tensor, dtype=wide)
             use.cut(self.grad, sample).add_(part)
             return
-        if self.grad is None and part.shape == self.tensor.shape:
+        if self.grad is None:
             self.grad, self.written = part, [part.shape[2]]
             return
-        if self.grad is None:
-            # What only stands for a value has no strides; any other gradient has its tensor's, or autograd
-            # would copy it.
-            stands = not any(self.tensor.stride())
-            layout = CHANNELS_LAST if stands else torch.preserve_format
-            self.grad = torch.empty_like(self.tensor, memory_format=layout)
         (lo, hi), done = use.rows, self.written[sample]
         grad = self.grad[sample : sample + 1]
         grad[:, :, done:lo].zero_()
@@ -67,8 +73,18 @@ class Pullback:
         self.sums = [_Accumulator(t) if n else None for t, n in zip(tensors, needed, strict=True)]
         self.any = any(needed)
 
+    def prepare(self, lo: int, hi: int) -> None:
+        """Allocate the gradients that outlive the slabs, before the first slab, which has rows [lo, hi).
+
+        Later they would come to lie beside tensors of that slab, whose end leaves holes.
+        """
+        for use, accumulator in zip(self.spec.uses(lo, hi), self.sums, strict=True):
+            if accumulator is not None:
+                accumulator.prepare(use)
+
     def rows(self, sample: int, lo: int, hi: int) -> Tensor:
         """Rows [lo, hi) of one sample; the graph is kept for the next `pull`."""
+        self.prepare(lo, hi)
         self.sample, self.uses = sample, self.spec.uses(lo, hi)
         self.leaves = [
             use.cut(t, sample).detach().requires_grad_(s is not None)

@@ -25,7 +25,12 @@ from effseg.algorithms.sweeps.moments import Moments
 from effseg.algorithms.sweeps.norm_sums import NormSums, terms_from_sums
 from effseg.algorithms.sweeps.pullback import Pullback, rows
 from effseg.deferred import Normalisation, Spec
+from effseg.device import make_room
 from effseg.slabs import Window, slabs
+
+
+# How many tensors of a slab the sweeps F4 and B2 hold at a time, about.
+FORWARD_SLABS, BACKWARD_SLABS = 4, 8
 
 
 class Layer(NamedTuple):
@@ -49,14 +54,31 @@ class Layer(NamedTuple):
         return (self.spec.shape[0], self.weight.shape[0], *self.window.output_size((d, h, w)))
 
     def slabs(self) -> Iterator[tuple[int, int, int]]:
-        rows_of_slab = thickness(
-            self.spec, self.shape, self.window, self.slab_elements, self.weight.device
-        )
-        return slabs(self.shape[0], self.shape[2], rows_of_slab)
+        return slabs(self.shape[0], self.shape[2], self._thickness())
+
+    def make_room(self, head: Head) -> None:
+        """For the slabs of all sweeps, and for the gradient of the largest tensor on a coarser grid: the
+        forward sweeps can use that, too."""
+        tensors = (t for t in self.tensors if t.dim() == 5 and t.shape[2:] != self.spec.shape[2:])
+        gradient = max((t.untyped_storage().nbytes() for t in tensors), default=0)
+        _, c, _, h, w = self.shape
+        voxels = self._thickness() * h * w
+        slab = c * voxels * self.dtype.itemsize
+        forward = FORWARD_SLABS * slab
+        if collects(self, head):
+            forward += NormSums.nbytes(self.weight, head.classes, voxels)
+        make_room(self.weight.device, gradient, max(BACKWARD_SLABS * slab, forward - gradient))
+
+    def _thickness(self) -> int:
+        return thickness(self.spec, self.shape, self.window, self.slab_elements, self.weight.device)
+
+    def input_rows(self, lo: int, hi: int) -> tuple[int, int, tuple[int, int]]:
+        """Rows of the expression that rows [lo, hi) read, and the rows of zeros before and after them."""
+        return self.window.input_rows(lo, hi, self.spec.shape[2])
 
     def raw(self, sample: int, lo: int, hi: int) -> Tensor:
         """Rows of the convolution's output."""
-        first, last, pad = self.window.input_rows(lo, hi, self.spec.shape[2])
+        first, last, pad = self.input_rows(lo, hi)
         a = rows(self.ops, self.spec, self.tensors, sample, first, last)
         return self.ops.convolution(a, self.weight.to(self.spec.dtype), None, self.window, pad)
 
@@ -121,8 +143,9 @@ def tail_sums_backward(
     low = layer.weight.to(spec.dtype)
     grad_weight = torch.zeros_like(layer.weight, dtype=mean.dtype)
     pullback = Pullback(ops, spec, layer.tensors, needed)
+    pullback.prepare(*layer.input_rows(*next(layer.slabs())[1:])[:2])
     for sample, lo, hi in layer.slabs():
-        first, last, pad = window.input_rows(lo, hi, spec.shape[2])
+        first, last, pad = layer.input_rows(lo, hi)
         a = pullback.rows(sample, first, last)
         with torch.no_grad():
             y = ops.convolution(a, low, None, window, pad)
