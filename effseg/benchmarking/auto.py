@@ -47,7 +47,8 @@ class Cell:
             return self.otherwise.replace("the largest volume that fits is", "up to")
         levels = f" + {self.settings.recompute_levels}" if self.settings.recompute_levels else ""
         rows = f", {self.settings.rows} rows" if self.settings.rows else ""
-        return f"{self.settings.memory}{levels}{rows}: {format_bytes(self.reserved or self.peak)}, {self.arithmetic:.2f}x"
+        needed = format_bytes(self.reserved or self.peak)
+        return f"{self.settings.memory}{levels}{rows}: {needed}, {self.arithmetic:.2f}x"
 
 
 def predicted(budget: int, workload: Workload) -> Cell:
@@ -56,7 +57,8 @@ def predicted(budget: int, workload: Workload) -> Cell:
         choice = choose(MODEL, 1, workload.classes, workload.shape, DTYPE, budget * 10**9)
     except InputError as error:
         return Cell(budget, volume, otherwise=str(error).rsplit("; ", 1)[1])
-    return Cell(budget, volume, choice.settings, choice.peak, round(choice.arithmetic, 4), "", choice.reserved)
+    arithmetic = round(choice.arithmetic, 4)
+    return Cell(budget, volume, choice.settings, choice.peak, arithmetic, reserved=choice.reserved)
 
 
 def write(cells: Sequence[Cell], path: str | os.PathLike[str]) -> None:

@@ -26,6 +26,10 @@ MEMORY_CONTENDERS = (
     BASELINE, "unet3d/checkpoint", "nnunet/eager", "nnunet/checkpoint", TWIN, "effseg-base/raw/auto",
     "effseg-base/stream/auto", "effseg-base/stream+1/auto",
 )  # fmt: skip
+MEMORY_COLUMNS = (
+    "network", "predicted peak", "of the 3D U-Net's", "bytes per voxel", "predicted reserved", "measured",
+    "parameters",
+)  # fmt: skip
 SHOWN = 4
 """Of the contenders that were not run; all are in the record."""
 
@@ -79,10 +83,7 @@ def memory(
     whole = predicted[BASELINE].bytes_predicted if BASELINE in predicted else None
     return Table(
         f"One training step on {workload}, {dtype}: peak memory",
-        (
-            "network", "predicted peak", "of the 3D U-Net's", "bytes per voxel", "predicted reserved", "measured",
-            "parameters",
-        ),  # fmt: skip
+        MEMORY_COLUMNS,
         tuple(
             (
                 results.label(name),

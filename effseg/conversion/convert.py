@@ -88,8 +88,8 @@ def convert(
         `torch.compile`), the same `state_dict` keys, and its own hooks.
     memory: "raw" keeps one tensor per convolution, its raw output. "block" keeps what leaves each block of
         convolutions and runs the block's inside again in backward. "auto" takes for every new input shape
-        the first of the two whose predicted reservation fits `memory_budget` (bytes, or as in "24GB"; by default
-        the GPU's memory).
+        the first of the two whose predicted reservation fits `memory_budget` (bytes, or as in "24GB"; by
+        default the GPU's memory).
     lazy_logits: in training, a network that ends in a 1x1x1 convolution returns logits as a `LazyTensor`:
         `effseg.SegmentationLoss` and `effseg.losses.dice_cross_entropy` then never make them; any other
         use makes them once. Needs False under DDP with find_unused_parameters=True.
@@ -128,7 +128,7 @@ def _mix(model: M, settings: Settings, report: ConversionReport) -> M:
 
 
 def choose(model: Converted, shape: tuple[int, ...], device: str, low: bool, budget: int) -> str:
-    """The first of "raw" and "block" whose predicted reservation, AdamW included, is within `budget` bytes."""
+    """The first of "raw" and "block" that is predicted to reserve no more than `budget` bytes, with AdamW."""
     needed = {}
     dtype = "bf16" if low else "fp32"
     for mode in MODES[:2]:

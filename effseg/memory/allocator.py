@@ -145,8 +145,8 @@ class Pool:
 
 
 class CachingAllocator:
-    """Allocations and frees, and what they come to: bytes of blocks in use and of segments. What it has reserved
-    it keeps, so that is its peak, too."""
+    """Allocations and frees, and what they come to: bytes of blocks in use and of segments. What is reserved
+    is kept, so that is its peak, too."""
 
     def __init__(self, expandable_segments: bool = False) -> None:
         self._small = Pool(small=True, expandable=expandable_segments)

@@ -85,7 +85,9 @@ class Step:
         found += [Settings(lean, levels) for levels in RECOMPUTE_LEVELS]
         found += [Settings(lean, most, rows) for rows in THIN_SLABS if rows < usual]
         if memory == "raw":
-            return [settings for settings in found if settings.memory == "raw" and not settings.recompute_levels]
+            return [
+                settings for settings in found if settings.memory == "raw" and not settings.recompute_levels
+            ]
         return [s for s in found if s.memory == "stream"] if memory == "stream" and streams else found
 
     def _finest(self) -> tuple[int, int]:
@@ -126,8 +128,9 @@ class Candidate:
 @dataclass(frozen=True)
 class Choice:
     """settings: memory mode, levels recomputed, rows of a slab; slab_elements: of a slab, None for as a sweep
-    would choose; peak, reserved: predicted bytes of tensors, and of what the allocator takes; arithmetic: multiply-accumulates of a step relative to raw's;
-    candidates: what was looked at, in order, the chosen one last."""
+    would choose; peak, reserved: predicted bytes of tensors, and of what the allocator takes; arithmetic:
+    multiply-accumulates of a step relative to raw's; candidates: what was looked at, in order, the chosen one
+    last."""
 
     settings: Settings
     slab_elements: int | None
@@ -236,5 +239,6 @@ def _nothing_fits(step: Step, least: Candidate, budget: int) -> str:
     fitting = f"the largest volume that fits is {x}x{y}x{slices}" if slices else f"no {x}x{y} volume fits"
     return (
         f"memory: training {known.model} on {'x'.join(map(str, step.shape))} in {step.dtype} needs "
-        f"{format_bytes(least.reserved)} or more ({settings}), the budget is {format_bytes(budget)}; {fitting}"
+        f"{format_bytes(least.reserved)} or more ({settings}), "
+        f"the budget is {format_bytes(budget)}; {fitting}"
     )

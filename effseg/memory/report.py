@@ -16,8 +16,8 @@ KINDS = {
 
 OUTSIDE = (
     "Reserved: what PyTorch's caching allocator takes of a GPU, by its rules with default settings, with a "
-    "workspace for each convolution as large as what it reads and writes, 256 MiB at most. Outside the figure: "
-    "the CUDA context."
+    "workspace for each convolution as large as what it reads and writes, 256 MiB at most. Outside the "
+    "figure: the CUDA context."
 )
 
 

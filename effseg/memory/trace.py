@@ -1,4 +1,4 @@
-"""The allocations and frees of a training step in their order, and what they come to with a caching allocator."""
+"""The allocations and frees of a training step in their order, to be replayed by a caching allocator."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from effseg.memory.allocator import Block, CachingAllocator
 
-# cuDNN asks for scratch where it lays its operands out anew, and where a weight gradient is added up in parts.
-# How much depends on the kernel that it picks. Reckoned with are as many bytes as the convolution reads and
-# writes, up to this.
+# cuDNN asks for scratch where it lays its operands out anew, and where a weight gradient is added up in
+# parts. How much depends on the kernel that it picks. Reckoned with are as many bytes as the convolution
+# reads and writes, up to this.
 LARGEST_WORKSPACE = 256 * 2**20
 
 STEPS = 2  # the second begins with what the first one left cached
@@ -53,8 +53,7 @@ class Trace:
         self.free(self.allocate(nbytes))
 
     def replay(self, expandable_segments: bool = False, steps: int = STEPS) -> Reserved:
-        """The step again and again. What it leaves behind, its parameters' gradients, is freed before the next
-        one."""
+        """The step again and again. The gradients that it leaves behind are freed before the next one."""
         allocator = CachingAllocator(expandable_segments)
         for _, nbytes in self._before:
             allocator.allocate(nbytes)

@@ -1,6 +1,7 @@
 """The caching allocator's rules, by sequences worked out by hand from c10/cuda/CUDACachingAllocator.cpp."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -157,7 +158,7 @@ def test_random_sequences_keep_the_books(expandable):
     assert made.allocated == sum(block.size for block in live) <= made.reserved
     for pool in {block.pool for block in live}:
         spans = sorted((b.address, b.address + b.size) for b in live if b.pool is pool)
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     for block in live:
         made.free(block)
     assert made.allocated == 0
@@ -184,7 +185,7 @@ def test_a_step_is_replayed_with_what_lives_before_it():
 
 
 def test_the_second_step_may_reserve_more():
-    """First 20 and 40 lie in the freed 60, and 30 gets a segment; which 20 takes in the second step, so that 30
+    """First 20 and 40 lie in the freed 60, and 30 gets a segment; in the second step 20 takes that, and 30
     finds none."""
     trace = Trace()
     trace.begin_step()

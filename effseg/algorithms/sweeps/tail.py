@@ -28,7 +28,6 @@ from effseg.deferred import Normalisation, Spec
 from effseg.device import make_room
 from effseg.slabs import Window, slabs
 
-
 # How many tensors of a slab the sweeps F4 and B2 hold at a time, about.
 FORWARD_SLABS, BACKWARD_SLABS = 4, 8
 
