@@ -66,8 +66,7 @@ class TransposedConv(Spec):
         first, last = self.coarse_rows(lo, hi)
         end = len(tensors) - 1 - self.has_bias
         coarse = self.inner.rows(ops, first, last, tensors[:end])
-        bias = tensors[-1].to(self.dtype) if self.has_bias else None
-        fine = spread(coarse, tensors[end].to(self.dtype), bias)
+        fine = spread(coarse, tensors[end], tensors[-1] if self.has_bias else None)
         start = first * self.stride[0]
         return fine[:, :, lo - start : hi - start]
 

@@ -15,13 +15,13 @@ _pretended: Setting[str | None] = Setting("effseg_pretended_device", None)
 
 
 def kind_of(device: torch.device) -> str:
-    """`cpu` or `cuda`: what sizes of slabs and chunks are chosen for. Any accelerator is like a GPU of NVIDIA's;
-    a fake tensor on the CPU is like the device that it stands for (`pretending`)."""
+    """`cpu` or `cuda`: what sizes of slabs and chunks are chosen for. Any accelerator is like a GPU of
+    NVIDIA's; a fake tensor on the CPU is like the device that it stands for (`pretending`)."""
     return _pretended.get() or ("cpu" if device.type == "cpu" else "cuda")
 
 
 def pretending(kind: str) -> AbstractContextManager[None]:
-    """Inside, sizes are chosen as on a device of this kind, one of DEVICE_KINDS: for steps on fake tensors."""
+    """Inside, sizes are chosen as on a device of this kind, one of DEVICE_KINDS: for fake tensors."""
     return _pretended.set(kind)
 
 

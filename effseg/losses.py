@@ -164,7 +164,7 @@ def mean_dice_of_sums(
         intersection, sum_p, sum_t = (group.sum(x.sum(0)) for x in (intersection, sum_p, sum_t))
         return ((2 * intersection + smooth) / (sum_p + sum_t + smooth)).mean()
     dice = (2 * intersection + smooth) / (sum_p + sum_t + smooth)
-    return group.sum(dice.sum()) / group.sum(dice.new_tensor(dice.numel()))
+    return group.sum(dice.sum()) / group.sum(torch.full_like(dice[0, 0], dice.numel()))
 
 
 def _cross_entropy(

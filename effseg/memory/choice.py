@@ -173,8 +173,13 @@ def choose(
 
 def choose_for(step: Step, budget: int) -> Choice:
     """`choose` for any network and step."""
+    return first_that_fits(step, step.candidates(), budget)
+
+
+def first_that_fits(step: Step, candidates: Sequence[Settings], budget: int) -> Choice:
+    """The first of these whose predicted peak is within `budget` bytes. Raises InputError where none is."""
     looked_at: list[Candidate] = []
-    for settings in step.candidates():
+    for settings in candidates:
         report = predict(step, settings)
         looked_at.append(Candidate(settings, report.peak, report.reserved))
         if report.reserved <= budget:

@@ -42,7 +42,7 @@ class StatisticsFunction(torch.autograd.Function):
 
 
 def _moments(ops: Algorithm, x: Tensor, slab_elements: int | None) -> tuple[Tensor, Tensor]:
-    moments = Moments(ops, x.shape[0])
+    moments = Moments(ops, x.shape[0], x.dtype)
     for sample, lo, hi in _slabs(x, slab_elements):
         part = x[sample : sample + 1, :, lo:hi]
         moments.add(sample, part.contiguous(memory_format=CHANNELS_LAST))

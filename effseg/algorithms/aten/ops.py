@@ -148,17 +148,23 @@ def _columns(y: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 4, 1).reshape(d * h, w * c, 1)
 
 
+def partial_moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and (biased) variances of a slab's stored values, (W, C) each, in the accumulation type."""
+    _, c, _, _, w = y.shape
+    # The running statistics are not used (momentum 0), but on the CPU their type makes the result float32.
+    dtype = accumulation_dtype(y.dtype)
+    unused = torch.zeros(2, w * c, dtype=dtype) if y.device.type == "cpu" else (None, None)
+    means, variances = aten.batch_norm_update_stats(_columns(y), unused[0], unused[1], 0.0)
+    return means.view(w, c), variances.view(w, c)
+
+
 def mean_var(y: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean and (biased) variance of a slab's stored values, (C,) each, in the accumulation type.
 
     Two passes over `_columns`, whose moments are merged by Chan's formula.
     """
-    _, c, _, _, w = y.shape
-    # The running statistics are not used (momentum 0); their type makes the result float32.
     dtype = accumulation_dtype(y.dtype)
-    unused = torch.zeros(2, w * c, dtype=dtype, device=y.device)
-    means, variances = aten.batch_norm_update_stats(_columns(y), unused[0], unused[1], 0.0)
-    means, variances = means.double().view(w, c), variances.double().view(w, c)
+    means, variances = (t.double() for t in partial_moments(y))
     mean = means.mean(0)
     return mean.to(dtype), (variances + (means - mean).square()).mean(0).to(dtype)
 
@@ -179,41 +185,24 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def norm_terms_backward(
     dz: Tensor, y: Tensor, mean: Tensor, scale: Tensor, need_y: bool, need_terms: bool
 ) -> Gradients:
-    """(dz * scale, sum dz (y - mean), sum dz): the gradients of y, scale and beta, sums over the slab."""
-    dy = dscale = dbeta = None
-    if need_y:
-        dy = torch.mul(dz, scale[..., None, None, None], out=torch.empty_like(dz))
-    if need_terms:
-        dbeta = dz.sum((2, 3, 4), dtype=mean.dtype)
-        # plane by plane: y - mean is wide
-        planes = zip(y.unbind(2), dz.unbind(2), strict=True)
-        dscale = torch.stack([(a - mean[..., None, None]).mul_(b).sum((2, 3)) for a, b in planes]).sum(0)
-    return dy, dscale, dbeta
+    """(dz * scale, sum dz (y - mean), sum dz): the gradients of y, scale and beta, sums over the slab.
 
-
-def norm_terms_backward_cpu(
-    dz: Tensor, y: Tensor, mean: Tensor, scale: Tensor, need_y: bool, need_terms: bool
-) -> Gradients:
-    """`norm_terms_backward` in two passes, by batch normalisation's backward at unit variance."""
+    Two passes over `_columns`, by batch normalisation's backward at unit variance. On a GPU too it reads y
+    and dz once for both sums, centres in float32 and adds in a tree whose shape the sizes alone decide.
+    """
     _, c, d, h, w = y.shape
-    wide_mean, wide_scale, one = mean[0].repeat(w), scale[0].repeat(w), torch.ones_like(mean[0]).repeat(w)
-    dy, dscale, dbeta = aten.native_batch_norm_backward(
+    if not need_terms:
+        dy = torch.mul(dz, scale[..., None, None, None], out=torch.empty_like(dz)) if need_y else None
+        return dy, None, None
+    wide_mean, wide_scale, one = torch.stack((mean[0], scale[0], torch.ones_like(mean[0]))).repeat(1, w)
+    dy, *sums = aten.native_batch_norm_backward(
         _columns(dz), _columns(y), wide_scale, wide_mean, one, wide_mean, one, False, 0.0,
-        [need_y, need_terms, need_terms],
+        [need_y, True, True],
     )  # fmt: skip
     if need_y:
         dy = dy.view(1, d, h, w, c).permute(0, 4, 1, 2, 3)
-    if need_terms:
-        dscale, dbeta = (t.double().view(w, c).sum(0, keepdim=True).to(mean.dtype) for t in (dscale, dbeta))
-    return dy, dscale, dbeta
-
-
-def norm_terms_gradients(
-    dz: Tensor, y: Tensor, mean: Tensor, scale: Tensor, need_y: bool, need_terms: bool
-) -> Gradients:
-    """`norm_terms_backward` by what suits the device."""
-    function = norm_terms_backward_cpu if y.device.type == "cpu" else norm_terms_backward
-    return function(dz, y, mean, scale, need_y, need_terms)
+    dscale, dbeta = torch.stack(sums).view(2, 1, w, c).sum(2, dtype=torch.float64).to(mean.dtype)
+    return dy if need_y else None, dscale, dbeta
 
 
 def norm_act_backward(
@@ -229,7 +218,7 @@ def norm_act_backward(
 ) -> NormActGradients:
     """The activation's sign is that of the activated value."""
     dz = grad if slope == 1.0 else aten.leaky_relu_backward(grad, a, slope, True)
-    dy, dscale, dbeta = norm_terms_gradients(dz, y, mean, scale, need_dy, need_terms)
+    dy, dscale, dbeta = norm_terms_backward(dz, y, mean, scale, need_dy, need_terms)
     return NormActGradients(dz if need_dz else None, dy, dscale, dbeta)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, StatisticsGradient, accumulation_dtype
 from effseg.algorithms.sweeps.moments import Moments
-from effseg.algorithms.sweeps.pullback import Pullback, rows
-from effseg.deferred import Spec
+from effseg.algorithms.sweeps.pullback import Pullback, added, rows
+from effseg.deferred import Spec, in_compute_type
 from effseg.device import make_room
 from effseg.slabs import Window, rows_per_slab, slabs
 
@@ -42,19 +42,27 @@ def conv3d_forward(
     n, _, *size = spec.shape
     d, h, w = size
     shape = (n, weight.shape[0], *window.output_size((d, h, w)))
-    y = torch.empty(shape, dtype=spec.dtype, device=weight.device, memory_format=CHANNELS_LAST)
-    weight = weight.to(spec.dtype)
+    rows_of_slab = thickness(spec, shape, window, slab_elements, weight.device)
+    y = None  # the only slab's
+    if n > 1 or rows_of_slab < shape[2]:
+        y = torch.empty(shape, dtype=spec.dtype, device=weight.device, memory_format=CHANNELS_LAST)
+    weight = weight.to(spec.dtype, memory_format=CHANNELS_LAST)
     bias = None if bias is None else bias.to(spec.dtype)
-    moments = Moments(ops, n)
-    if trains:
+    tensors = in_compute_type(spec, tensors)
+    moments = Moments(ops, n, spec.dtype)
+    if trains and y is not None:
         make_room(y.device, y.nbytes)
-    for sample, lo, hi in slabs(n, shape[2], thickness(spec, shape, window, slab_elements, weight.device)):
+    for sample, lo, hi in slabs(n, shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, d)
         part = ops.convolution(rows(ops, spec, tensors, sample, first, last), weight, bias, window, pad)
-        y[sample : sample + 1, :, lo:hi] = part
         if statistics:
             moments.add(sample, part)
+        if y is None:
+            y = part.contiguous(memory_format=CHANNELS_LAST)
+        else:
+            y[sample : sample + 1, :, lo:hi] = part
         del part
+    assert y is not None
     return (y, *moments.merge()) if statistics else (y, None, None)
 
 
@@ -87,9 +95,8 @@ def conv3d_backward(
         )
         return None if grad_weight is None else grad_weight.to(weight.dtype), None, grads
     accumulate = accumulation_dtype(weight.dtype)
-    grad_weight = torch.zeros_like(weight, dtype=accumulate) if need_weight else None
-    grad_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=weight.device) if need_bias else None
-    low = weight.to(spec.dtype)
+    grad_weight = grad_bias = None
+    low = weight.to(spec.dtype, memory_format=CHANNELS_LAST)
     pullback = Pullback(ops, spec, tensors, needed)
     for sample, lo, hi in slabs(y.shape[0], y.shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, spec.shape[2])
@@ -103,10 +110,10 @@ def conv3d_backward(
             grad = ops.fold(direct, part, *(t[sample] for t in folded))
         del direct
         grad_a, grad_w = ops.convolution_backward(grad, a, low, window, pad, pullback.any, need_weight)
-        if grad_weight is not None and grad_w is not None:
-            grad_weight += grad_w
-        if grad_bias is not None:
-            grad_bias += grad.sum((0, 2, 3, 4), dtype=accumulate)
+        if grad_w is not None:
+            grad_weight = added(grad_weight, grad_w, accumulate)
+        if need_bias:
+            grad_bias = added(grad_bias, grad.sum((0, 2, 3, 4), dtype=accumulate), accumulate)
         del a, grad, grad_w
         if grad_a is not None:
             pullback.pull(grad_a)

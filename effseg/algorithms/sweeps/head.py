@@ -10,7 +10,7 @@ from torch import Tensor
 from effseg.algorithms.interface import Algorithm, Head, Sums
 from effseg.algorithms.sweeps.materialise import thickness
 from effseg.algorithms.sweeps.pullback import Pullback, rows
-from effseg.deferred import Spec
+from effseg.deferred import Spec, in_compute_type
 from effseg.slabs import slabs
 
 
@@ -24,6 +24,7 @@ def head_sums_forward(
 ) -> Sums:
     """The sums of softmax(head(expression)) against labels (N, D, H, W)."""
     n, d = spec.shape[0], spec.shape[2]
+    tensors = in_compute_type(spec, tensors)
     sums = Sums.zeros(n, head.classes, tensors[0].device)
     for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements, labels.device)):
         head.add_sums(sums, sample, rows(ops, spec, tensors, sample, lo, hi), labels[sample, lo:hi])
@@ -72,6 +73,7 @@ def head_segment(
 ) -> Tensor:
     """argmax over classes, (N, D, H, W) uint8, or int16 for more than 256 classes."""
     n, _, d, h, w = spec.shape
+    tensors = in_compute_type(spec, tensors)
     out = torch.empty(n, d, h, w, dtype=label_dtype(head.classes), device=tensors[0].device)
     for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements, tensors[0].device)):
         out[sample, lo:hi] = head.segment(rows(ops, spec, tensors, sample, lo, hi))

@@ -57,7 +57,8 @@ class NormSums:
             torch.mul(right[0], centred, out=right[1])
             torch.mul(right[0], self.weight.to(p.dtype).t() @ p, out=right[2])
             centred.mul_(right[2])
-            self.total[sample] += (left.flatten(0, 1) @ right.flatten(0, 1).t()).view(self.total.shape[1:])
+            found = left.flatten(0, 1) @ right.flatten(0, 1).t()
+            self.total[sample].add_(found.view(self.total.shape[1:]))
 
         return add
 

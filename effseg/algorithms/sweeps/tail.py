@@ -14,17 +14,18 @@ few classes F4 collects what B1 would (`effseg.algorithms.sweeps.norm_sums`), an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import Algorithm, Head, Sums
+from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, Head, Sums
 from effseg.algorithms.sweeps.conv3d import thickness
 from effseg.algorithms.sweeps.moments import Moments
 from effseg.algorithms.sweeps.norm_sums import NormSums, terms_from_sums
-from effseg.algorithms.sweeps.pullback import Pullback, rows
-from effseg.deferred import Normalisation, Spec
+from effseg.algorithms.sweeps.pullback import Pullback, added, rows
+from effseg.deferred import Normalisation, Spec, in_compute_type
 from effseg.device import make_room
 from effseg.slabs import Window, slabs
 
@@ -32,7 +33,8 @@ from effseg.slabs import Window, slabs
 FORWARD_SLABS, BACKWARD_SLABS = 4, 8
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True)
+class Layer:
     """leaky_relu(norm(conv(expression, weight)), slope), its convolution in the expression's type."""
 
     ops: Algorithm
@@ -51,6 +53,14 @@ class Layer(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         d, h, w = self.spec.shape[2:]
         return (self.spec.shape[0], self.weight.shape[0], *self.window.output_size((d, h, w)))
+
+    @cached_property
+    def low(self) -> Tensor:
+        return self.weight.detach().to(self.dtype, memory_format=CHANNELS_LAST)
+
+    @cached_property
+    def in_compute_type(self) -> list[Tensor]:
+        return in_compute_type(self.spec, self.tensors)
 
     def slabs(self) -> Iterator[tuple[int, int, int]]:
         return slabs(self.shape[0], self.shape[2], self._thickness())
@@ -78,8 +88,8 @@ class Layer(NamedTuple):
     def raw(self, sample: int, lo: int, hi: int) -> Tensor:
         """Rows of the convolution's output."""
         first, last, pad = self.input_rows(lo, hi)
-        a = rows(self.ops, self.spec, self.tensors, sample, first, last)
-        return self.ops.convolution(a, self.weight.to(self.spec.dtype), None, self.window, pad)
+        a = rows(self.ops, self.spec, self.in_compute_type, sample, first, last)
+        return self.ops.convolution(a, self.low, None, self.window, pad)
 
     def activated(self, y: Tensor, sample: int, norm: Normalisation) -> Tensor:
         mean, scale, beta = (t[sample : sample + 1] for t in norm)
@@ -89,7 +99,7 @@ class Layer(NamedTuple):
 
 def layer_statistics(layer: Layer) -> tuple[Tensor, Tensor]:
     """Sweep F3: mean and biased variance (N, C)."""
-    moments = Moments(layer.ops, layer.shape[0])
+    moments = Moments(layer.ops, layer.shape[0], layer.dtype)
     for sample, lo, hi in layer.slabs():
         moments.add(sample, layer.raw(sample, lo, hi))
     return moments.merge()
@@ -139,10 +149,9 @@ def tail_sums_backward(
     grad_mean, grad_var = norm_backward(Normalisation(-norm.scale * beta, scale, beta))
     ops, spec, window = layer.ops, layer.spec, layer.window
     voxels = layer.shape[2] * layer.shape[3] * layer.shape[4]
-    low = layer.weight.to(spec.dtype)
-    grad_weight = torch.zeros_like(layer.weight, dtype=mean.dtype)
+    low = layer.low
+    grad_weight = None
     pullback = Pullback(ops, spec, layer.tensors, needed)
-    pullback.prepare(*layer.input_rows(*next(layer.slabs())[1:])[:2])
     for sample, lo, hi in layer.slabs():
         first, last, pad = layer.input_rows(lo, hi)
         a = pullback.rows(sample, first, last)
@@ -162,11 +171,12 @@ def tail_sums_backward(
         del y
         grad_a, grad_w = ops.convolution_backward(grad_y, a, low, window, pad, pullback.any, True)
         assert grad_w is not None
-        grad_weight += grad_w
+        grad_weight = added(grad_weight, grad_w, mean.dtype)
         del a, grad_y, grad_w
         if grad_a is not None:
             pullback.pull(grad_a)
         del grad_a
+    assert grad_weight is not None
     return grad_weight.to(layer.weight.dtype), pullback.gradients()
 
 
@@ -185,6 +195,6 @@ def _sweep_terms(
         )
         assert found.dscale is not None
         assert found.dbeta is not None
-        scale[one] += found.dscale
-        beta[one] += found.dbeta
+        scale[one].add_(found.dscale)
+        beta[one].add_(found.dbeta)
     return scale, beta

@@ -85,6 +85,9 @@ def mean_var(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean[0], var[0]
 
 
+partial_moments = moments
+
+
 class _NormAct(torch.autograd.Function):
     """Saved: y and the terms; with an addend the activated value, whose sign y alone does not tell."""
 
