@@ -38,9 +38,9 @@ class NormSums:
 
     @staticmethod
     def nbytes(weight: Tensor, classes: int, voxels: int) -> int:
-        """Of the arrays for a part of a slab of so many voxels, the head's among them."""
+        """Of the arrays for a part of a slab of so many voxels, and of two that the head holds meanwhile."""
         part = min(voxels, CHUNK_ELEMENTS[kind_of(weight.device)] // (ARRAYS * classes))
-        return 4 * part * ((ARRAYS + 3) * classes + 4 * weight.shape[0])
+        return 4 * part * ((2 + 3) * classes + 4 * weight.shape[0])
 
     def slab(self, sample: int, y: Tensor, a: Tensor, mean: Tensor, slope: float) -> VoxelSums:
         """What to show a slab's probabilities and one-hot labels to; y: (1, C, d, h, w), a = act(norm(y))."""
