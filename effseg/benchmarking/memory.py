@@ -20,16 +20,17 @@ FILE = "memory.json"
 """Of benchmarks/results: the committed predictions, see `effseg.benchmarking.predictions`."""
 
 
-def predicted(case: Case, dtype: str) -> Row:
-    """From fake tensors: needs seconds, and neither the memory nor a GPU."""
+def predicted(case: Case, dtype: str, device: str = "cuda") -> Row:
+    """From fake tensors: needs seconds, and neither the memory nor a GPU. device: cpu or cuda."""
     row = blank(case, dtype)
     reason = missing(case.contender) or unpredictable(case.contender)
     if reason:
         return replace(row, status="skipped", reason=reason)
-    report = predict(case, dtype)
+    report = predict(case, dtype, device)
     return replace(
         row,
         bytes_predicted=report.peak,
+        bytes_predicted_reserved=report.reserved if device == "cuda" else None,
         parameters=report.parameters,
         macs=None if case.contender.implementation == "triton" else report.macs,
     )
@@ -43,7 +44,7 @@ def unpredictable(contender: Contender) -> str | None:
 
 
 @cache
-def predict(case: Case, dtype: str) -> MemoryReport:
+def predict(case: Case, dtype: str, device: str = "cuda") -> MemoryReport:
     """The report of a contender that is neither `missing` nor `unpredictable`.
 
     Of ours, "auto" is predicted as it runs on a CPU, with ATen; Triton's kernels count no
@@ -56,7 +57,7 @@ def predict(case: Case, dtype: str) -> MemoryReport:
     real = contender.implementation == "channels_last"
     model = contender.make(workload.classes) if real else partial(contender.make, workload.classes)
     with contender.active():
-        return peak_training_memory(model, workload.shape, dtype=dtype, loss=contender.loss)
+        return peak_training_memory(model, workload.shape, dtype=dtype, loss=contender.loss, device=device)
 
 
 def known(case: Case, dtype: str) -> Row:
@@ -69,7 +70,11 @@ def known(case: Case, dtype: str) -> Row:
     for found in _committed():
         if found.contender in names and (found.workload, found.dtype) == (workload.name, dtype):
             return replace(
-                row, bytes_predicted=found.bytes_predicted, parameters=found.parameters, macs=found.macs
+                row,
+                bytes_predicted=found.bytes_predicted,
+                bytes_predicted_reserved=found.bytes_predicted_reserved,
+                parameters=found.parameters,
+                macs=found.macs,
             )
     return row
 
@@ -85,7 +90,7 @@ def _committed() -> tuple[Row, ...]:
 
 def measured(case: Case, dtype: str, device: torch.device) -> Row:
     """The prediction, and beside it a real step on the device. Out of memory is a row."""
-    row = known(case, dtype) if device.type == "cuda" else predicted(case, dtype)
+    row = known(case, dtype) if device.type == "cuda" else predicted(case, dtype, device.type)
     reason = missing(case.contender, device)
     if reason:
         return replace(row, status="skipped", reason=reason)

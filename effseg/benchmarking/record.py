@@ -36,8 +36,9 @@ class Row:
     task: "train" (forward, loss, backward), "infer", or a kernel's operator; dtype: bf16 or fp32; reason: why
     the status is not ok, or what a check has found; seconds: 20th, 50th and 80th percentile of one run;
     bytes: allocated and reserved at the measured peak; predicted: of a whole training step with AdamW, in
-    tensors; outside_convolutions: of the same, measured on a CPU; moved: of an operator, to and from memory
-    at the least, each operand read once and each result written once; parameters: how many; macs:
+    tensors; predicted_reserved: for it by the allocator of a GPU, convolution workspace included;
+    outside_convolutions: of the same, measured on a CPU; moved: of an operator, to and from memory at the
+    least, each operand read once and each result written once; parameters: how many; macs:
     multiply-accumulates of the step, or of the operator.
     """
 
@@ -57,11 +58,14 @@ class Row:
     bytes_reserved: int | None = None
     bytes_outside_convolutions: int | None = None
     bytes_predicted: int | None = None
+    bytes_predicted_reserved: int | None = None
     bytes_moved: int | None = None
     parameters: int | None = None
     macs: int | None = None
 
 
+ADDED = ("bytes_predicted_reserved",)
+"""Metrics that older records lack."""
 METRICS = tuple(field.name for field in fields(Row) if field.default is None)
 
 
@@ -192,6 +196,8 @@ def validate(data: Any) -> Record:
 
 
 def _row(data: Any, where: str) -> Row:
+    if isinstance(data, dict):
+        data = {**dict.fromkeys(ADDED), **data}
     _check_keys(data, tuple(field.name for field in fields(Row)), where)
     for name, value in data.items():
         if name in METRICS:

@@ -26,6 +26,10 @@ MEMORY_CONTENDERS = (
     BASELINE, "unet3d/checkpoint", "nnunet/eager", "nnunet/checkpoint", TWIN, "effseg-base/raw/auto",
     "effseg-base/stream/auto", "effseg-base/stream+1/auto",
 )  # fmt: skip
+MEMORY_COLUMNS = (
+    "network", "predicted peak", "of the 3D U-Net's", "bytes per voxel", "predicted reserved", "measured",
+    "parameters",
+)  # fmt: skip
 SHOWN = 4
 """Of the contenders that were not run; all are in the record."""
 
@@ -89,7 +93,7 @@ def memory(
     whole = predicted[BASELINE].bytes_predicted if BASELINE in predicted else None
     return Table(
         f"One training step on {workload}, {dtype}: peak memory",
-        ("network", "predicted peak", "of the 3D U-Net's", "bytes per voxel", "measured", "parameters"),
+        MEMORY_COLUMNS,
         tuple(
             (
                 results.label(name),
@@ -103,13 +107,15 @@ def memory(
     )
 
 
-def _predicted(row: Row | None, whole: int | None) -> tuple[str, str, str]:
-    """GiB, the part of the whole, and bytes per voxel."""
+def _predicted(row: Row | None, whole: int | None) -> tuple[str, str, str, str]:
+    """GiB, the part of the whole, bytes per voxel, and the GiB that are reserved."""
     if row is None or row.bytes_predicted is None:
-        return ("not predicted",) * 3
+        return ("not predicted",) * 4
     part = _percent(row.bytes_predicted / whole, 1) if whole else "not predicted"
     per_voxel = f"{row.bytes_predicted / row.voxels:.0f}" if row.voxels else "not predicted"
-    return format_bytes(row.bytes_predicted), part, per_voxel
+    reserved = row.bytes_predicted_reserved
+    held = "not predicted" if reserved is None else format_bytes(reserved)
+    return format_bytes(row.bytes_predicted), part, per_voxel, held
 
 
 def _bytes(row: Row, record: Record) -> str:

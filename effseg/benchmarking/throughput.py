@@ -116,7 +116,7 @@ def _does_not_fit(case: Case, dtype: str) -> str:
     contender = case.contender
     if memory.unpredictable(contender):
         contender = contenders()[f"{contender.network}/eager"]
-    needed = memory.predict(Case(contender, case.workload), dtype).peak
+    needed = memory.predict(Case(contender, case.workload), dtype, "cpu").peak
     return (
         "" if needed <= free else f"needs {format_bytes(needed)} as predicted, {format_bytes(free)} are free"
     )

@@ -18,8 +18,8 @@ from effseg.models.effsegnet import EffSegNet
 from effseg.models.levels import PRESETS
 from effseg.slabs import SHARE, THICK_SLAB_ELEMENTS, THICKEST_SLAB_ELEMENTS, rows_per_slab
 
-# Convolution workspace, rounding and fragmentation and the CUDA context are outside a prediction, so this
-# part of a GPU's memory is left to them.
+# The CUDA context and whatever else is on a GPU are outside a prediction, and its workspace of convolutions
+# is a guess, so this part of the memory is left to them.
 HEADROOM = 0.1
 
 RECOMPUTE_LEVELS = (1, 2)  # a block of level 3 would save half a byte per voxel
@@ -118,21 +118,25 @@ def predict(step: Step, settings: Settings) -> MemoryReport:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings that were looked at, and their predicted peak in bytes."""
+    """Settings that were looked at, and their predicted bytes: the peak of tensors, and what is reserved for
+    them, which decides."""
 
     settings: Settings
     peak: int
+    reserved: int
 
 
 @dataclass(frozen=True)
 class Choice:
     """settings: memory mode, levels recomputed, rows of a slab; slab_elements: of a slab, None for as a sweep
-    would choose; peak: predicted, in bytes; arithmetic: multiply-accumulates of a step relative to raw's;
-    candidates: what was looked at, in order, the chosen one last."""
+    would choose; peak, reserved: predicted bytes of tensors, and of what the allocator takes; arithmetic:
+    multiply-accumulates of a step relative to raw's; candidates: what was looked at, in order, the chosen one
+    last."""
 
     settings: Settings
     slab_elements: int | None
     peak: int
+    reserved: int
     arithmetic: float
     candidates: tuple[Candidate, ...]
 
@@ -155,7 +159,7 @@ def choose(
     optimizer: str = "adamw",
     device: str = "cuda",
 ) -> Choice:
-    """The settings with the least arithmetic whose predicted peak is within `budget` bytes.
+    """The settings with the least arithmetic whose predicted reservation is within `budget` bytes.
 
     name: of an EffSegNet, as in ``effseg-base``; shape: the image's (N, C, D, H, W); dtype: bf16 or fp32;
     device: cpu or cuda, where the step will run. Raises InputError where nothing fits, with what would.
@@ -178,16 +182,17 @@ def first_that_fits(step: Step, candidates: Sequence[Settings], budget: int) -> 
     looked_at: list[Candidate] = []
     for settings in candidates:
         report = predict(step, settings)
-        looked_at.append(Candidate(settings, report.peak))
-        if report.peak <= budget:
+        looked_at.append(Candidate(settings, report.peak, report.reserved))
+        if report.reserved <= budget:
             return Choice(
                 settings=settings,
                 slab_elements=step.slab_elements(settings),
                 peak=report.peak,
+                reserved=report.reserved,
                 arithmetic=report.macs / predict(step, Settings("raw")).macs,
                 candidates=tuple(looked_at),
             )
-    raise InputError(_nothing_fits(step, min(looked_at, key=lambda c: c.peak), budget))
+    raise InputError(_nothing_fits(step, min(looked_at, key=lambda c: c.reserved), budget))
 
 
 def configure(
@@ -240,5 +245,6 @@ def _nothing_fits(step: Step, least: Candidate, budget: int) -> str:
     fitting = f"the largest volume that fits is {x}x{y}x{slices}" if slices else f"no {x}x{y} volume fits"
     return (
         f"memory: training {known.model} on {'x'.join(map(str, step.shape))} in {step.dtype} needs "
-        f"{format_bytes(least.peak)} or more ({settings}), the budget is {format_bytes(budget)}; {fitting}"
+        f"{format_bytes(least.reserved)} or more ({settings}), "
+        f"the budget is {format_bytes(budget)}; {fitting}"
     )

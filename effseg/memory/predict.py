@@ -17,6 +17,7 @@ from effseg.memory.augmentation import augment_batch
 from effseg.memory.autocast import CudaAutocast
 from effseg.memory.report import KINDS, LiveTensor, MemoryReport
 from effseg.memory.step import DTYPES, Loss, follows_autocast, label_dtype_for, make_optimizer, training_loss
+from effseg.memory.trace import Reserved
 from effseg.memory.tracker import LiveStorages
 from effseg.slabs import abridged
 from effseg.tensors import unregistered
@@ -52,8 +53,9 @@ def peak_training_memory(
 
     The step runs on fake tensors (shapes and dtypes, no numbers) through the real autograd engine, while
     every storage's birth and death is followed: exact for the bytes of tensors. Of a sweep's equal slabs a
-    few stand for all. It cannot see what an operator allocates inside, such as convolution workspace. Raises
-    InputError for unknown options.
+    few stand for all. What an operator allocates inside it cannot see. For ``cuda`` a replay of PyTorch's
+    caching allocator over two such steps tells what is reserved, with a workspace for every convolution that
+    is as large as what it reads and writes, 256 MiB at most. Raises InputError for unknown options.
     """
     if len(shape) != 5 or min(shape) < 1:
         raise InputError(f"shape: expected (N, C, D, H, W), each 1 or more, got {tuple(shape)}")
@@ -65,7 +67,7 @@ def peak_training_memory(
     gc.collect()  # cycles of earlier steps would be freed in the middle of this one
     with FakeTensorMode(allow_non_fake_inputs=True), abridged() as abridgement, pretending(device):
         network = fake_copy(model)
-        tracker = LiveStorages(abridgement)
+        tracker = LiveStorages(abridgement, workspaces=device == "cuda")
         steps = make_optimizer(optimizer, network.parameters())
         _make_state(steps, network)
         tracker.add([*network.parameters(), *network.buffers()], "parameters")
@@ -76,7 +78,7 @@ def peak_training_memory(
         if augmented:
             augment_batch(tracker, image, labels)
         _step(network, steps, tracker, image, labels, dtype, loss, loss_options or {})
-    return _report(network, tracker, tuple(shape), dtype)
+    return _report(network, tracker, tuple(shape), dtype, device)
 
 
 def _step(
@@ -133,7 +135,9 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
 
 
-def _report(network: nn.Module, tracker: LiveStorages, shape: tuple[int, ...], dtype: str) -> MemoryReport:
+def _report(
+    network: nn.Module, tracker: LiveStorages, shape: tuple[int, ...], dtype: str, device: str
+) -> MemoryReport:
     split = dict.fromkeys(KINDS, 0)
     for storage in tracker.at_peak:
         split[storage.label] += storage.nbytes
@@ -141,11 +145,19 @@ def _report(network: nn.Module, tracker: LiveStorages, shape: tuple[int, ...], d
         LiveTensor(s.nbytes, s.label, s.operator, s.phase, s.shape, str(s.dtype).removeprefix("torch."))
         for s in sorted(tracker.at_peak, key=lambda s: s.nbytes, reverse=True)[:20]
     )
+    # A CPU's allocator gives large tensors back at once.
+    plain = expandable = Reserved(tracker.peak, tracker.peak)
+    if device == "cuda":
+        plain, expandable = (tracker.trace.replay(expandable_segments=e) for e in (False, True))
     return MemoryReport(
         model=getattr(network, "name", type(network).__name__),
         shape=shape,
         dtype=dtype,
         peak=tracker.peak,
+        allocated=plain.allocated,
+        reserved=plain.reserved,
+        reserved_expandable=expandable.reserved,
+        workspace=tracker.trace.largest_workspace,
         split=split,
         after_forward=tracker.at_phase_end["forward"],
         operator=tracker.peak_operator,

@@ -11,6 +11,7 @@ from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, StatisticsGrad
 from effseg.algorithms.sweeps.moments import Moments
 from effseg.algorithms.sweeps.pullback import Pullback, added, rows
 from effseg.deferred import Spec, in_compute_type
+from effseg.device import make_room
 from effseg.slabs import Window, rows_per_slab, slabs
 
 
@@ -32,9 +33,10 @@ def conv3d_forward(
     window: Window,
     statistics: bool,
     slab_elements: int | None,
+    trains: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = conv(expression, weight) + bias in the expression's type, and the mean and biased variance (N, Co)
-    of the stored y."""
+    of the stored y. trains: y is kept for a backward pass, so that more tensors of its size will follow."""
     if ops.fused is not None and ops.fused.takes(spec, weight, window):
         return ops.fused.forward(spec, tensors, weight, bias, window, statistics)
     n, _, *size = spec.shape
@@ -48,6 +50,8 @@ def conv3d_forward(
     bias = None if bias is None else bias.to(spec.dtype)
     tensors = in_compute_type(spec, tensors)
     moments = Moments(ops, n, spec.dtype)
+    if trains and y is not None:
+        make_room(y.device, y.nbytes)
     for sample, lo, hi in slabs(n, shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, d)
         part = ops.convolution(rows(ops, spec, tensors, sample, first, last), weight, bias, window, pad)
@@ -96,6 +100,7 @@ def conv3d_backward(
     pullback = Pullback(ops, spec, tensors, needed)
     for sample, lo, hi in slabs(y.shape[0], y.shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, spec.shape[2])
+        a = pullback.rows(sample, first, last)
         direct = None if grad_y is None else grad_y[sample : sample + 1, :, lo:hi].to(spec.dtype)
         if folded is None:
             assert direct is not None
@@ -104,7 +109,6 @@ def conv3d_backward(
             part = y[sample : sample + 1, :, lo:hi]
             grad = ops.fold(direct, part, *(t[sample] for t in folded))
         del direct
-        a = pullback.rows(sample, first, last)
         grad_a, grad_w = ops.convolution_backward(grad, a, low, window, pad, pullback.any, need_weight)
         if grad_w is not None:
             grad_weight = added(grad_weight, grad_w, accumulate)

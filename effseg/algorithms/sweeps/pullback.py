@@ -24,16 +24,19 @@ class _Rows:
         self.grad: Tensor | None = None
         self.written = [0] * tensor.shape[0]
 
-    def add(self, rows: Rows, sample: int, part: Tensor) -> None:
-        if self.grad is None and part.shape == self.tensor.shape:
-            self.grad, self.written = part, [part.shape[2]]
-            return
-        if self.grad is None:
+    def prepare(self, rows: Rows) -> None:
+        """Allocate the gradient, unless these rows are all: then they become it."""
+        if self.grad is None and not (self.tensor.shape[0] == 1 and rows == (0, self.tensor.shape[2])):
             # What only stands for a value has no strides; any other gradient has its tensor's, or autograd
             # would copy it.
             stands = not any(self.tensor.stride())
             layout = CHANNELS_LAST if stands else torch.preserve_format
             self.grad = torch.empty_like(self.tensor, memory_format=layout)
+
+    def add(self, rows: Rows, sample: int, part: Tensor) -> None:
+        if self.grad is None:
+            self.grad, self.written = part, [part.shape[2]]
+            return
         (lo, hi), done = rows, self.written[sample]
         grad = self.grad[sample : sample + 1]
         overlap = max(0, min(done, hi) - lo)
@@ -92,8 +95,20 @@ class Pullback:
             i: _Sum(tensors[i]) if uses[i].rows is None else _Rows(tensors[i]) for i in sorted(own)
         }
 
+    def prepare(self, lo: int, hi: int) -> None:
+        """Allocate the gradients that outlive the slabs, before the first slab, which has rows [lo, hi).
+
+        Later they would come to lie beside tensors of that slab, whose end leaves holes.
+        """
+        uses = self.spec.uses(lo, hi)
+        for i, gradient in self.sums.items():
+            wanted = uses[i].rows
+            if isinstance(gradient, _Rows) and wanted is not None:
+                gradient.prepare(wanted)
+
     def rows(self, sample: int, lo: int, hi: int) -> Tensor:
         """Rows [lo, hi) of one sample; the graph is kept for the next `pull`."""
+        self.prepare(lo, hi)
         self.sample, self.uses = sample, self.spec.uses(lo, hi)
         self.leaves = [
             use.cut(t, sample).detach().requires_grad_(i in self.sums)

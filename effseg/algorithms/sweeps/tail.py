@@ -26,7 +26,11 @@ from effseg.algorithms.sweeps.moments import Moments
 from effseg.algorithms.sweeps.norm_sums import NormSums, terms_from_sums
 from effseg.algorithms.sweeps.pullback import Pullback, added, rows
 from effseg.deferred import Normalisation, Spec, in_compute_type
+from effseg.device import make_room
 from effseg.slabs import Window, slabs
+
+# How many tensors of a slab the sweeps F4 and B2 hold at a time, about.
+FORWARD_SLABS, BACKWARD_SLABS = 4, 8
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,31 @@ class Layer:
         return in_compute_type(self.spec, self.tensors)
 
     def slabs(self) -> Iterator[tuple[int, int, int]]:
-        rows_of_slab = thickness(self.spec, self.shape, self.window, self.slab_elements, self.weight.device)
-        return slabs(self.shape[0], self.shape[2], rows_of_slab)
+        return slabs(self.shape[0], self.shape[2], self._thickness())
+
+    def make_room(self, head: Head) -> None:
+        """For the slabs of all sweeps, and for the gradient of the largest tensor on a coarser grid: the
+        forward sweeps can use that, too."""
+        tensors = (t for t in self.tensors if t.dim() == 5 and t.shape[2:] != self.spec.shape[2:])
+        gradient = max((t.untyped_storage().nbytes() for t in tensors), default=0)
+        _, c, _, h, w = self.shape
+        voxels = self._thickness() * h * w
+        slab = c * voxels * self.dtype.itemsize
+        forward = FORWARD_SLABS * slab
+        if collects(self, head):
+            forward += NormSums.nbytes(self.weight, head.classes, voxels)
+        make_room(self.weight.device, gradient, max(BACKWARD_SLABS * slab, forward - gradient))
+
+    def _thickness(self) -> int:
+        return thickness(self.spec, self.shape, self.window, self.slab_elements, self.weight.device)
+
+    def input_rows(self, lo: int, hi: int) -> tuple[int, int, tuple[int, int]]:
+        """Rows of the expression that rows [lo, hi) read, and the rows of zeros before and after them."""
+        return self.window.input_rows(lo, hi, self.spec.shape[2])
 
     def raw(self, sample: int, lo: int, hi: int) -> Tensor:
         """Rows of the convolution's output."""
-        first, last, pad = self.window.input_rows(lo, hi, self.spec.shape[2])
+        first, last, pad = self.input_rows(lo, hi)
         a = rows(self.ops, self.spec, self.in_compute_type, sample, first, last)
         return self.ops.convolution(a, self.low, None, self.window, pad)
 
@@ -130,7 +153,7 @@ def tail_sums_backward(
     grad_weight = None
     pullback = Pullback(ops, spec, layer.tensors, needed)
     for sample, lo, hi in layer.slabs():
-        first, last, pad = window.input_rows(lo, hi, spec.shape[2])
+        first, last, pad = layer.input_rows(lo, hi)
         a = pullback.rows(sample, first, last)
         with torch.no_grad():
             y = ops.convolution(a, low, None, window, pad)
