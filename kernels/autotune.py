@@ -1,6 +1,6 @@
 """Configurations by measurement: `effseg tune`, also `python -m effseg.kernels.autotune`.
 
-`problems` lists what a network's training step and segmentation ask `config.choose`; `tune` climbs, for each
+`problems` lists what a network's training step and segmentation ask `choose`; `tune` climbs, for each
 of them, from the heuristic's configuration to faster neighbours, and writes what is fastest of those that
 agree with ATen to a tuned file. Only commands and benchmarks import this file: training never measures.
 """
@@ -27,6 +27,7 @@ from effseg.atomic import atomic_path
 from effseg.common.isolation import Loss, isolated
 from effseg.errors import InputError
 from effseg.kernels import config as configurations
+from effseg.kernels.choose import answering
 from effseg.kernels.config import ATEN, Config, Problem, Triple
 from effseg.kernels.launch import architecture, recording
 from effseg.kernels.search import MOST_CANDIDATES, Search, Timer, search
@@ -93,7 +94,7 @@ def problems(
 
     shape = (1, channels, *volume)
     for dtype, memory, aten in product(dtypes, MEMORY, (False, True)):
-        with algorithm("triton"), recording(arch), configurations.answering(partial(answer, aten)):
+        with algorithm("triton"), recording(arch), answering(partial(answer, aten)):
             peak_training_memory(partial(build, memory), shape, dtype=dtype, device="cuda")
             autocast = torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32")
             with FakeTensorMode(), abridged(), autocast:

@@ -1,7 +1,4 @@
-"""Tile configurations: what is chosen for a kernel before it is launched. Pure Python.
-
-`choose` looks in the user's tuned file, in the one shipped for that GPU, then applies the heuristics below.
-"""
+"""Tile configurations, tuned files and heuristics, which `effseg.kernels.choose` asks. Pure Python."""
 
 from __future__ import annotations
 
@@ -9,15 +6,12 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from effseg.settings import Setting
 
 INTERPRETER = "interpreter"
 ATEN = "aten"
@@ -88,31 +82,8 @@ class Problem:
     multiprocessors: int = 0
 
 
-def choose(problem: Problem) -> Config:
-    """The configuration for a problem; `uses_aten` says whether it leaves the problem to ATen."""
-    if (answer := _answer.get()) is not None:
-        return answer(problem)
-    if problem.architecture != INTERPRETER:
-        for path in tuned_files(problem.gpu):
-            config = read_tuned(path).find(problem)
-            if config is not None:
-                return config
-    return _by_heuristic(problem, _triton())
-
-
 def uses_aten(config: Config) -> bool:
     return config.loop == ATEN
-
-
-Answer = Callable[[Problem], Config]
-_answer: Setting[Answer | None] = Setting("effseg_answer", None)
-
-
-@contextmanager
-def answering(answer: Answer) -> Iterator[None]:
-    """Inside, `choose` gives what `answer` says, and so tells it every problem that is met."""
-    with _answer.set(answer):
-        yield
 
 
 # Tuned files
@@ -282,9 +253,14 @@ def heuristic(problem: Problem, loop: str = "") -> Config:
     return _elementwise(problem)
 
 
+def by_heuristic(problem: Problem) -> Config:
+    """`heuristic`, remembered."""
+    return _by_heuristic(problem, _triton())
+
+
 @lru_cache(maxsize=4096)
 def _by_heuristic(problem: Problem, triton: tuple[int, int]) -> Config:
-    """Remembered for what it depends on."""
+    """For what it depends on."""
     return heuristic(problem)
 
 

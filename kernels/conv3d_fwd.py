@@ -8,7 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from effseg.kernels.config import Config, choose
+from effseg.kernels.choose import choose
+from effseg.kernels.config import Config
 from effseg.kernels.conv3d_host import Positions, check_dtypes, contract
 from effseg.kernels.launch import NormAct, channels_last, problem
 from effseg.kernels.statistics import merged

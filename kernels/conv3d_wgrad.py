@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.kernels.config import Config, choose
+from effseg.kernels.choose import choose
+from effseg.kernels.config import Config
 from effseg.kernels.conv3d_wgrad_loops import march, tap
 from effseg.kernels.launch import (
     DTYPES,

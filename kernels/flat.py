@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effseg.kernels.config import Config, blocks, choose
+from effseg.kernels.choose import choose
+from effseg.kernels.config import Config, blocks
 from effseg.kernels.launch import DTYPES, channels_last, problem
 
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.kernels.config import Config, blocks, choose, power_of_two
+from effseg.kernels.choose import choose
+from effseg.kernels.config import Config, blocks, power_of_two
 from effseg.kernels.head_loops import _head_argmax_kernel, _head_backward_kernel, _head_sums_kernel
 from effseg.kernels.launch import DTYPES, channels_last, input_precision, launch, problem
 

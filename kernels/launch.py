@@ -97,7 +97,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def problem(op: str, x: Tensor, **others: Any) -> Problem:
-    """What `config.choose` is asked of an operator that tiles x (N, C, D, H, W); `others` override."""
+    """What `choose` is asked of an operator that tiles x (N, C, D, H, W); `others` override."""
     given: dict[str, Any] = {
         "in_channels": x.shape[1],
         "out_channels": x.shape[1],

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effseg.kernels.choose import choose
 from effseg.kernels.common import kernel
-from effseg.kernels.config import Config, blocks, choose
+from effseg.kernels.config import Config, blocks
 from effseg.kernels.flat import feature, output
 from effseg.kernels.launch import launch, problem, sample_stride
 

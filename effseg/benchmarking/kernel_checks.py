@@ -21,7 +21,8 @@ from torch import Tensor
 from effseg.benchmarking.failure import Failure, attempt
 from effseg.common.isolation import isolated
 from effseg.kernels import autotune, trials
-from effseg.kernels.config import Config, Problem, Triple, choose, heuristic, key, uses_aten
+from effseg.kernels.choose import choose
+from effseg.kernels.config import Config, Problem, Triple, heuristic, key, uses_aten
 from effseg.kernels.search import disagreement, worst_row
 
 MODEL, CLASSES = "effseg-base", 15

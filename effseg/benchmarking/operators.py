@@ -23,6 +23,7 @@ from effseg.benchmarking.failure import Failure, attempt
 from effseg.benchmarking.record import Row
 from effseg.benchmarking.registry import NO_GPU, ONLY_COMPILED, Workload
 from effseg.benchmarking.timing import ROUNDS, Stopwatch, Times, filled, gpu_seconds, race
+from effseg.kernels.choose import choose
 from effseg.kernels.config import Problem, Triple
 from effseg.memory.step import DTYPES
 from effseg.models.levels import PRESETS
@@ -195,7 +196,7 @@ def _kernel_and_aten(problem: Problem, device: torch.device) -> dict[str, Run | 
     aten = torch.no_grad()(run.aten)
     if device.type != "cuda":
         return {"aten": aten, "triton": Failure("skipped", NO_GPU)}
-    chosen = config.choose(problem)
+    chosen = choose(problem)
     chosen = config.heuristic(problem) if config.uses_aten(chosen) else chosen
     kernel = torch.no_grad()(partial(run.kernel, chosen))
     return {"aten": aten, "triton": _checked(kernel, aten(), problem.dtype)}

@@ -48,7 +48,6 @@ def peak_training_memory(
     label_dtype: None: uint8 for networks of this package, int64 for those in stock torch.
     device: ``cpu`` or ``cuda``: where this package's networks would run, which work on thicker slabs and on
         more voxels at a time on a GPU. No GPU is needed.
-
     augmented: whether the batch is augmented on the device first, as `effseg train` does on a GPU.
 
     The step runs on fake tensors (shapes and dtypes, no numbers) through the real autograd engine, while

@@ -12,6 +12,7 @@ from effseg.benchmarking import kernel_checks, real_size
 from effseg.benchmarking.kernel_checks import Check
 from effseg.common.isolation import Loss
 from effseg.kernels import autotune, config, trials
+from effseg.kernels.choose import answering
 from effseg.kernels.config import INTERPRETER, LOOPS, Config, Problem
 from effseg.kernels.trials import Trial
 from effseg.tuning.problem_lists import Listed, write
@@ -140,9 +141,9 @@ def test_what_a_file_lists_is_not_listed_again(tmp_path, monkeypatch):
 
 def test_what_was_tuned_is_run_but_not_aten(monkeypatch):
     tuned = Config("tile", block_w=8, block_n=16, splits=2)
-    with config.answering(lambda _: tuned):
+    with answering(lambda _: tuned):
         assert kernel_checks.configuration(FOLD) == tuned
-    with config.answering(lambda _: Config(config.ATEN)):
+    with answering(lambda _: Config(config.ATEN)):
         assert kernel_checks.configuration(FOLD) == config.heuristic(FOLD)
 
 

@@ -11,7 +11,8 @@ import torch
 import effseg
 from effseg.kernels import autotune, config, search
 from effseg.kernels.autotune import Machine, TunedFile, tune
-from effseg.kernels.config import ATEN, INTERPRETER, LOOPS, Config, Problem, choose, key
+from effseg.kernels.choose import choose
+from effseg.kernels.config import ATEN, INTERPRETER, LOOPS, Config, Problem, key
 from effseg.kernels.search import Measurement, Search
 from effseg.kernels.trials import Trial, cropped, trial
 from effseg.models.effsegnet import EffSegNet

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from effseg.kernels import config, device, launch
+from effseg.kernels.choose import choose
 from effseg.kernels.config import Config
 
 
@@ -93,14 +94,14 @@ def test_configurations_are_those_of_the_gpu_of_a_tensor(gpus, tmp_path, monkeyp
     assert (second.architecture, second.gpu, second.multiprocessors) == (
         "sm_80", "nvidia-a100-sxm4-40gb", 108,
     )  # fmt: skip
-    assert (config.choose(first).splits, config.choose(second).splits) == (4 * 132, 4 * 108)
+    assert (choose(first).splits, choose(second).splits) == (4 * 132, 4 * 108)
     tuned = Config("tile", block_w=32, block_n=16, splits=7)
     path = config.cache_folder() / "nvidia-a100-sxm4-40gb.json"
     path.parent.mkdir(parents=True)
     path.write_text(config.tuned_document({config.key(second): tuned}))
     config.read_tuned.cache_clear()
-    assert config.choose(second) == tuned
-    assert config.choose(first).splits == 4 * 132
+    assert choose(second) == tuned
+    assert choose(first).splits == 4 * 132
     config.read_tuned.cache_clear()
 
 
