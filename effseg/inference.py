@@ -102,7 +102,7 @@ def predict_scan(
     del image
     if largest_component:
         classes = keep_largest_components(classes)
-    return preprocessing.restore(label_map.to_values(classes), prepared)
+    return label_map.to_values(preprocessing.restore(classes, prepared))
 
 
 @torch.no_grad()

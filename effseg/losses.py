@@ -173,7 +173,7 @@ def mean_dice_of_sums(
         intersection, sum_p, sum_t = (group.sum(x.sum(0)) for x in (intersection, sum_p, sum_t))
         return ratio(2 * intersection + smooth, sum_p + sum_t + smooth, 1.0).mean()
     dice = ratio(2 * intersection + smooth, sum_p + sum_t + smooth, 1.0)
-    return group.sum(dice.sum()) / group.sum(dice.new_tensor(dice.numel()))
+    return group.sum(dice.sum()) / group.sum(torch.full_like(dice[0, 0], dice.numel()))
 
 
 def _cross_entropy(

@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("patch_size", "spacing"):
         if values[name] is not None and len(values[name]) == 1:
             values[name] *= 3
+    windows = values.pop("window")
+    if windows is not None:
+        values["window"] = windows[0] if len(windows) == 1 else windows
     config = TrainingConfig.from_dict({name: values[name] for name in values if name != "run"})
     try:
         train(config, overwrite=overwrite, console=Console())
@@ -66,7 +69,12 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help="what to learn: a group of labels.json, GROUP:organ,organ or organ,organ (all)",
     )
     group.add_argument(
-        "--window", type=float, nargs=2, default=(-200.0, 400.0), metavar="HU", help="intensity window in HU"
+        "--window",
+        type=float,
+        nargs=2,
+        action="append",
+        metavar="HU",
+        help="intensity window in HU of the CT channels (default: -200 400); repeated, one for each channel",
     )
     group.add_argument(
         "--spacing",
@@ -94,6 +102,13 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         dest="augment",
         action="store_false",
         help="leave out random affine maps, intensities, noise",
+    )
+    group.add_argument(
+        "--augment-on",
+        choices=("auto", "cpu", "device"),
+        default="auto",
+        help="where volumes are augmented: in the threads that prepare them, or where the network is "
+        "(default: device on a GPU, cpu on a CPU); their noise differs",
     )
 
     group.add_argument(

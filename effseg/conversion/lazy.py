@@ -15,6 +15,7 @@ from effseg.conversion import watch
 from effseg.conversion.outputs import convolve
 from effseg.deferred import Deferred, plain
 from effseg.losses import LossOptions
+from effseg.settings import Captured
 from effseg.slabs import Window
 
 
@@ -61,12 +62,13 @@ class LazyTensor(Tensor):
     handlers: ClassVar[dict[Any, Handler]] = {}
     """By torch's function; an entry returns NotImplemented for arguments that it does not take."""
     _value: Value
+    _captured: Captured
 
     @staticmethod
     def __new__(cls, value: Value) -> LazyTensor:
         shape, device = tuple(value.shape), _device(value)
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=device)
-        made._value = value
+        made._value, made._captured = value, Captured()
         if torch.is_grad_enabled() and any(t.requires_grad for t in made.operands()):
             with torch._C.DisableTorchFunctionSubclass():
                 made.requires_grad_().register_hook(_refuse_gradient)
@@ -94,12 +96,11 @@ class LazyTensor(Tensor):
         return plain(self.materialise(), dtype)
 
     def materialise(self) -> Tensor:
-        """The values as an ordinary tensor; computed once."""
+        """The values as an ordinary tensor; computed once, with the settings under which it was made."""
         value = self.value
-        if isinstance(value, Convolution):
-            value, _, _ = convolve(value.x, value.weight, value.bias, value.window, statistics=False)
-        elif isinstance(value, Deferred):
-            value = functional.materialise(value)
+        if not isinstance(value, Tensor):
+            with self._captured.restored():
+                value = _computed(value)
         self.become(value)
         return value
 
@@ -113,7 +114,8 @@ class LazyTensor(Tensor):
         assert isinstance(self.value, Convolution)
         head = self.value
         chosen = {f.name: getattr(options, f.name) for f in fields(options)}
-        return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
+        with self._captured.restored():
+            return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
 
     def operands(self) -> tuple[Tensor, ...]:
         """The tensors that gradients reach."""
@@ -177,6 +179,12 @@ def lazy(value: Any) -> Any:
 
 def real(value: Any) -> Any:
     return value.materialise() if isinstance(value, LazyTensor) else value
+
+
+def _computed(value: Deferred | Convolution) -> Tensor:
+    if isinstance(value, Deferred):
+        return functional.materialise(value)
+    return convolve(value.x, value.weight, value.bias, value.window, statistics=False)[0]
 
 
 def _device(value: Value) -> torch.device:

@@ -14,9 +14,9 @@ from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import KeptOutputs
 from effseg.deferred import Deferred, Spec, plain
 from effseg.normalisation import frozen_running_statistics
-from effseg.settings import Setting
+from effseg.settings import Captured, Setting
 
-blocks_run_again: Setting[bool] = Setting("effseg_blocks_run_again", False)
+blocks_run_again: Setting[bool] = Setting("effseg_blocks_run_again", False, lasting=False)
 """Whether blocks do, in the pass that is under way."""
 
 
@@ -60,7 +60,7 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
 
     tensors = checkpoint(
         run, *start.tensors, use_reentrant=False, preserve_rng_state=_is_random(block),
-        context_fn=lambda: (nullcontext(), _second_pass(block)),
+        context_fn=lambda: (nullcontext(), _second_pass(block, Captured())),
     )  # fmt: skip
     kept.keep(tensors)
     return LazyTensor(Deferred(specs[0], tensors))
@@ -71,11 +71,11 @@ def _is_random(block: nn.Module) -> bool:
 
 
 @contextmanager
-def _second_pass(block: nn.Module) -> Iterator[None]:
-    """Running statistics and their counters stay as the first pass left them."""
+def _second_pass(block: nn.Module, captured: Captured) -> Iterator[None]:
+    """Settings are those of the first pass; running statistics and counters stay as it left them."""
     counters = [m.num_batches_tracked for m in block.modules() if isinstance(m, nn.BatchNorm3d)]
     before = [None if c is None else c.clone() for c in counters]
-    with frozen_running_statistics():
+    with captured.restored(), frozen_running_statistics():
         try:
             yield
         finally:

@@ -1,7 +1,7 @@
 """Which classes change places when a volume is mirrored left to right: told, never read out of names."""
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,26 @@ class RandomMirrorD(Randomizable, MapTransform):
         MapTransform.__init__(self, ("image", "labels"))
         self.pairs = pairs
 
+    def randomize(self, data: object = None) -> bool:
+        """Whether this volume is mirrored."""
+        return bool(self.R.random() < 0.5)
+
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        if self.R.random() >= 0.5:
+        if not self.randomize():
             return dict(data)
         image, labels = (data[key].flip(1) for key in ("image", "labels"))
-        if self.pairs:
-            table = torch.arange(LARGEST_LABEL + 1, dtype=torch.int32)
-            for first, second in self.pairs:
-                table[first], table[second] = second, first
-            table = table.to(labels)
-            for plane in labels[0]:  # an index is eight bytes a voxel
-                plane.copy_(table[plane.long()])
+        exchange(labels[0], self.pairs)
         return {**data, "image": image, "labels": labels}
+
+
+def exchange(parts: Iterable[torch.Tensor], pairs: Pairs) -> None:
+    """Let pairs of classes change places in parts of labels, in place: an index is eight bytes a voxel."""
+    if not pairs:
+        return
+    table = torch.arange(LARGEST_LABEL + 1, dtype=torch.int32)
+    for first, second in pairs:
+        table[first], table[second] = second, first
+    on_device: torch.Tensor | None = None  # one copy for all parts
+    for part in parts:
+        on_device = table.to(part) if on_device is None else on_device
+        part.copy_(on_device[part.long()])

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from effseg.data.preprocessing import Window, parse_window
 from effseg.errors import InputError
 
 # What may differ between a run and its continuation: nothing here changes a computed number,
@@ -44,12 +47,16 @@ class TrainingConfig:
     dtype: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on a CPU.
     ema: decay per step of a running mean of the weights which then is validated and saved; 0: none.
     augment: random affine maps, intensities and noise for the training cases.
+    augment_on: where that runs: "cpu", in the threads that prepare batches, "device", where the network is,
+        or "auto": device on CUDA, else cpu. Their noise differs.
     mirror: "left-right" mirrors every second training volume, too, and needs to be told in mirror_pairs, or
         in the data's description, which labels then change places: see `effseg.data.mirroring.mirror_pairs`.
     patch_size: train on random patches of that many voxels (R, A, S axes) instead of whole volumes and
         validate by a sliding window; None: whole volumes.
-    window: HU limits of the intensity window. spacing: voxel size in mm (R, A, S) to resample to;
-        None: every scan's own. crop: "body" or "none". margin: mm kept around the body.
+    window: HU limits of the intensity window of all CT channels (those that dataset.json calls otherwise are
+        standardised), or limits for each channel, None to standardise it. spacing: voxel size in mm
+        (R, A, S) to resample to; None: every scan's own. crop: "body" or "none". margin: mm kept around the
+        body.
     validation_interval, checkpoint_interval: in steps.
     seed: with the step number it determines every random choice.
     workers: background threads that prepare batches; 0 prepares them between steps.
@@ -88,10 +95,11 @@ class TrainingConfig:
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     ema: float = 0.0
     augment: bool = True
+    augment_on: Literal["auto", "cpu", "device"] = "auto"
     mirror: Literal["none", "left-right"] = "none"
     mirror_pairs: str | None = None
     patch_size: tuple[int, int, int] | None = None
-    window: tuple[float, float] = (-200.0, 400.0)
+    window: Window | tuple[Window | None, ...] = (-200.0, 400.0)
     spacing: tuple[float, float, float] | None = None
     crop: Literal["body", "none"] = "body"
     margin: float = 5.0
@@ -108,9 +116,10 @@ class TrainingConfig:
         for name in ("cache", "init"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else Path(value))
-        for name, kind in (("patch_size", int), ("window", float), ("spacing", float)):
+        for name, kind in (("patch_size", int), ("spacing", float)):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(map(kind, value)))
+        object.__setattr__(self, "window", parse_window(self.window))
         self._check()
 
     def _check(self) -> None:
@@ -151,8 +160,6 @@ class TrainingConfig:
         _demand(self, "patch_size", good, "3 sizes in voxels")
         good = spacing is None or (len(spacing) == 3 and 0 < min(spacing) <= max(spacing) < math.inf)
         _demand(self, "spacing", good, "3 sizes in mm above 0")
-        good = len(self.window) == 2 and -math.inf < self.window[0] < self.window[1] < math.inf
-        _demand(self, "window", good, "a lower and a higher limit in HU")
 
     @property
     def peak_rate(self) -> float:
@@ -160,6 +167,11 @@ class TrainingConfig:
         if self.learning_rate is not None:
             return self.learning_rate
         return 4e-3 if self.model.startswith("effseg") else 1e-3
+
+    def augments_on(self, device: torch.device) -> bool:
+        """Whether cases are augmented on `device`, where the network is, and not ahead on the CPU."""
+        on_device = self.augment_on == "device" or (self.augment_on == "auto" and device.type != "cpu")
+        return self.augment and on_device
 
     @property
     def validates(self) -> bool:
@@ -200,6 +212,7 @@ _CHOICES = {
     "memory": ("raw", "stream", "auto"),
     "class_weights": ("sqrt", "none"),
     "dtype": ("auto", "bf16", "fp32"),
+    "augment_on": ("auto", "cpu", "device"),
     "crop": ("body", "none"),
     "mirror": ("none", "left-right"),
 }

@@ -2,15 +2,15 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from effseg.data.augmentation import Augmentation, augmentation
-from effseg.data.cache import CachedCase, prepare_case
+from effseg.data.cache import CachedCase, WholeCase, prepare_case, prepare_whole_case
 from effseg.data.cases import (
     SPLITS,
     Case,
@@ -24,6 +24,7 @@ from effseg.data.cases import (
 )
 from effseg.data.description import same_text
 from effseg.data.identity import case_identity
+from effseg.data.intensities import channel_names, is_ct, listed
 from effseg.data.labels import LabelMap, load_label_map
 from effseg.data.mirroring import Pairs, described_pairs, mirror_pairs
 from effseg.data.preprocessing import Preprocessing
@@ -33,6 +34,7 @@ from effseg.training.distributed import World
 from effseg.training.runs import RunRecord, check_labels, read_record, recorded_split, twins
 
 SAY_EVERY = 10.0  # seconds
+MOST_NOTES = 10
 
 Prepared = TypeVar("Prepared")
 
@@ -45,7 +47,7 @@ class TrainingData:
     label_map: LabelMap
     preprocessing: Preprocessing
     training: list[CachedCase]
-    validation: list[CachedCase]
+    validation: list[WholeCase]
     augment: Augmentation | None
     record: RunRecord
     resumed: RunRecord | None = None
@@ -106,20 +108,24 @@ def load_training_data(
     if resumed is not None:
         check_labels(resumed, label_map, mirror, config)
     parts = world.from_main(lambda: split(config, say, anew))
-    preprocessing = Preprocessing(
-        window=config.window, spacing=config.spacing, crop=config.crop, margin=config.margin
-    )
-    folder = config.cache or config.output / "cache"
-    prepare = partial(prepare_case, preprocessing=preprocessing, label_map=label_map, folder=folder)
-    training, validation = (_prepare(part, prepare, config, world, say) for part in parts)
+    preprocessing = _preprocessing(config, say)
+    how: dict[str, Any] = {
+        "preprocessing": preprocessing,
+        "label_map": label_map,
+        "folder": config.cache or config.output / "cache",
+    }
+    training = _prepare(parts[0], partial(prepare_case, **how), config, world, say)
+    validation = _prepare(parts[1], partial(prepare_whole_case, **how), config, world, say)
     if not training:
         raise InputError(f"{config.data}: no case is left to train on")
+    cases: list[CachedCase | WholeCase] = [*training, *validation]
+    _tell([note for case in cases for note in case.notes], say)
     data = TrainingData(
         label_map,
         preprocessing,
         training,
         validation,
-        augmentation(mirror) if config.augment else None,
+        augmentation(mirror, on_device=config.augments_on(world.device)) if config.augment else None,
         resumed or world.from_main(lambda: _record(label_map, mirror, parts, (training, validation))),
         resumed,
     )
@@ -133,7 +139,7 @@ def _record(
     label_map: LabelMap,
     mirror: Pairs | None,
     parts: tuple[list[Case], list[Case]],
-    prepared: tuple[list[CachedCase], list[CachedCase]],
+    prepared: tuple[list[CachedCase], list[WholeCase]],
 ) -> RunRecord:
     """Of the cases that could be prepared."""
     training, validation = (tuple(case.name for case in part) for part in prepared)
@@ -202,6 +208,23 @@ def _with_gone(config: TrainingConfig, found: Found) -> dict[str, str]:
     return missing | {name: f"{SPLITS}: case {name!r} of the fold is not there" for name in gone}
 
 
+def _preprocessing(config: TrainingConfig, say: Callable[[str], None]) -> Preprocessing:
+    """What `config` says; one window is that of the CT channels, others by name are standardised."""
+    preprocessing = Preprocessing(
+        window=config.window, spacing=config.spacing, crop=config.crop, margin=config.margin
+    )
+    names = channel_names(config.data)
+    if names is None:
+        return preprocessing
+    windows = preprocessing.windows(len(names))
+    if preprocessing.window == windows[0]:  # one for all
+        windows = tuple(windows[0] if is_ct(name) else None for name in names)
+    if None not in windows:
+        return preprocessing
+    say(f"channels {', '.join(names)}: {listed(windows)}")
+    return replace(preprocessing, window=windows)
+
+
 def _prepare(
     cases: list[Case],
     prepare: Callable[[Case], Prepared],
@@ -233,15 +256,22 @@ def _prepare(
     return [prepare(case) for case in cases if case.name not in lost]
 
 
+def _tell(notes: Sequence[str], say: Callable[[str], None]) -> None:
+    for note in notes[:MOST_NOTES]:
+        say(f"warning: {note}")
+    if len(notes) > MOST_NOTES:
+        say(f"warning: ... and {len(notes) - MOST_NOTES} more such notes on the cases")
+
+
 def _check(data: TrainingData, config: TrainingConfig) -> None:
-    cases = data.training + data.validation
+    cases: list[CachedCase | WholeCase] = [*data.training, *data.validation]
     for case in cases:
         if case.image.shape[0] != data.channels:
             raise InputError(
                 f"case {case.name}: expected {data.channels} channels like {cases[0].name}, "
                 f"got {case.image.shape[0]}"
             )
-        patch, size = config.patch_size, case.labels.shape
+        patch, size = config.patch_size, case.image.shape[1:]
         if patch is not None and any(wanted > extent for wanted, extent in zip(patch, size, strict=True)):
             raise InputError(
                 f"patch_size: expected at most {_size(size)}, the prepared size of case {case.name}, "

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from effseg.data.cache import CachedCase
+from effseg.data.cache import WholeCase
 from effseg.device import trim_freed_memory
 from effseg.errors import InputError
 from effseg.inference import segment
@@ -37,6 +37,8 @@ from effseg.training.runs import RunRecord, renamed
 from effseg.training.sampling import Sampler
 from effseg.training.state import RunState
 from effseg.training.validation import validate
+
+DEVIATIONS = (-2.0, 2.0)  # drawn black and white where a channel is standardised
 
 
 def train(
@@ -110,6 +112,7 @@ class _Run:
             self.data.augment,
             config.patch_size,
             pin=device.type == "cuda",
+            augment_on=device if config.augments_on(device) else None,
         )
         ahead = batches.ahead(state.step, self.steps, config.workers)
         spent, before = 0.0, state.seconds
@@ -155,6 +158,7 @@ class _Run:
             dice = validate(
                 self.data.validation,
                 self._segment,
+                self.data.preprocessing,
                 labels.num_classes,
                 self.data.ignore,
                 self.world,
@@ -169,22 +173,24 @@ class _Run:
         display.validation(state.step, self.data.organs, dice)
         return dice
 
-    def _segment(self, case: CachedCase) -> np.ndarray:
+    def _segment(self, case: WholeCase) -> np.ndarray:
         image = self.data.preprocessing.normalise(case.image)[None]
         bf16 = uses_bf16(self.config, self.world.device)
         return segment(self.model, image, bf16=bf16, patch_size=self.config.patch_size)[0].numpy()
 
-    def _overlay(self, case: CachedCase, prediction: np.ndarray) -> None:
+    def _overlay(self, case: WholeCase, prediction: np.ndarray) -> None:
         from effseg.figures import draw_overlay
 
+        preprocessing = self.data.preprocessing
+        reference = preprocessing.prepare_labels(np.asarray(case.labels), case.prepared)
         draw_overlay(
             np.asarray(case.image[0]),
             prediction,
             self.data.label_map.names,
             self.config.output / "overlays" / f"step-{self.state.step:08d}_{case.name}.png",
-            reference=np.where(case.labels == self.data.ignore, 0, case.labels),
+            reference=np.where(reference == self.data.ignore, 0, reference),
             spacing=case.spacing,
-            window=self.config.window,
+            window=preprocessing.windows(self.data.channels)[0] or DEVIATIONS,
         )
 
     def _draw_curves(self) -> None:

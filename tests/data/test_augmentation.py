@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from effseg.data import augmentation as module
+from effseg.data import device_augmentation
 from effseg.data.augmentation import RandomPoseD, augmentation
+from effseg.data.mirroring import Pairs
 from effseg.data.preprocessing import AIR
 
 
@@ -123,7 +124,7 @@ class TestPose:
     def test_a_shift_by_whole_voxels_brings_in_air(
         self, slab_voxels: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "_SLAB_VOXELS", slab_voxels)
+        monkeypatch.setattr(device_augmentation, "SLAB_VOXELS", slab_voxels)
         image, labels = sample()
         matrix = np.eye(4)
         matrix[:3, 3] = 3, -2, 0
@@ -139,7 +140,7 @@ class TestPose:
         matrix = RandomPoseD(1.0, (3.0, 1.0, 2.0)).set_random_state(5).randomize((20, 18, 16))
         assert matrix is not None
         whole = self.pose(matrix, image, labels)
-        monkeypatch.setattr(module, "_SLAB_VOXELS", 18 * 16 * 3)
+        monkeypatch.setattr(device_augmentation, "SLAB_VOXELS", 18 * 16 * 3)
         slabs = self.pose(matrix, image, labels)
         torch.testing.assert_close(whole["image"], slabs["image"], atol=1e-4, rtol=0)
         assert (whole["labels"] == slabs["labels"]).float().mean() > 0.999
@@ -171,3 +172,69 @@ class TestPose:
         strong = [augmentation(strength=1.0)(image, labels, seed)[0] for seed in range(8)]
         for less, more in zip(weak, strong, strict=True):
             assert (less - image).abs().mean() < (more - image).abs().mean()
+
+
+class TestOnDevice:
+    """The path of a GPU, on the CPU's tensors."""
+
+    @pytest.mark.parametrize("slab_voxels", [1, 18 * 16 * 3, 1 << 21])
+    @pytest.mark.parametrize("mirror", [None, (), ((1, 2), (3, 4))])
+    def test_as_on_the_cpu_but_for_the_noise(
+        self, mirror: Pairs | None, slab_voxels: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(device_augmentation, "SLAB_VOXELS", slab_voxels)
+        image, labels = sample()
+        image = torch.cat([image, image.flip(1)])
+        here, there = augmentation(mirror), augmentation(mirror, on_device=True)
+        noisy = 0
+        for seed in range(24):
+            expected = here(image, labels, seed, (1.0, 2.0, 3.0))
+            given = there(image.clone(), labels, seed, (1.0, 2.0, 3.0))
+            assert torch.equal(given[1], expected[1])
+            assert given[1].dtype == labels.dtype
+            assert type(given[0]) is torch.Tensor
+            difference = (given[0] - expected[0]).abs()
+            # Rounding of values of up to 1.5 * 1.1 + 0.1, in a few operations; noise is far above it.
+            if difference.max() > 16 * torch.finfo(torch.float32).eps:
+                noisy += 1
+                assert difference.std() > 1e-4
+        assert 2 <= noisy <= 14  # 3 in 10
+
+    def test_noise_of_the_deviation_that_is_drawn(self) -> None:
+        clean = device_augmentation.Changes()
+        noisy = device_augmentation.Changes(noise=0.05)
+        image, labels = torch.zeros(2, 40, 40, 40), torch.zeros(40, 40, 40, dtype=torch.uint8)
+        found = device_augmentation.change(image.clone(), labels, noisy, 7)[0]
+        again = device_augmentation.change(image.clone(), labels, noisy, 7)[0]
+        other = device_augmentation.change(image.clone(), labels, noisy, 8)[0]
+        assert torch.equal(found, again)
+        assert torch.equal(device_augmentation.change(image.clone(), labels, clean, 7)[0], image)
+        # Of 128,000 independent numbers: five standard errors of mean, deviation and correlation.
+        standard_error = 0.05 / found.numel() ** 0.5
+        assert abs(found.mean()) < 5 * standard_error
+        assert abs(found.std() - 0.05) < 5 * standard_error / 2**0.5
+        pairs = torch.stack([found.flatten(), other.flatten()]), found.flatten(1), found[0].flatten(1)
+        for rows in pairs:  # seeds, channels, planes
+            correlation = torch.corrcoef(rows[:2])[0, 1]
+            assert abs(correlation) < 5 / rows.shape[1] ** 0.5
+
+    def test_the_noise_is_as_strong_as_on_the_cpu(self) -> None:
+        """A seed draws one deviation for both."""
+        image, labels = torch.zeros(1, 40, 40, 40), torch.zeros(40, 40, 40, dtype=torch.uint8)
+        seen = 0
+        for seed in range(40):
+            spreads = [
+                augmentation(on_device=on_device)(image.clone(), labels, seed)[0][:, 18:22, 18:22].std()
+                for on_device in (False, True)
+            ]
+            if max(spreads) > 1e-3:
+                seen += 1
+                assert 0.7 < spreads[0] / spreads[1] < 1.4  # of 640 numbers each: 2.8 %
+        assert seen > 3
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 5), (3, 1, 2)])
+    def test_thin_volumes(self, shape: tuple[int, int, int]) -> None:
+        for seed in range(6):
+            image, labels = sample(shape)
+            expected = augmentation(())(image, labels, seed)[1]
+            assert torch.equal(augmentation((), on_device=True)(image, labels, seed)[1], expected)
