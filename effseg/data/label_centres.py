@@ -11,7 +11,7 @@ import numpy as np
 
 NEARLY_EVEN = 0.7  # largest difference between the shares of two classes of which either may be taken
 TOLERANCE = 0.01  # fine voxels
-_ROUNDS = 12  # for each organ; about 5 are needed
+_ROUNDS = 100  # for each organ; about 5 are needed
 _PAIRED = 200  # voxels of which any two are tried together, where no single one helps
 _LEAST = 1e-9  # squared fine voxels: what is gained by less is rounding
 
@@ -96,9 +96,13 @@ class _Balance:
         good = np.flatnonzero(gain > _LEAST)
         good = good[np.argsort(undecided.margin[chosen[good]] / gain[good], kind="stable")]
         course = ((errors[organ] + np.cumsum(own[good], axis=0)) ** 2).sum(1)
-        attempts = (
-            [chosen[good[: course.argmin() + 1]], chosen[good[[gain[good].argmax()]]]] if len(good) else []
-        )
+        # Together they may move a neighbour too far: then fewer at once, down to the best one alone.
+        attempts, number = [], int(course.argmin()) + 1 if len(good) else 0
+        while number:
+            attempts.append(chosen[good[:number]])
+            number //= 3
+        if len(good):
+            attempts.append(chosen[good[[gain[good].argmax()]]])
         few = np.argsort(undecided.margin[chosen], kind="stable")[:_PAIRED]
         if len(few) > 1:
             both = (
@@ -109,15 +113,13 @@ class _Balance:
         return any(self._exchange_if_better(which) for which in attempts)
 
     def _exchange_if_better(self, which: np.ndarray) -> bool:
+        """Exchange, and back if centres are not nearer in sum or an organ has lost its last voxel."""
         before = (self._errors() ** 2).sum()
         self._exchange(which)
-        if (self._errors() ** 2).sum() < before - _LEAST and self.counts[
-            self.undecided.other[which]
-        ].min() > 0:
+        losers = self.undecided.other[which]
+        if self.counts[losers].min() > 0 and (self._errors() ** 2).sum() < before - _LEAST:
             return True
-        self._exchange(
-            which
-        )  # back: together they move a neighbour too far, or the last voxel of an organ is gone
+        self._exchange(which)
         return False
 
     def _exchange(self, which: np.ndarray) -> None:

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.nifti1 import Nifti1Extension
 from nibabel.openers import ImageOpener
+from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import array_from_file
 from nibabel.wrapstruct import WrapStructError
@@ -31,6 +32,7 @@ _INT16 = np.iinfo(np.int16)
 _DRAIN = 1 << 20
 _MOST_DEFLATED = 1032  # times smaller is what deflate makes of zeros
 _DAMAGE = (OSError, EOFError, zlib.error, MemoryError, OverflowError)
+_LAST_CODE = 5  # of what a qform or sform refers to
 _ROUNDING = 1e-4  # what rounding may add to the square of a quaternion's length; 1 degree
 _WHOLE = 1e-3  # how far a label may lie from a whole number, beside the steps in which the file is stored
 _COARSEST = 0.5  # step of label files that is made up for: labels are still told apart
@@ -155,9 +157,7 @@ def _read(path: Path) -> tuple[np.ndarray, tuple[float, float], Grid]:
     with _damage_reported(path), ImageOpener(str(path)) as file:
         header = _mended(_read_header(file, path), path)
         grid = _grid(header, path)
-        dtype = header.get_data_dtype()
-        if dtype.kind not in "iuf":
-            raise InputError(f"{path}: expected integer or real voxels, found {dtype}")
+        dtype = _dtype(header, path)
         slope, inter = header.get_slope_inter()
         offset = _offset(header, path)
         _check_size(path, offset + math.prod(grid.shape) * dtype.itemsize)
@@ -166,6 +166,19 @@ def _read(path: Path) -> tuple[np.ndarray, tuple[float, float], Grid]:
         while file.read(_DRAIN):  # gzip compares its checksum at the end of the stream
             pass
     return raw, (slope or 1.0, inter or 0.0), grid
+
+
+def _dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
+    try:
+        dtype = header.get_data_dtype()
+    except (KeyError, HeaderDataError):
+        code = int(header["datatype"])
+        raise InputError(
+            f"{path}: expected integer or real voxels, found the unknown datatype {code}"
+        ) from None
+    if dtype.kind not in "iuf":
+        raise InputError(f"{path}: expected integer or real voxels, found {dtype}")
+    return dtype
 
 
 def _check_size(path: Path, wanted: int) -> None:
@@ -204,7 +217,11 @@ def _mended(header: nib.Nifti1Header, path: Path) -> nib.Nifti1Header:
     header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])  # as nibabel does: a distance has no sign
     if header["pixdim"][0] == 0:
         header["pixdim"][0] = 1
-    if header["qform_code"] > 0 and not header["sform_code"] > 0:
+    for name in ("qform_code", "sform_code"):
+        if header[name] > _LAST_CODE:
+            raise InputError(f"{path}: expected a {name} from 0 to {_LAST_CODE}, found {int(header[name])}")
+        header[name] = max(0, int(header[name]))  # the standard uses those above 0 only
+    if header["qform_code"] > 0 and header["sform_code"] == 0:
         names = ("quatern_b", "quatern_c", "quatern_d")
         length = float(np.linalg.norm([np.float64(header[name]) for name in names]))
         if 1 < length**2 <= 1 + _ROUNDING:
@@ -232,7 +249,8 @@ def _grid(header: nib.Nifti1Header, path: Path) -> Grid:
     if not np.all(np.isfinite(affine)):
         raise InputError(f"{path}: the affine in its header holds NaN or infinite numbers")
     axes = affine[:3, :3]
-    if abs(np.linalg.det(axes)) <= 1e-6 * np.prod(np.linalg.norm(axes, axis=0)):
+    singular = abs(np.linalg.det(axes)) <= 1e-6 * np.prod(np.linalg.norm(axes, axis=0))
+    if singular or np.isnan(io_orientation(affine)).any():  # NaN: an axis too short to have a direction
         raise InputError(f"{path}: the affine in its header is singular")
     return Grid((shape[0], shape[1], shape[2]), affine, header)
 

@@ -43,7 +43,9 @@ def test_every_organ_stays_where_it_is(factors: tuple[float, ...], seed: int) ->
         size = np.count_nonzero(resampled == organ)
         # One voxel of a few dozen moves their centre by more than the tolerance.
         assert (abs(after - before) / np.minimum(1, step)).max() <= (2 * TOLERANCE if size > 400 else 0.15)
-        assert size * step.prod() == pytest.approx(np.count_nonzero(labels == organ), rel=0.15)
+        assert size * step.prod() == pytest.approx(
+            np.count_nonzero(labels == organ), rel=0.1 if size > 400 else 0.3
+        )
 
 
 @settings(max_examples=30, deadline=None)
