@@ -23,6 +23,7 @@ _PATCH = 3  # what the seed sequence is for, beside those of sampling.py
 
 Triple = tuple[int, int, int]
 Region = tuple[slice, ...]
+WHOLE: Region = (slice(None),) * 4
 Volume = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -89,7 +90,7 @@ class Batches:
 
     def _sample(self, draw: Draw) -> _Sample:
         case = self.cases[draw.case]
-        region = inside = (slice(None),) * 4
+        region = inside = WHOLE
         if self.patch_size is not None:
             rng = np.random.default_rng((_PATCH, draw.seed))
             start = patch_start(case.labels, case.counts, self.patch_size, rng)
