@@ -210,6 +210,7 @@ def _mended(header: nib.Nifti1Header, path: Path) -> nib.Nifti1Header:
     header = header.copy()
     if isinstance(header, nib.Nifti2Header) and header["eol_check"].tolist() not in _LINE_ENDS:
         raise InputError(f"{path}: damaged: its line ends were changed, as of a text")
+    header["sizeof_hdr"] = header.sizeof_hdr
     header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])  # as nibabel does: a distance has no sign
     if header["pixdim"][0] == 0:
         header["pixdim"][0] = 1
