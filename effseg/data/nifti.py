@@ -32,6 +32,7 @@ _INT16 = np.iinfo(np.int16)
 _DRAIN = 1 << 20
 _MOST_DEFLATED = 1032  # times smaller is what deflate makes of zeros
 _DAMAGE = (OSError, EOFError, zlib.error, MemoryError, OverflowError)
+_LINE_ENDS = ([13, 10, 26, 10], [0, 0, 0, 0])  # in the header, for this check
 _LAST_CODE = 5  # of what a qform or sform refers to
 _ROUNDING = 1e-4  # what rounding may add to the square of a quaternion's length; 1 degree
 _WHOLE = 1e-3  # how far a label may lie from a whole number, beside the steps in which the file is stored
@@ -206,7 +207,7 @@ def _read_header(file: ImageOpener, path: Path) -> nib.Nifti1Header:
     for header_class in (nib.Nifti1Header, nib.Nifti2Header):
         if header_class.may_contain_header(block):
             header = header_class(block[: header_class.template_dtype.itemsize], check=False)
-            if header["magic"].item()[:2] == b"n+":
+            if header["magic"].item() == header_class.single_magic:
                 return header
     raise DamagedFile(f"{path}: no NIfTI file: its header is none")
 
@@ -214,6 +215,9 @@ def _read_header(file: ImageOpener, path: Path) -> nib.Nifti1Header:
 def _mended(header: nib.Nifti1Header, path: Path) -> nib.Nifti1Header:
     """`header` with what the standard, or rounding, leaves open filled in; what is written has it, too."""
     header = header.copy()
+    if isinstance(header, nib.Nifti2Header) and header["eol_check"].tolist() not in _LINE_ENDS:
+        raise InputError(f"{path}: damaged: its line ends were changed, as of a text")
+    header["sizeof_hdr"] = header.sizeof_hdr
     header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])  # as nibabel does: a distance has no sign
     if header["pixdim"][0] == 0:
         header["pixdim"][0] = 1
@@ -245,11 +249,12 @@ def _grid(header: nib.Nifti1Header, path: Path) -> Grid:
     if not np.all(np.isfinite(sizes)) or np.any(sizes == 0):
         found = " x ".join(f"{size:g}" for size in sizes)
         raise InputError(f"{path}: expected positive voxel sizes in mm, found {found}")
-    affine = header.get_best_affine().astype(np.float64)
-    if not np.all(np.isfinite(affine)):
+    with np.errstate(all="ignore"):  # what overflows is not finite
+        affine = header.get_best_affine().astype(np.float64)
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.all(np.isfinite([*affine.ravel(), *lengths])):
         raise InputError(f"{path}: the affine in its header holds NaN or infinite numbers")
-    axes = affine[:3, :3]
-    singular = abs(np.linalg.det(axes)) <= 1e-6 * np.prod(np.linalg.norm(axes, axis=0))
+    singular = not lengths.all() or abs(np.linalg.det(affine[:3, :3] / lengths)) <= 1e-6
     if singular or np.isnan(io_orientation(affine)).any():  # NaN: an axis too short to have a direction
         raise InputError(f"{path}: the affine in its header is singular")
     return Grid((shape[0], shape[1], shape[2]), affine, header)

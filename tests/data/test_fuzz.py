@@ -143,6 +143,6 @@ def test_2000_files_through_the_command_line(tmp_path: Path, capsys: pytest.Capt
         left = list(output.parent.iterdir()) if output.parent.exists() else []
         assert left == ([output] if code == 0 else [])
         if code == 0:
-            assert nib.load(output).shape[:3] == nib.load(path).shape[:3]
+            assert nib.load(output).get_data_dtype() == np.uint8
             output.unlink()
         path.unlink()
