@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from effseg import algorithm
-from effseg.benchmarking import traffic
+from effseg.benchmarking import results, traffic
 from effseg.benchmarking.failure import Failure, attempt
 from effseg.benchmarking.record import Row
 from effseg.benchmarking.registry import NO_GPU, ONLY_COMPILED, Workload
 from effseg.benchmarking.timing import ROUNDS, Stopwatch, Times, filled, gpu_seconds, race
+from effseg.errors import InputError
 from effseg.kernels.choose import choose
 from effseg.kernels.config import Problem, Triple
 from effseg.memory.step import DTYPES
 from effseg.models.levels import PRESETS
 from effseg.modules import ConvNormAct3d
+from effseg.tuning.problem_lists import Listed, read
 
 MODEL = "effseg-base"
 LEVELS = PRESETS["base"].widths[:4]
@@ -154,9 +157,25 @@ def problems(workload: Workload, dtype: str, device: torch.device) -> list[Probl
 
 @lru_cache(maxsize=16)
 def _asked(workload: Workload, dtype: str, architecture: str) -> list[Problem]:
+    """As the committed list says, for what a GPU should not wait; else as a step on fake tensors does."""
     from effseg.kernels import autotune
 
-    return autotune.problems(MODEL, workload.volume, [dtype], workload.classes, architecture)
+    listed = Listed(MODEL, workload.volume, dtype, workload.classes, architecture)
+    known = _committed().get(listed)
+    if known is not None:
+        return known
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a network that is not trained
+        return autotune.problems(MODEL, workload.volume, [dtype], workload.classes, architecture)
+
+
+@cache
+def _committed() -> dict[Listed, list[Problem]]:
+    """None outside a checkout."""
+    try:
+        return read(results.FOLDER.with_name("problems.json"))
+    except (InputError, OSError):
+        return {}
 
 
 def _is_of(problem: Problem, dtype: str, op: str, channels: int, out_channels: int, kernel: Triple) -> bool:

@@ -83,7 +83,7 @@ def _asked(run: Callable[[Tell], object], tell: Tell, silence: float, deadline: 
             process.kill()
             process.join(PATIENCE)
             if errors.exists():
-                sys.stderr.write(errors.read_text(errors="replace"))
+                sys.stderr.write(errors.read_text(encoding="utf-8", errors="replace"))
 
 
 def _followed(pipe: Connection, tell: Tell, silence: float, deadline: float) -> _Ended | None:
@@ -109,7 +109,7 @@ def _end(process: multiprocessing.process.BaseProcess) -> str:
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
     last = next((line for line in reversed(lines) if line.strip()), "")
     return f": {' '.join(last.split())[:MOST_CHARACTERS]}" if last else ""
 

@@ -97,10 +97,15 @@ def exchange(parts: Iterable[torch.Tensor], pairs: Pairs) -> None:
     """Let pairs of classes change places in parts of labels, in place: an index is eight bytes a voxel."""
     if not pairs:
         return
-    table = torch.arange(LARGEST_LABEL + 1, dtype=torch.int32)
+    table: torch.Tensor | None = None  # one for all parts, where they are
+    for part in parts:
+        table = _exchanged(pairs, part) if table is None else table
+        part.copy_(table[part.long()])
+
+
+def _exchanged(pairs: Pairs, like: torch.Tensor) -> torch.Tensor:
+    """The class that takes each one's place."""
+    table = torch.arange(LARGEST_LABEL + 1, dtype=torch.int32, device=like.device)
     for first, second in pairs:
         table[first], table[second] = second, first
-    on_device: torch.Tensor | None = None  # one copy for all parts
-    for part in parts:
-        on_device = table.to(part) if on_device is None else on_device
-        part.copy_(on_device[part.long()])
+    return table.to(like.dtype)
