@@ -1,5 +1,6 @@
 """Flags and fixtures that every test shares."""
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -65,6 +66,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in skipped:
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: predictions of memory collect garbage first, and need not walk through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

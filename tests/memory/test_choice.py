@@ -242,6 +242,8 @@ def test_the_network_of_a_choice_is_the_one_that_is_trained():
         ({"dtype": "fp8"}, "dtype: expected one of fp32, bf16, got 'fp8'"),
         ({"device": "tpu"}, "device: expected one of cpu, cuda, got 'tpu'"),
         ({"shape": (1, 2, 32, 32, 32)}, r"image: expected \(N, 1, D, H, W\)"),
+        ({"shape": (1, 32, 32, 32)}, r"shape: expected \(N, C, D, H, W\)"),
+        ({"shape": (1, 1, 0, 32, 32)}, r"shape: expected \(N, C, D, H, W\), each 1 or more"),
     ],
 )
 def test_wrong_arguments_are_named(change, line):
