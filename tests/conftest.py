@@ -86,6 +86,16 @@ def kernel_device(pytestconfig: pytest.Config) -> torch.device:
     return torch.device("cuda" if pytestconfig.getoption("--gpu") else "cpu")
 
 
+@pytest.fixture
+def small_preset(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a preset with all that presets are made of, in few channels and levels: predictions on fake
+    tensors and steps in the interpreter cost by the layer."""
+    from effseg.models.levels import PRESETS, Architecture
+
+    monkeypatch.setitem(PRESETS, "small", Architecture((16, 16, 24), (0, 1, 1)))
+    return "small"
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real CT beside the repository; tests that use it are skipped where it is absent."""
