@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported stays: predictions of memory collect garbage first, and need not walk through it."""
+    """What has been imported stays: collections, with which predictions of memory begin, pass over it."""
     gc.collect()
     gc.freeze()
 

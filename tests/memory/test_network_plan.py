@@ -67,7 +67,7 @@ def test_plans_name_a_network_that_is_there(tmp_path):
 @pytest.fixture(scope="module")
 def answer():
     pytest.importorskip("dynamic_network_architectures")
-    return plan_network(read_plans(PLANS, "small_batch", classes=3), 6 * 10**7, headroom=0.0)
+    return plan_network(read_plans(PLANS, classes=3), 10**8, headroom=0.0)
 
 
 def test_conversion_saves_memory_and_takes_larger_patches(answer):
@@ -91,8 +91,8 @@ def test_command_prints_a_table_or_json(answer, monkeypatch, capsys):
     command = ["plan", "--network", str(PLANS), "--classes", "3", "--gpu-memory", "100MB"]
     assert cli.main(command) == 0
     out = capsys.readouterr().out
-    assert "PlainConvUNet, small_batch:" in out
-    assert "patch 16x32x32, batch 1" in out
+    assert "PlainConvUNet, 3d_fullres:" in out
+    assert "patch 16x32x32, batch 2" in out
     assert cli.main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == answer.to_dict()
 
