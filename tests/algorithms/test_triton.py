@@ -184,7 +184,7 @@ def test_two_runs_give_the_same_bits():
 @pytest.mark.parametrize(
     ("preset", "memory", "size"),
     [
-        ("small", "stream", (64, 48, 48)),
+        ("small", "stream", (192, 192, 192)),
         pytest.param("base", "stream", (192, 192, 192), marks=pytest.mark.slow),
         pytest.param("base", "raw", (192, 192, 192), marks=pytest.mark.slow),
     ],
