@@ -12,6 +12,7 @@ from effseg.benchmarking.registry import (
     NO_GPU,
     ONLY_COMPILED,
     ONLY_FULL,
+    Workload,
     contenders,
     select,
 )
@@ -45,14 +46,19 @@ def nothing_runs(monkeypatch):
 
 @pytest.fixture
 def few_operators(monkeypatch):
-    """Those of a network of two levels: what base asks for takes a dozen seconds to list."""
+    """Those of a network of two levels on a small volume in one memory mode: to list what base asks for
+    takes a dozen seconds."""
     pytest.importorskip("triton")
     from effseg.benchmarking import operators
     from effseg.kernels import autotune
 
     monkeypatch.setitem(PRESETS, "small", Architecture((16, 32), (0, 1)))
     monkeypatch.setattr(autotune, "build_model", lambda name, *sizes: EffSegNet(*sizes, preset="small"))
+    monkeypatch.setattr(autotune, "MEMORY", ("raw",))
     monkeypatch.setattr(operators, "LEVELS", (16,))
+    small = Workload((16, 16, 16))
+    monkeypatch.setattr(suites, "workloads", lambda: {small.name: small})
+    monkeypatch.setattr(suites, "OPERATORS", ((small.name,),) * 2)
     operators._asked.cache_clear()
     yield
     operators._asked.cache_clear()
@@ -147,8 +153,7 @@ def test_an_interrupted_run_keeps_what_it_has(nothing_runs, tmp_path):
 
 
 @pytest.mark.usefixtures("few_operators")
-def test_kernels_are_listed_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(suites, "OPERATORS", (("64x64x64, 15 classes",),) * 2)
+def test_kernels_are_listed_without_a_gpu():
     shown = []
     found = run("kernels", seconds=0, show=shown.append)
     assert tuple(shown) == found.rows
