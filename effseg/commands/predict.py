@@ -62,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--window", type=float, nargs=2, metavar="HU", help="intensity window that it was trained with, in HU"
+        "--window",
+        type=float,
+        nargs=2,
+        action="append",
+        metavar="HU",
+        help="intensity window that it was trained with, in HU; repeated, one for each channel",
     )
     group.add_argument(
         "--spacing",
@@ -123,7 +128,8 @@ def _preprocessing(args: argparse.Namespace) -> "Preprocessing | None":
         if args.spacing is not None or args.crop is not None:
             raise InputError("window: expected two HU values beside --spacing or --crop, got none")
         return None
-    window, spacing = tuple(args.window), _three(args.spacing, "spacing")
+    windows = tuple(tuple(window) for window in args.window)
+    window, spacing = windows[0] if len(windows) == 1 else windows, _three(args.spacing, "spacing")
     return Preprocessing(window=window, spacing=spacing, crop=args.crop or "none")
 
 

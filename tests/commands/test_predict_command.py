@@ -1,5 +1,6 @@
 """`effseg predict` as it is called: exit codes, one line for what is wrong, nothing half-written."""
 
+import argparse
 import gzip
 import resource
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 import effseg
 from effseg.cli import main
+from effseg.commands import predict as command
 from effseg.data.labels import load_label_map
 from effseg.data.nifti import read_image, read_labels
 from effseg.data.preprocessing import Preprocessing
@@ -275,3 +277,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     before, after = nib.load(source), nib.load(tmp_path / "case301.nii.gz")
     assert after.shape == before.shape
     np.testing.assert_array_equal(after.affine, before.affine)
+
+
+def test_windows_are_told_for_each_channel():
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    told = ["--checkpoint", "c", "--input", "i", "--output", "o", "--window", "-200", "400"]
+    one = command._preprocessing(parser.parse_args(told))
+    two = command._preprocessing(parser.parse_args([*told, "--window", "0", "80"]))
+    assert one is not None
+    assert two is not None
+    assert one.window == (-200.0, 400.0)
+    assert two.window == ((-200.0, 400.0), (0.0, 80.0))
