@@ -14,7 +14,7 @@ from effseg.benchmarking.registry import Workload
 pytest.importorskip("triton")
 
 from effseg.benchmarking import operators
-from effseg.kernels import autotune, config
+from effseg.kernels import autotune, choose, config
 from effseg.kernels.config import ATEN, Config, Problem, key
 from effseg.kernels.launch import recording
 from effseg.models.effsegnet import EffSegNet
@@ -41,8 +41,8 @@ def sought(model: str, workload: Workload, memory: str, aten: bool, monkeypatch)
     """The keys that a training step and a segmentation look up as they choose configurations."""
     spy = Spy(aten)
     with monkeypatch.context() as patch:
-        patch.setattr(config, "tuned_files", lambda gpu: (Path("spy"),))
-        patch.setattr(config, "read_tuned", lambda path: spy)
+        patch.setattr(choose, "tuned_files", lambda gpu: (Path("spy"),))
+        patch.setattr(choose, "read_tuned", lambda path: spy)
         patch.setitem(CHUNK_ELEMENTS, "cpu", CHUNK_ELEMENTS["cuda"])
         low = torch.autocast("cpu", torch.bfloat16)
         with FakeTensorMode(), effseg.algorithm("triton"), recording("sm_90"), abridged(), low:
