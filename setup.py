@@ -56,6 +56,7 @@ setup(
         "test": [
             "pytest>=8.0",
             "pytest-benchmark>=4.0",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "dynamic-network-architectures>=0.4",
             "ruff>=0.9",

@@ -20,7 +20,13 @@ ROWS = pytest.StashKey[list[Row]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the long selection of contenders and workloads")
+    parser.addoption("--compiled", action="store_true", help="also what torch.compile makes")
     parser.addoption("--record", type=Path, metavar="FILE", help="write all rows to a JSON file")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Times are of one process with the machine to itself."""
+    return 0
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +44,11 @@ def device() -> torch.device:
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--compiled"))
 
 
 @pytest.fixture
@@ -60,7 +71,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     for suite in dict.fromkeys(row.suite for row in rows):
         known = {row.contender for row in rows if row.suite == suite}
-        left_out = suites.unselected(suite, config.getoption("--full"))
+        options = config.getoption("--full"), config.getoption("--compiled")
+        left_out = suites.unselected(suite, options[0], compiled=options[1])
         rows += [row for row in left_out if row.contender not in known]
     # Of what several tests have run the first row holds most: its memory is measured, too.
     unique: dict[tuple[str, ...], Row] = {}

@@ -180,7 +180,7 @@ def main() -> int:
     show(report)
     if path is not None:
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(report, indent=2) + "\n")
+            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

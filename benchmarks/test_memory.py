@@ -17,7 +17,7 @@ from effseg.benchmarking.registry import DTYPES, Case, contenders, select
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        cases = select("memory", metafunc.config.getoption("--full"))
+        cases = select("memory", *map(metafunc.config.getoption, ("--full", "--compiled")))
         names = [f"{case.contender.name}-{case.workload.name}" for case in cases]
         metafunc.parametrize("case", cases, ids=names)
 

@@ -79,10 +79,10 @@ def test_other_networks_are_slower(benchmark, measured, device):
 @pytest.mark.parametrize(
     "workload", sorted({name for both in SELECTIONS["throughput"] for name in both.workloads})
 )
-def test_selected(measured, device, full, workload, dtype):
+def test_selected(measured, device, full, compiled, workload, dtype):
     if device.type == "cpu" and not full:
         pytest.skip("only with --full, or on a GPU")
-    found = [case for case in select("throughput", full) if case.workload.name == workload]
+    found = [case for case in select("throughput", full, compiled) if case.workload.name == workload]
     if not found:
         pytest.skip("only with --full" if not full else "not in the long selection")
     rows = measured(throughput.rows, found, dtype, device, measure=True)

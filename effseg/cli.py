@@ -2,13 +2,16 @@
 
 import argparse
 import importlib
+import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn
 
-from effseg.errors import InputError
+from effseg.errors import InputError, InputWarning
 from effseg.version import __version__
 
 # The overview's lines stand here and not in the commands' files, so that `effseg --help` imports none.
@@ -35,9 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # names of organs and files in a locale that cannot write them
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = _parser(arguments).parse_args(arguments)
-        code: int = args.run(args)
+        with _warnings_as_lines():
+            code: int = args.run(args)
         sys.stdout.flush()
         return code
     except SystemExit as stop:  # argparse, after --help or a usage error
@@ -84,7 +91,24 @@ def _command(name: str) -> ModuleType:
     return importlib.import_module(f"effseg.commands.{name}")
 
 
-def _one_line(error: Exception) -> str:
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Every warning about the input is one line on stderr; other warnings are left as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", InputWarning)
+        show = warnings.showwarning
+
+        def line(message, category, filename, lineno, file=None, source=None):  # type: ignore[no-untyped-def]
+            if issubclass(category, InputWarning):
+                print(f"effseg: warning: {_one_line(message)}", file=sys.stderr, flush=True)
+            else:
+                show(message, category, filename, lineno, file, source)
+
+        warnings.showwarning = line
+        yield
+
+
+def _one_line(error: Exception | Warning) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
 from effseg.deferred import SHARED, Deferred, Rows, Spec, Use, expect
+from effseg.settings import Function
 
 Triple = tuple[int, int, int]
 POOLINGS = ("max", "average")
@@ -66,8 +67,7 @@ class TransposedConv(Spec):
         first, last = self.coarse_rows(lo, hi)
         end = len(tensors) - 1 - self.has_bias
         coarse = self.inner.rows(ops, first, last, tensors[:end])
-        bias = tensors[-1].to(self.dtype) if self.has_bias else None
-        fine = spread(coarse, tensors[end].to(self.dtype), bias)
+        fine = spread(coarse, tensors[end], tensors[-1] if self.has_bias else None)
         start = first * self.stride[0]
         return fine[:, :, lo - start : hi - start]
 
@@ -120,7 +120,7 @@ class Shared(Spec):
         return _Standing.apply(standing, self.inner.rows(ops, lo, hi, inner))
 
 
-class _Standing(torch.autograd.Function):
+class _Standing(Function):
     """The value, with the gradient of what stands for it. Saved: nothing."""
 
     @staticmethod

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import Algorithm
+from effseg.algorithms.interface import CHANNELS_LAST, Algorithm
 from effseg.slabs import Window
 
 Rows = tuple[int, int]
@@ -41,10 +41,14 @@ Rows = tuple[int, int]
 
 @dataclass(frozen=True)
 class Use:
-    """Which part of a stored tensor a slab needs: some rows of one sample, one sample, or all of it."""
+    """Which part of a stored tensor a slab needs: some rows of one sample, one sample, or all of it.
+
+    centre: of a normalisation, whose scale and beta follow; its gradient is -scale times that of beta.
+    """
 
     rows: Rows | None = None
     per_sample: bool = False
+    centre: bool = False
 
     def cut(self, tensor: Tensor, sample: int) -> Tensor:
         if self.rows is not None:
@@ -52,9 +56,9 @@ class Use:
         return tensor[sample : sample + 1] if self.per_sample else tensor
 
 
-SHARED = Use()
+SHARED = Use()  # weights, which come in the compute type
 PER_SAMPLE = Use(per_sample=True)
-TERMS = (PER_SAMPLE,) * 3
+TERMS = (Use(per_sample=True, centre=True), PER_SAMPLE, PER_SAMPLE)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,19 @@ class Spec(ABC):
 
     @abstractmethod
     def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
-        """Rows [lo, hi) of one sample, (1, C, hi - lo, H, W), from the tensors cut as `uses` says."""
+        """Rows [lo, hi) of one sample, (1, C, hi - lo, H, W), from the tensors cut as `uses` says, those that
+        are SHARED `in_compute_type`."""
+
+
+def in_compute_type(spec: Spec, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with weights as a sweep's slabs take them: in the compute type, kernels channels last."""
+    uses = spec.uses(0, spec.shape[2])
+    return [_low(t, spec.dtype) if use == SHARED else t for use, t in zip(uses, tensors, strict=True)]
+
+
+def _low(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    layout = CHANNELS_LAST if weight.dim() == 5 else torch.preserve_format
+    return weight.detach().to(dtype, memory_format=layout)
 
 
 class Deferred(NamedTuple):
@@ -148,7 +164,7 @@ class Conv(Spec):
         *inner, weight, mean, scale, beta = tensors
         first, last, pad = self.window.input_rows(lo, hi, self.inner.shape[2])
         a = self.inner.rows(ops, first, last, inner)
-        y = ops.convolution(a, weight.to(self.dtype), None, self.window, pad)
+        y = ops.convolution(a, weight, None, self.window, pad)
         return ops.norm_act(y, mean, scale, beta, self.slope)
 
 
@@ -178,8 +194,8 @@ class UpAdd(Spec):
         first, last = self.coarse_rows(lo, hi)
         end = len(tensors) - 1 - self.has_bias
         coarse = self.coarse.rows(ops, first, last, tensors[self.skip_tensors : end])
-        bias = tensors[-1].to(self.dtype) if self.has_bias else None
-        projected = ops.convolution(coarse, tensors[end].to(self.dtype), bias, Window((1, 1, 1)), (0, 0))
+        bias = tensors[-1] if self.has_bias else None
+        projected = ops.convolution(coarse, tensors[end], bias, Window((1, 1, 1)), (0, 0))
         wanted = lo - 2 * first, hi - 2 * first
         addend = self.skip.rows(ops, lo, hi, tensors[: self.skip_tensors]) if self.skip else None
         return ops.upsample_add(projected, wanted, self.shape[3], self.shape[4], self.factors, addend)

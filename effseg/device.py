@@ -3,10 +3,38 @@
 import ctypes
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 
 import torch
 
 from effseg.errors import InputError
+from effseg.settings import Setting
+
+DEVICE_KINDS = ("cpu", "cuda")
+_pretended: Setting[str | None] = Setting("effseg_pretended_device", None)
+
+
+def kind_of(device: torch.device) -> str:
+    """`cpu` or `cuda`: what sizes of slabs and chunks are chosen for. Any accelerator is like a GPU of
+    NVIDIA's; a fake tensor on the CPU is like the device that it stands for (`pretending`)."""
+    return _pretended.get() or ("cpu" if device.type == "cpu" else "cuda")
+
+
+def pretending(kind: str) -> AbstractContextManager[None]:
+    """Inside, sizes are chosen as on a device of this kind, one of DEVICE_KINDS: for fake tensors."""
+    return _pretended.set(kind)
+
+
+def make_room(device: torch.device, *sizes: int) -> None:
+    """Let the GPU's allocator hold free pieces of so many bytes each, where it holds no such pieces.
+
+    Otherwise what slabs need for a while would come from the driver tensor by tensor, in pieces too small for
+    the next tensor that is kept (`effseg.memory.allocator`). Nothing on a CPU, nor where there is no room.
+    """
+    if torch.compiler.is_compiling() or kind_of(device) == "cpu":
+        return
+    with suppress(torch.OutOfMemoryError):
+        _ = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
 
 
 def find_device(name: str, index: int = 0) -> torch.device:

@@ -7,21 +7,34 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from effseg.atomic import atomic_path
 from effseg.data.cases import Case, select_cases
+from effseg.data.description import same_text
+from effseg.data.identity import header_bytes
 from effseg.data.labels import LabelMap
-from effseg.data.nifti import SUFFIXES, read_image, read_labels
+from effseg.data.listing import list_folder, stem
+from effseg.data.nifti import read_image, read_labels
 from effseg.errors import InputError
 from effseg.metrics import CONVENTIONS, case_metrics, dice_per_class, mean_metrics
 
-__all__ = ["dice_per_class", "evaluate_folders", "pair_files", "summary_table", "write_summary"]
+__all__ = [
+    "describe_pairs",
+    "dice_per_class",
+    "evaluate_folders",
+    "pair_files",
+    "summary_table",
+    "write_summary",
+]
 
 
 def pair_files(predictions: Path, labels: Path, cases: str | None = None) -> list[Case]:
     """Pair every label file with the prediction of the same case, in name order.
 
     Args:
-        predictions: folder of ``NAME.nii.gz`` (or ``.nii``, or ``NAME_seg``).
+        predictions: folder of ``NAME.nii.gz`` (or ``.nii``, or ``NAME_seg``); of ``NAME.nii.gz`` where it is
+            the folder of the labels ``NAME_seg``, too.
         labels: folder of ``NAME_seg.nii.gz``, scans beside them left alone, or of ``NAME.nii.gz``; or the
             folder above a ``labelsTr``.
         cases: which to score, as in `effseg.data.cases.select_cases`; None: all, and then no file of either
@@ -29,10 +42,13 @@ def pair_files(predictions: Path, labels: Path, cases: str | None = None) -> lis
 
     Returns: cases whose `images` hold the prediction alone.
 
-    Raises: InputError for a folder that is missing or empty, or a case without its partner.
+    Raises: InputError for a folder that is missing or empty, a case without its partner, or one whose
+        prediction is its label file, by whatever name or link.
     """
     labels = labels / "labelsTr" if (labels / "labelsTr").is_dir() else labels
-    true, found = _label_files(labels), _label_files(predictions)
+    true = _label_files(labels)
+    beside = labels.is_dir() and predictions.is_dir() and labels.samefile(predictions)
+    found = _predictions_beside(labels, true) if beside else _label_files(predictions)
     chosen = select_cases([Case(name, (), path) for name, path in true.items()], cases)
     missing = [case.name for case in chosen if case.name not in found]
     if missing:
@@ -40,7 +56,14 @@ def pair_files(predictions: Path, labels: Path, cases: str | None = None) -> lis
     unlabelled = [name for name in found if name not in true]
     if unlabelled and cases is None:
         raise InputError(f"{labels}: no labels for the prediction {_listed(unlabelled)} in {predictions}")
-    return [Case(case.name, (found[case.name],), case.labels) for case in chosen]
+    pairs = [Case(case.name, (found[case.name],), case.labels) for case in chosen]
+    for pair in pairs:
+        assert pair.labels is not None
+        if pair.images[0].exists() and pair.labels.exists() and pair.images[0].samefile(pair.labels):
+            raise InputError(
+                f"{pair.images[0]}: is the label file {pair.labels}, to be scored against itself"
+            )
+    return pairs
 
 
 def evaluate_folders(
@@ -98,7 +121,14 @@ def evaluate_folders(
 def write_summary(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a summary as JSON, atomically; NaN as ``NaN``, as nnU-Net and Python's json do."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(summary, indent=4) + "\n")
+        temporary.write_text(json.dumps(summary, indent=4) + "\n", encoding="utf-8")
+
+
+def describe_pairs(summary: Mapping[str, Any], most: int = 3) -> list[str]:
+    """Lines that say which file was scored against which, the first ones."""
+    pairs = summary["metric_per_case"]
+    lines = [f"{pair['prediction_file']} against {pair['reference_file']}" for pair in pairs[:most]]
+    return [*lines, f"... {len(pairs)} pairs"] if len(pairs) > most else lines
 
 
 def summary_table(summary: Mapping[str, Any]) -> Any:
@@ -131,31 +161,65 @@ def _cell(metric: str, score: float) -> str:
 def _score_pair(pair: Case, label_map: LabelMap, tolerance_mm: float) -> dict[int, dict[str, float | int]]:
     assert pair.labels is not None  # pair_files gives no other
     scan = read_image(pair.labels)
-    reference = label_map.to_classes(read_labels(pair.labels), pair.labels)
-    prediction = label_map.to_classes(read_labels(pair.images[0], like=scan), pair.images[0])
+    true, found = read_labels(pair.labels), read_labels(pair.images[0], like=scan)
+    _refuse_copy(pair, true, found)
+    reference = label_map.to_classes(true, pair.labels)
+    prediction = label_map.to_classes(found, pair.images[0])
     ignore = label_map.ignore_index
     if ignore is not None:
         prediction[prediction == ignore] = 0
     return case_metrics(prediction, reference, label_map.num_classes, scan.spacing, tolerance_mm, ignore)
 
 
+def _refuse_copy(pair: Case, true: np.ndarray, found: np.ndarray) -> None:
+    """Raise InputError where the prediction is a copy of the label file: the same voxels under the same
+    header, compressed or not. Nothing is known of two files without any organ: they are scored."""
+    assert pair.labels is not None
+    if not true.any() or not np.array_equal(true, found):
+        return
+    if header_bytes(pair.labels) == header_bytes(pair.images[0]):
+        raise InputError(
+            f"{pair.images[0]}: a copy of the label file {pair.labels}, to be scored against itself"
+        )
+
+
+def _predictions_beside(folder: Path, true: Mapping[str, Path]) -> dict[str, Path]:
+    """NAME.nii.gz of a folder that holds the labels NAME_seg.nii.gz, too."""
+    labels = set(true.values())
+    files = [
+        path for path in _files(folder) if path not in labels and not stem(path).endswith(("_ct", "_seg"))
+    ]
+    found = _by_name(folder, files)
+    if not found:
+        raise InputError(f"{folder}: expected predictions beside the label files, which are not scored alone")
+    return {name: path for name, path in found.items() if name in true}
+
+
 def _label_files(folder: Path) -> dict[str, Path]:
     """Label files by case name; where some are called NAME_seg, the others are scans."""
     if not folder.is_dir():
         raise InputError(f"{folder}: {'expected a folder' if folder.exists() else 'no such folder'}")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
-        if suffix is None or path.name.startswith("."):
-            continue
-        name = path.name.removesuffix(suffix)
-        if name in files:
-            raise InputError(f"{folder}: more than one file would be case {name!r}")
-        files[name] = path
-    marked = {name.removesuffix("_seg"): path for name, path in files.items() if name.endswith("_seg")}
+    files = _files(folder)
+    marked = [path for path in files if stem(path).endswith("_seg")]
     if not files:
         raise InputError(f"{folder}: expected label files NAME.nii.gz or NAME_seg.nii.gz, found none")
-    return marked or files
+    return _by_name(folder, marked or files)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Its NIfTI files; reading one that cannot be opened will say so."""
+    listing = list_folder(folder)
+    return sorted([*listing.files, *listing.broken])
+
+
+def _by_name(folder: Path, files: Sequence[Path]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for path in files:
+        name = same_text(stem(path).removesuffix("_seg"))
+        if name in named:
+            raise InputError(f"{folder}: more than one file would be case {name!r}")
+        named[name] = path
+    return named
 
 
 def _listed(names: Sequence[str]) -> str:

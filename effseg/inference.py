@@ -1,18 +1,24 @@
 """Whole scans through a trained network, from files to label files."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import ndimage
 
-from effseg.data.cases import Case, case_of, find_cases
-from effseg.data.labels import LabelMap
-from effseg.data.nifti import SUFFIXES, Scan, read_image, write_labels
+from effseg.data.cases import Case, Found, case_of, look_for_cases
+from effseg.data.identity import case_identity
+from effseg.data.labels import LabelMap, Labels, as_label_map
+from effseg.data.listing import nifti_suffix
+from effseg.data.nifti import Scan, read_image, write_labels
+from effseg.data.origin import checksum, made_by
 from effseg.data.preprocessing import AIR, Preprocessing
 from effseg.errors import InputError
 from effseg.models.base import SegmentationModel
@@ -38,6 +44,16 @@ class Predictor:
     patch_size: Size | None = None
     bf16: bool = False
     largest_component: bool = False
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A checksum of the weights and of all settings but the arithmetic's precision."""
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.model.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        settings = (self.preprocessing.to_dict(), self.label_map.to_dict(), self.patch_size)
+        return checksum(digest.hexdigest(), *settings, self.largest_component)
 
     def __call__(self, scan: Scan) -> np.ndarray:
         """See :func:`predict_scan`."""
@@ -86,7 +102,7 @@ def predict_scan(
     del image
     if largest_component:
         classes = keep_largest_components(classes)
-    return preprocessing.restore(label_map.to_values(classes), prepared)
+    return label_map.to_values(preprocessing.restore(classes, prepared))
 
 
 @torch.no_grad()
@@ -132,31 +148,59 @@ def load_predictor(
     *,
     bf16: bool = False,
     largest_component: bool = False,
+    preprocessing: Preprocessing | None = None,
+    labels: Labels | None = None,
+    patch_size: Size | None = None,
 ) -> Predictor:
-    """From a .safetensors file that training wrote, or a run's folder (its best network, else its final one).
+    """From a .safetensors file, or a run's folder (its best network, else its final one).
 
-    Raises InputError where there is none, it is no such file, or its parts do not fit together.
+    preprocessing, labels, patch_size: for a file that does not say them, as one that `model.save` wrote
+    without; see `effseg.data.labels.as_label_map`. A file's own are not changed.
+    Raises InputError where there is no such file, it lacks what is not given either, says otherwise than what
+    is given, or its parts do not fit together.
     """
-    path = _weights(Path(checkpoint))
+    path = weights_file(Path(checkpoint))
     model = load(path, device)
-    for key in ("preprocessing", "labels", "training"):
-        if not isinstance(model.extra.get(key), dict):
-            raise InputError(f"{path}: holds a network without the {key} that prediction needs")
+    classes = model.arguments["num_classes"]
+    found = {key: model.extra.get(key) for key in ("preprocessing", "labels", "training")}
+    own = {key: entries if isinstance(entries, dict) else None for key, entries in found.items()}
     try:
+        chosen = _either(
+            "preprocessing",
+            None if own["preprocessing"] is None else Preprocessing.from_dict(own["preprocessing"]),
+            preprocessing,
+            "--window, --spacing and --crop",
+        )
+        label_map = _either(
+            "labels",
+            None if own["labels"] is None else LabelMap.from_dict(own["labels"]),
+            None if labels is None else as_label_map(labels, classes),
+            "--labels",
+        )
+        known = None if own["training"] is None else own["training"].get("patch_size")
+        if own["training"] is not None and patch_size is not None:
+            _either("patch_size", _patch_size(known) or "none, but whole volumes", patch_size, "--patch-size")
         predictor = Predictor(
-            model,
-            Preprocessing.from_dict(model.extra["preprocessing"]),
-            LabelMap.from_dict(model.extra["labels"]),
-            _patch_size(model.extra["training"].get("patch_size")),
-            bf16,
-            largest_component,
+            model, chosen, label_map, _patch_size(known) or patch_size, bf16, largest_component
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    classes, known = model.arguments["num_classes"], predictor.label_map.num_classes
-    if classes != known:
+    if classes != predictor.label_map.num_classes:
+        known = predictor.label_map.num_classes
         raise InputError(f"{path}: the network has {classes} classes, its label map {known}")
     return predictor
+
+
+def _either(name: str, own: Any, given: Any, option: str) -> Any:
+    """What the file says, or else what is given."""
+    if own is None and given is None:
+        raise InputError(
+            f"holds a network without the {name} that prediction needs: tell them with {option}, or "
+            f"when it is saved, model.save(path, {name}=...)"
+        )
+    if own is not None and given is not None and own != given:
+        raise InputError(f"{name}: the network was trained with {own}, leave {option} out")
+    return given if own is None else own
 
 
 def predict_files(
@@ -165,23 +209,31 @@ def predict_files(
     output: Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     on_case: OnCase | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
     """Segment a scan file, or every scan of a folder, to label files on the scans' own grids.
 
     output: a folder for NAME.nii.gz, or, for one scan, a file name that ends in .nii.gz or .nii.
-    on_case: told of every file written, with its scan and the seconds it took.
-    Raises InputError before anything is computed where there is no scan, or an output exists (unless
-    `overwrite`) or is an input. A scan of several that cannot be used does not stop the others: they are
-    written, and then the error names it.
+    resume: leave label files that this network, with these settings, has made of these scans before.
+    on_case: told of every file written, with its scan and the seconds it took. say: told what was left.
+    Returns the files written.
+    Raises InputError before anything is computed where there is no scan, two scans would write one file, or
+    an output exists (unless `overwrite`, or finished and `resume`) or is an input. A scan of several that is
+    missing or cannot be used does not stop the others: they are written, and then the error names it.
     """
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
-    cases = [case_of(source)] if source.is_file() else find_cases(source, labelled=False)
-    targets = _targets(cases, source, output, overwrite)
-    failures: list[str] = []
+    found = Found([case_of(source)]) if source.is_file() else look_for_cases(source, labelled=False)
+    failures = list(found.missing.values())
+    targets = _targets(found.cases, source, output) if found.cases else []
+    todo = _unfinished(predictor, list(zip(found.cases, targets, strict=True)), overwrite, resume)
+    if len(todo) < len(targets):
+        say(f"{len(targets) - len(todo)} of {len(targets)} scans were segmented before")
+    names = dict(zip(predictor.label_map.values[1:], predictor.label_map.names[1:], strict=True))
     written = []
-    for case, target in zip(cases, targets, strict=True):
+    for case, target in todo:
         start = time.perf_counter()
         try:
             scan = read_image(case.images)
@@ -189,15 +241,49 @@ def predict_files(
         except InputError as error:
             failures.append(str(error))
             continue
-        names = dict(zip(predictor.label_map.values[1:], predictor.label_map.names[1:], strict=True))
-        write_labels(target, labels, scan.grid, names)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            failures.append(f"{case.images[0]}: does not fit in main memory")
+            continue
+        write_labels(target, labels, scan.grid, names, _origin(predictor, case))
         written.append(target)
         if on_case is not None:
             on_case(target, scan, time.perf_counter() - start)
     if failures:
-        many = f"{len(failures)} of {len(cases)} scans were not segmented: " if len(cases) > 1 else ""
+        total = len(found.cases) + len(found.missing)
+        many = f"{len(failures)} of {total} scans were not segmented: " if total > 1 else ""
         raise InputError(many + "; ".join(failures))
     return written
+
+
+def _unfinished(
+    predictor: Predictor, pairs: list[tuple[Case, Path]], overwrite: bool, resume: bool
+) -> list[tuple[Case, Path]]:
+    """What is to be done; raises InputError where a file is in the way."""
+    todo = []
+    for case, target in pairs:
+        exists = target.exists() or target.is_symlink()
+        finished = exists and resume and made_by(target) == _origin(predictor, case)
+        if exists and not finished and not overwrite:
+            why = "--overwrite replaces it"
+            if resume:
+                why = "and not made of this scan by this network with these settings; " + why
+            else:
+                why += ", --continue leaves it if it is finished"
+            raise InputError(f"{target}: exists already; {why}")
+        if not finished:
+            todo.append((case, target))
+    return todo
+
+
+def _origin(predictor: Predictor, case: Case) -> str:
+    """A checksum of what makes a label file: network, settings, scan."""
+    try:
+        identity = case_identity(Case(case.name, case.images))
+    except InputError:  # reading the scan will say so
+        identity = {}
+    return checksum(predictor.fingerprint, identity)
 
 
 def _segment_patches(
@@ -218,7 +304,9 @@ def _segment_patches(
     return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
 
 
-def _weights(checkpoint: Path) -> Path:
+def weights_file(checkpoint: Path) -> Path:
+    """A .safetensors file itself; of a run's folder its best network, else its final one. Raises InputError
+    where there is none."""
     if not checkpoint.is_dir():
         if not checkpoint.exists():
             raise InputError(f"{checkpoint}: no such checkpoint or run folder")
@@ -239,9 +327,9 @@ def _patch_size(sizes: Sequence[int] | None) -> Size | None:
     return depth, height, width
 
 
-def _targets(cases: Sequence[Case], source: Path, output: Path, overwrite: bool) -> list[Path]:
+def _targets(cases: Sequence[Case], source: Path, output: Path) -> list[Path]:
     """Where each case's labels go; raises InputError where one may not go there."""
-    if output.name.endswith(SUFFIXES) and not output.is_dir():
+    if nifti_suffix(output.name) and not output.is_dir():
         if not source.is_file():
             raise InputError(f"{output}: expected a folder, for the scans of {source} go into one")
         targets = [output]
@@ -253,8 +341,6 @@ def _targets(cases: Sequence[Case], source: Path, output: Path, overwrite: bool)
     for target in targets:
         if target.resolve() in inputs:
             raise InputError(f"{target}: is a scan to segment; choose another output")
-        if target.exists() and not overwrite:
-            raise InputError(f"{target}: exists already; --overwrite replaces it")
     folder = next(parent for parent in targets[0].absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{targets[0]}: cannot be written: {folder} is no folder that may be written to")

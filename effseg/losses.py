@@ -69,7 +69,7 @@ class LossOptions:
         total = sums.nll
         if self.label_smoothing:  # classes ruled out by a logit of -inf have an infinite sum here
             total = (1 - self.label_smoothing) * total + self.label_smoothing / classes * sums.smooth_nll
-        ce = group.sum(total.sum()) / group.sum((sums.voxels @ w).sum())
+        ce = ratio(group.sum(total.sum()), group.sum((sums.voxels @ w).sum()), 0.0)
         return self.dice_weight * (1 - dice) + self.ce_weight * ce
 
 
@@ -93,7 +93,8 @@ def dice_cross_entropy(
     labels: (N, D, H, W), any integer dtype, values 0..K-1 or `ignore_index`.
     class_weights: (K,) or None, for the cross-entropy, as in :func:`torch.nn.functional.cross_entropy` with
         ``reduction="mean"``; `label_smoothing` too is its.
-    ignore_index: voxels with this label count nowhere.
+    ignore_index: voxels with this label count nowhere. A batch of nothing else has the loss 0 and gradients
+        of zeros: every Dice is 1, as of a class that is neither there nor found, and the cross-entropy is 0.
     Soft Dice of a class is ``(2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth)`` (V-Net, 3DV 2016, with
     MONAI's squares left out and smoothing as in its DiceLoss), its mean over samples and classes;
     `batch_dice` takes the sums over the batch too; class 0 takes part if `include_background`.
@@ -120,9 +121,16 @@ def dice_cross_entropy(
         class_weights = class_weights.to(logits)
     group = GroupSum(process_group)
     targets = labels.long()
-    dice = _mean_dice(logits, targets, ignore_index, include_background, batch_dice, smooth, group)
-    ce = _cross_entropy(logits, targets, class_weights, ignore_index, label_smoothing, group)
+    dice, voxels = _mean_dice(logits, targets, ignore_index, include_background, batch_dice, smooth, group)
+    ce = _cross_entropy(logits, targets, voxels, class_weights, ignore_index, label_smoothing, group)
     return dice_weight * (1 - dice) + ce_weight * ce
+
+
+def ratio(numerator: torch.Tensor, denominator: torch.Tensor, otherwise: float) -> torch.Tensor:
+    """numerator / denominator, and `otherwise`, with gradients of zero, where the denominator is 0: a mean
+    over nothing. Chosen on the device, without a look at the numbers."""
+    empty = denominator == 0
+    return numerator.masked_fill(empty, otherwise) / denominator.masked_fill(empty, 1.0)
 
 
 def _mean_dice(
@@ -133,7 +141,8 @@ def _mean_dice(
     batch_dice: bool,
     smooth: float,
     group: "GroupSum",
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean Dice, and the voxels of every class that are not ignored, (N, K)."""
     probabilities = torch.softmax(logits, 1)
     first = 0 if include_background else 1
     with torch.no_grad():
@@ -141,13 +150,13 @@ def _mean_dice(
         classes = targets.unsqueeze(1) if keep is None else targets.unsqueeze(1).where(keep, 0)
         one_hot = torch.zeros(probabilities.shape, dtype=torch.bool, device=logits.device)
         one_hot.scatter_(1, classes, True if keep is None else keep)
+        voxels = one_hot.sum(SPACE, dtype=logits.dtype)
         one_hot = one_hot[:, first:]
-        sum_t = one_hot.sum(SPACE, dtype=logits.dtype)
     probabilities = probabilities[:, first:]
     if keep is not None:
         probabilities = probabilities * keep
-    intersection = (probabilities * one_hot).sum(SPACE)
-    return mean_dice_of_sums(intersection, probabilities.sum(SPACE), sum_t, batch_dice, smooth, group)
+    sums = ((probabilities * one_hot).sum(SPACE), probabilities.sum(SPACE), voxels[:, first:])
+    return mean_dice_of_sums(*sums, batch_dice, smooth, group), voxels
 
 
 def mean_dice_of_sums(
@@ -162,30 +171,27 @@ def mean_dice_of_sums(
     `dice_cross_entropy`."""
     if batch_dice:
         intersection, sum_p, sum_t = (group.sum(x.sum(0)) for x in (intersection, sum_p, sum_t))
-        return ((2 * intersection + smooth) / (sum_p + sum_t + smooth)).mean()
-    dice = (2 * intersection + smooth) / (sum_p + sum_t + smooth)
-    return group.sum(dice.sum()) / group.sum(dice.new_tensor(dice.numel()))
+        return ratio(2 * intersection + smooth, sum_p + sum_t + smooth, 1.0).mean()
+    dice = ratio(2 * intersection + smooth, sum_p + sum_t + smooth, 1.0)
+    return group.sum(dice.sum()) / group.sum(torch.full_like(dice[0, 0], dice.numel()))
 
 
 def _cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,
+    voxels: torch.Tensor,
     class_weights: torch.Tensor | None,
     ignore_index: int | None,
     label_smoothing: float,
     group: "GroupSum",
 ) -> torch.Tensor:
+    """torch's with ``reduction="mean"``, which is 0 / 0 where nothing counts. voxels: as of `_mean_dice`."""
     ignore = -100 if ignore_index is None else ignore_index
-    if not group:
-        return F.cross_entropy(
-            logits, targets, class_weights, ignore_index=ignore, label_smoothing=label_smoothing
-        )
     total = F.cross_entropy(
         logits, targets, class_weights, ignore_index=ignore, label_smoothing=label_smoothing, reduction="sum"
     )
-    voxels = torch.bincount(targets[targets != ignore], minlength=logits.shape[1]).to(logits)
-    weight = voxels.sum() if class_weights is None else voxels @ class_weights
-    return group.sum(total) / group.sum(weight)
+    weight = voxels.sum() if class_weights is None else (voxels @ class_weights).sum()
+    return ratio(group.sum(total), group.sum(weight), 0.0)
 
 
 class GroupSum:

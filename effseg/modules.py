@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from effseg import functional, nodes
 from effseg.deferred import Deferred, Normalisation, convolved, plain, raw, residual
 from effseg.normalisation import frozen_running_statistics, make_norm, normalisation
+from effseg.settings import Captured
 
 SLOPE = 0.01
 
@@ -127,7 +128,7 @@ class ResidualBlock3d(nn.Module):
             return functional.materialise(block, slab_elements=slab_elements)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), frozen_running_statistics()
+            return nullcontext(), _second_pass(Captured())
 
         # torch.compile takes no contexts here, and updates running statistics once without them.
         options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
@@ -137,3 +138,9 @@ class ResidualBlock3d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = functional.compute_dtype(x.device, self.unit.conv.weight)
         return functional.materialise(self.deferred(functional.plain(x, dtype)))
+
+
+@contextmanager
+def _second_pass(captured: Captured) -> Iterator[None]:
+    with captured.restored(), frozen_running_statistics():
+        yield

@@ -20,7 +20,7 @@ from effseg.settings import Setting
 Norm = nn.InstanceNorm3d | nn.BatchNorm3d | nn.GroupNorm
 NORMS = ("instance", "batch", "group")
 
-_frozen = Setting("effseg_frozen_running_statistics", False)
+_frozen = Setting("effseg_frozen_running_statistics", False, lasting=False)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
-# Tensors under 32 MiB come from glibc's heap and are used again at once, where larger ones are mapped and
-# their pages cleared on every allocation: on a CPU that costs more than the arithmetic of an elementwise
-# pass (11 ms against 0.7 ms for 16 x 32 x 128 x 128 floats).
-THICK_SLAB_ELEMENTS = 2**22
+import torch
+
+from effseg.device import kind_of
+from effseg.settings import Setting
+
+# What a slab may hold by default, whatever the volume. On a CPU: tensors under 32 MiB come from glibc's heap
+# and are used again at once, where larger ones are mapped and their pages cleared on every allocation, which
+# costs more than the arithmetic of an elementwise pass (11 ms against 0.7 ms for 16 x 32 x 128 x 128 floats).
+# On a GPU: an elementwise pass over fewer takes less time than its launch.
+THICK_SLAB_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
+# What a slab holds on a GPU whose memory allows it: launches no longer matter, and halos hardly.
+THICKEST_SLAB_ELEMENTS = 2**27
 # The share of a tensor that a slab holds where that is more, and everywhere with SHARE.
 SLAB_FRACTION = 1 / 32
 # The most that a slab holds of a tensor, but for a quarter of a thick slab: a volume of a few thick slabs
@@ -29,21 +36,47 @@ MIN_ROWS = 4
 SHARE = 0
 
 
-def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None = None) -> int:
+def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None, device: torch.device) -> int:
     """Rows in a slab of a tensor of `rows` rows with `row_elements` elements each.
 
     `slab_elements` asks for slabs of about so many elements and may give slabs of a single row; SHARE asks
-    for SLAB_FRACTION of the tensor, but at least MIN_ROWS; None for that or, if more, THICK_SLAB_ELEMENTS or
-    LARGEST_FRACTION of the tensor, whichever is less.
+    for SLAB_FRACTION of the tensor, but at least MIN_ROWS, and a negative number for that or, if more, so
+    many elements (`at_least`); None for that or, if more, `thick_slab` on this device. Slabs of one tensor
+    are of equal thickness but for the last.
     """
-    if slab_elements:
-        return max(1, min(rows, slab_elements // row_elements))
-    thickness = max(MIN_ROWS, int(rows * SLAB_FRACTION))
     if slab_elements is None:
-        most = max(THICK_SLAB_ELEMENTS // 4, int(rows * row_elements * LARGEST_FRACTION))
-        thickness = max(thickness, min(THICK_SLAB_ELEMENTS, most) // row_elements)
-    # Equal slabs: a thin rest would be all halo.
+        slab_elements = at_least(thick_slab(rows * row_elements, device))
+    if slab_elements > 0:
+        thickness = max(1, slab_elements // row_elements)
+    else:
+        thickness = max(MIN_ROWS, int(rows * SLAB_FRACTION), -slab_elements // row_elements)
+    # Equal slabs: a thin rest would be all halo, and an allocator finds a hole of its size again.
     return math.ceil(rows / math.ceil(rows / thickness))
+
+
+def at_least(elements: int) -> int:
+    """As `slab_elements`: slabs of so many elements, or of SLAB_FRACTION of the tensor if that is more."""
+    return -elements
+
+
+def slabs_of_levels(finest: int, stored: int, device: torch.device, flat: bool) -> int | None:
+    """`slab_elements` for a network of levels that become smaller, by default.
+
+    finest, stored: elements of a tensor of its finest level, and of the finest one that it stores; flat:
+    whether the memory for slabs is to be the same share of any volume. On a GPU, where short operators cost
+    as much as long ones, slabs hold no fewer elements on the coarse levels than on the finest stored one:
+    memory peaks there.
+    """
+    if kind_of(device) == "cpu":
+        return SHARE if flat else None
+    share = int(stored * SLAB_FRACTION)
+    return at_least(share if flat else max(share, thick_slab(finest, device)))
+
+
+def thick_slab(elements: int, device: torch.device) -> int:
+    """THICK_SLAB_ELEMENTS or LARGEST_FRACTION of so many elements, whichever is less."""
+    thick = THICK_SLAB_ELEMENTS[kind_of(device)]
+    return min(thick, max(thick // 4, int(elements * LARGEST_FRACTION)))
 
 
 @dataclass
@@ -53,7 +86,7 @@ class Abridgement:
     alike: int = 1
 
 
-_abridgement: ContextVar[Abridgement | None] = ContextVar("effseg_abridgement", default=None)
+_abridgement: Setting[Abridgement | None] = Setting("effseg_abridgement", None)
 
 
 @contextmanager
@@ -65,11 +98,8 @@ def abridged() -> Iterator[Abridgement]:
     on fake tensors.
     """
     abridgement = Abridgement()
-    token = _abridgement.set(abridgement)
-    try:
+    with _abridgement.set(abridgement):
         yield abridgement
-    finally:
-        _abridgement.reset(token)
 
 
 def slabs(samples: int, rows: int, thickness: int) -> Iterator[tuple[int, int, int]]:

@@ -61,8 +61,20 @@ class Pointer:
 def compiled(launch: Launch, architecture: str) -> Any:
     """Triton's CompiledKernel of a recorded launch, for "sm_90" and the like; a GPU is then out of reach."""
     driver.set_active(Driver(architecture))
-    args = [Pointer(arg) if isinstance(arg, torch.Tensor) else arg for arg in launch.args]
-    return launch.kernel.warmup(*args, grid=launch.grid, **launch.options)
+    return launch.kernel.warmup(*_arguments(launch), grid=launch.grid, **launch.options)
+
+
+def specialisation(launch: Launch, architecture: str) -> str:
+    """What a recorded launch is compiled for: those that have the same share a compilation."""
+    device = Driver(architecture)
+    driver.set_active(device)
+    *_, binder = launch.kernel.device_caches[device.get_current_device()]
+    _, specialised, options = binder(*_arguments(launch), **launch.options)
+    return f"{launch.kernel.__name__} {specialised} {options}"
+
+
+def _arguments(launch: Launch) -> list[Any]:
+    return [Pointer(arg) if isinstance(arg, torch.Tensor) else arg for arg in launch.args]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Configurations by measurement: `effseg tune`, also `python -m effseg.kernels.autotune`.
 
-`problems` lists what a network's training step and segmentation ask `config.choose`; `tune` climbs, for each
+`problems` lists what a network's training step and segmentation ask `choose`; `tune` climbs, for each
 of them, from the heuristic's configuration to faster neighbours, and writes what is fastest of those that
-agree with ATen to a tuned file. Nothing else imports this file: training never measures.
+agree with ATen to a tuned file. Only commands and benchmarks import this file: training never measures.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effseg.algorithms import algorithm
 from effseg.atomic import atomic_path
+from effseg.common.isolation import Loss, isolated
 from effseg.errors import InputError
 from effseg.kernels import config as configurations
+from effseg.kernels.choose import answering
 from effseg.kernels.config import ATEN, Config, Problem, Triple
 from effseg.kernels.launch import architecture, recording
 from effseg.kernels.search import MOST_CANDIDATES, Search, Timer, search
@@ -39,6 +41,8 @@ from effseg.slabs import Window, abridged
 from effseg.version import __version__
 
 MEMORY = ("raw", "stream")
+SILENCE = 240.0
+"""Seconds that a problem may take: of some configurations compiling does."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def problems(
 
     shape = (1, channels, *volume)
     for dtype, memory, aten in product(dtypes, MEMORY, (False, True)):
-        with algorithm("triton"), recording(arch), configurations.answering(partial(answer, aten)):
+        with algorithm("triton"), recording(arch), answering(partial(answer, aten)):
             peak_training_memory(partial(build, memory), shape, dtype=dtype, device="cuda")
             autocast = torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32")
             with FakeTensorMode(), abridged(), autocast:
@@ -215,12 +219,13 @@ def label(config: Config) -> str:
 @dataclass
 class Outcome:
     """searches: of the problems that were measured, in order; known: how many needed not be; left: how many
-    the time limit left."""
+    the time limit left; lost: problems whose measuring took its process along, or did not end, and why."""
 
     file: TunedFile
     searches: dict[Problem, Search] = field(default_factory=dict)
     known: int = 0
     left: int = 0
+    lost: dict[Problem, str] = field(default_factory=dict)
 
 
 def tune(
@@ -228,21 +233,23 @@ def tune(
     machine: Machine,
     path: Path,
     *,
+    todo: Sequence[Problem] | None = None,
     ops: Sequence[str] = (),
     again: bool = False,
     seconds: float = math.inf,
     most: int = MOST_CANDIDATES,
     clock: Callable[[], float] = time.monotonic,
-    show: Callable[[Problem], None] = lambda problem: None,
+    show: Callable[[Problem], object] = lambda problem: None,
 ) -> Outcome:
-    """Measure what is needed, of `ops` only if there are any, and write the file after each problem.
+    """Measure what is needed, of `ops` and of `todo` only if they are given, and write the file after each
+    problem.
 
     Problems that the file has of the same versions are passed over, but for `again`. No problem is begun
     after `seconds`. `show` is called as each is done with.
     """
     outcome = Outcome(TunedFile.read(path, machine.gpu))
     deadline = clock() + seconds
-    for problem in needed:
+    for problem in needed if todo is None else todo:
         if ops and problem.op not in ops:
             continue
         if not again and outcome.file.is_current(problem):
@@ -258,6 +265,61 @@ def tune(
                 outcome.file.write()
         show(problem)
     return outcome
+
+
+def tune_isolated(
+    needed: Sequence[Problem],
+    machine: Machine,
+    path: Path,
+    *,
+    ops: Sequence[str] = (),
+    again: bool = False,
+    seconds: float = math.inf,
+    show: Callable[[Problem], object] = lambda problem: None,
+) -> Outcome:
+    """`tune`, on a GPU in a process of its own: a problem that takes it along, or is not done within SILENCE,
+    is lost, and another process goes on after it."""
+    if machine.device.type != "cuda":
+        return tune(needed, machine, path, ops=ops, again=again, seconds=seconds, show=show)
+    rest = [problem for problem in needed if not ops or problem.op in ops]
+    total = Outcome(TunedFile(path, machine.gpu))
+    deadline = time.monotonic() + seconds
+
+    def tell(message: Problem | Outcome) -> None:
+        if isinstance(message, Outcome):
+            total.searches |= message.searches
+            total.known += message.known
+            total.left += message.left
+        else:
+            rest.remove(message)
+            show(message)
+
+    while rest:
+        left = deadline - time.monotonic()
+        run = partial(_tune_and_tell, needed, list(rest), machine, path, again, left)
+        before = len(rest)
+        loss: Loss | None = isolated(run, tell, silence=SILENCE)
+        if loss is None:
+            break
+        total.known += before - len(rest)  # what that process has measured is in the file
+        problem = rest.pop(0)
+        total.lost[problem] = loss.reason
+        show(problem)
+    total.file = TunedFile.read(path, machine.gpu)
+    return total
+
+
+def _tune_and_tell(
+    needed: Sequence[Problem],
+    rest: Sequence[Problem],
+    machine: Machine,
+    path: Path,
+    again: bool,
+    seconds: float,
+    tell: Callable[[Problem | Outcome], object],
+) -> None:
+    """Every problem as it is done with, then what came of them."""
+    tell(tune(needed, machine, path, todo=rest, again=again, seconds=seconds, show=tell))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ POINT, CUBE = Window((1, 1, 1)), Window((3, 3, 3))
 
 @dataclass(frozen=True)
 class Case:
-    """op: of config.LOOPS; out_channels: classes of a head; fused: with normalisation and activation of the
-    input, and with statistics of the output or the gradient through them."""
+    """op: of config.LOOPS; out_channels: classes of a head; fused: a convolution with normalisation and
+    activation of its input, and with statistics of its output or the gradient through them."""
 
     op: str
     in_channels: int
@@ -58,7 +58,7 @@ def cases(quick: bool = False) -> list[Case]:
     widths = sorted({case.out_channels for case in found})
     for op in LOOPS:
         if op.startswith("head"):
-            found += [Case(op, c, k, fused=True) for c in (16, 32) for k in CLASSES]
+            found += [Case(op, c, k) for c in (16, 32) for k in CLASSES]
         elif not op.startswith("conv3d"):
             found += [Case(op, c, c) for c in widths]
     if quick:
@@ -143,7 +143,7 @@ def _call(case: Case, dtype: torch.dtype) -> None:
                 x, y, window=window, front=front, prologue=before, fold=fold if case.fused else None
             )
     elif case.op.startswith("head"):
-        _call_head(case, x, terms)
+        _call_head(case, x)
     elif case.op.startswith("upsample"):
         fine = _features(ci, _triple(2 * n for n in SIZE), dtype)
         rows = (0, 2 * SIZE[0])
@@ -169,18 +169,18 @@ def _triple(values: Iterable[int]) -> Triple:
     return d, h, w
 
 
-def _call_head(case: Case, x: Tensor, terms: NormAct) -> None:
+def _call_head(case: Case, x: Tensor) -> None:
     classes = case.out_channels
     weight, bias = torch.empty(classes, case.in_channels), torch.empty(classes)
     labels = torch.empty(SIZE, dtype=torch.uint8)
     if case.op == "head_argmax":
-        head.head_argmax(x, weight, bias, labels, prologue=terms)
+        head.head_argmax(x, weight, bias, labels)
         return
     arguments = (x, weight, bias, labels, torch.empty(classes), None)
     if case.op == "head_sums":
-        head.head_sums(*arguments, prologue=terms)
+        head.head_sums(*arguments)
     else:
         sums = head.HeadGradients(
             torch.empty(classes), torch.empty(classes), torch.empty(()), torch.empty(())
         )
-        head.head_backward(*arguments, sums, torch.empty_like(x), prologue=terms)
+        head.head_backward(*arguments, sums, torch.empty_like(x))

@@ -1,7 +1,37 @@
-"""Device functions that several kernels share."""
+"""How kernels are declared, and device functions that several of them share."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
+
+UNALIGNED = [
+    "labels_ptr",
+    "grad_intersection_ptr",
+    "grad_probability_ptr",
+    "grad_nll_ptr",
+    "grad_smooth_ptr",
+]
+"""Of slabs and samples, which begin at any element; none is read in wide loads."""
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """`triton.jit` for what the host launches: compiled once for tensors of every size.
+
+    Arguments are pointers, named *_ptr, constants, and numbers: sizes, counts and strides. Triton would
+    compile again for a number that is 1, or a multiple of 16, or no longer one. None is specialised here, and
+    nothing is lost: what makes loads wide is the alignment of pointers and a constant, the channels, of which
+    every offset is a multiple. Strides of samples are counted in voxels for that reason; so they also fit 32
+    bits (beyond, Triton compiles once more, with 64).
+    """
+    numbers = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if not name.endswith("_ptr") and "constexpr" not in str(parameter.annotation)
+    ]
+    return triton.jit(function, do_not_specialize=numbers, do_not_specialize_on_alignment=UNALIGNED)
 
 
 @triton.jit

@@ -1,7 +1,4 @@
-"""Tile configurations: what is chosen for a kernel before it is launched. Pure Python.
-
-`choose` looks in the user's tuned file, in the one shipped for that GPU, then applies the heuristics below.
-"""
+"""Tile configurations, tuned files and heuristics, which `effseg.kernels.choose` asks. Pure Python."""
 
 from __future__ import annotations
 
@@ -9,9 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -72,7 +67,7 @@ class Problem:
     """op: one of LOOPS; architecture: sm_90 and the like, or INTERPRETER; dtype: one of DTYPES; in_channels,
     out_channels: of the forward operator, for its gradients too; size: (D, H, W) of what the programs tile;
     prologue: whether the input is normalised and activated as it is read; gpu: the name of its tuned files,
-    empty for heuristics only."""
+    empty for heuristics only; multiprocessors: that it has, 0 for as many as the architecture's largest."""
 
     op: str
     architecture: str
@@ -84,41 +79,11 @@ class Problem:
     stride: Triple = (1, 1, 1)
     prologue: bool = False
     gpu: str = ""
-
-
-def choose(problem: Problem) -> Config:
-    """The configuration for a problem; `uses_aten` says whether it leaves the problem to ATen."""
-    if problem.op not in LOOPS:
-        raise ValueError(f"op: expected one of {', '.join(LOOPS)}, got {problem.op!r}")
-    if problem.dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {problem.dtype!r}")
-    if (answer := _answer.get()) is not None:
-        return answer(problem)
-    if problem.architecture == INTERPRETER:
-        return heuristic(problem)
-    for path in tuned_files(problem.gpu):
-        config = read_tuned(path).get(key(problem))
-        if config is not None:
-            return config
-    return heuristic(problem)
+    multiprocessors: int = 0
 
 
 def uses_aten(config: Config) -> bool:
     return config.loop == ATEN
-
-
-Answer = Callable[[Problem], Config]
-_answer: ContextVar[Answer | None] = ContextVar("effseg_answer", default=None)
-
-
-@contextmanager
-def answering(answer: Answer) -> Iterator[None]:
-    """Inside, `choose` gives what `answer` says, and so tells it every problem that is met."""
-    token = _answer.set(answer)
-    try:
-        yield
-    finally:
-        _answer.reset(token)
 
 
 # Tuned files
@@ -136,7 +101,13 @@ def cache_folder() -> Path:
 
 def tuned_files(gpu: str) -> tuple[Path, ...]:
     """The user's file, then the shipped one; none without a GPU's name."""
-    return (cache_folder() / f"{gpu}.json", SHIPPED / f"{gpu}.json") if gpu else ()
+    return _tuned_files(gpu, os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME"), SHIPPED) if gpu else ()
+
+
+@lru_cache(maxsize=64)
+def _tuned_files(gpu: str, xdg: str | None, home: str | None, shipped: Path) -> tuple[Path, ...]:
+    """Remembered for what it depends on: a path takes longer to make than a configuration to look up."""
+    return cache_folder() / f"{gpu}.json", shipped / f"{gpu}.json"
 
 
 def bucket(size: Triple) -> int:
@@ -187,21 +158,32 @@ def tuned_document(
     return json.dumps(document, indent=1) + "\n"
 
 
+class Tuned(dict[str, Config]):
+    """Entries of a tuned file by `key`, and the problems that were looked for in them."""
+
+    def __init__(self, entries: Mapping[str, Config] | None = None) -> None:
+        super().__init__(entries or {})
+        self.find = lru_cache(maxsize=4096)(self._find)
+
+    def _find(self, problem: Problem) -> Config | None:
+        return self.get(key(problem))
+
+
 @lru_cache(maxsize=64)
-def read_tuned(path: Path) -> Mapping[str, Config]:
+def read_tuned(path: Path) -> Tuned:
     """Entries of a tuned file, read once a process. A corrupt or stale one has none, and a warning."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return {}
+        return Tuned()
     except (OSError, UnicodeDecodeError) as error:
         warnings.warn(f"{path} is ignored: {error}", stacklevel=3)
-        return {}
+        return Tuned()
     try:
-        return parse_tuned(text)
+        return Tuned(parse_tuned(text))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(f"{path} is ignored: {error or type(error).__name__}", stacklevel=3)
-        return {}
+        return Tuned()
 
 
 def parse_tuned(text: str) -> dict[str, Config]:
@@ -241,11 +223,20 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def blocks(size: int, block: int) -> int:
+    """How many of `block` cover a size; `triton.cdiv` is for kernels, and slow on the host."""
+    return -(-size // block)
+
+
 def heuristic(problem: Problem, loop: str = "") -> Config:
     """What ahead-of-time compiles recommend: the fewest issued instructions a voxel without spills.
 
     loop: of a convolution, in place of that which is recommended.
     """
+    if problem.op not in LOOPS:
+        raise ValueError(f"op: expected one of {', '.join(LOOPS)}, got {problem.op!r}")
+    if problem.dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {problem.dtype!r}")
     interpreted = problem.architecture == INTERPRETER
     if not interpreted:
         problem = replace(problem, architecture=nearest_known(problem.architecture))
@@ -260,6 +251,22 @@ def heuristic(problem: Problem, loop: str = "") -> Config:
     if problem.op.startswith("head"):
         return _head(problem)
     return _elementwise(problem)
+
+
+def by_heuristic(problem: Problem) -> Config:
+    """`heuristic`, remembered."""
+    return _by_heuristic(problem, _triton())
+
+
+@lru_cache(maxsize=4096)
+def _by_heuristic(problem: Problem, triton: tuple[int, int]) -> Config:
+    """For what it depends on."""
+    return heuristic(problem)
+
+
+def processors(problem: Problem) -> int:
+    """Multiprocessors to spread programs over."""
+    return problem.multiprocessors or MULTIPROCESSORS[problem.architecture]
 
 
 def contraction(problem: Problem) -> tuple[int, int]:
@@ -383,9 +390,9 @@ def _slide(problem: Problem, channels: int, columns: int) -> Config:
 def _wgrad(problem: Problem, loop: str) -> Config:
     """Without a prologue loads are pipelined in shared memory; with one they pass through registers."""
     fp32, oldest = problem.dtype == "fp32", problem.architecture == "sm_80"
-    processors = MULTIPROCESSORS[problem.architecture]
+    programs = processors(problem)
     if loop == "tap":
-        return _wgrad_tap(problem, processors)
+        return _wgrad_tap(problem, programs)
     crowded = oldest and loop == "pair" and problem.in_channels > 16
     few_warps = oldest and loop == "pair" and max(problem.in_channels, problem.out_channels) == 16
     return Config(
@@ -393,7 +400,7 @@ def _wgrad(problem: Problem, loop: str) -> Config:
         block_d=32,
         block_h=2 if fp32 or crowded else 4,
         block_w=8 if crowded and problem.prologue and not fp32 else 16,
-        splits=processors if loop == "pair3" else processors // 3,
+        splits=programs if loop == "pair3" else programs // 3,
         num_warps=4 if few_warps and problem.prologue else 8,
         num_stages=1 if fp32 or problem.prologue else 2,
     )
@@ -452,5 +459,5 @@ def _elementwise(problem: Problem) -> Config:
         )
     resident = 4 if problem.op == "norm_act_backward" else 8
     loads = 2 if problem.op in ("norm_act_backward", "moments") else 4
-    splits = resident * MULTIPROCESSORS[problem.architecture]
+    splits = resident * processors(problem)
     return Config("tile", block_w=loads * one_load // block_n, block_n=block_n, splits=splits)

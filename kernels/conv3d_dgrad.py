@@ -3,25 +3,28 @@ and activation that the forward pass read its input with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from effseg.kernels.config import Config, Triple, choose
+from effseg.kernels.choose import choose
+from effseg.kernels.config import Config, Triple
 from effseg.kernels.conv3d_host import Positions, check_dtypes, contract
 from effseg.kernels.launch import NormAct, channels_last, problem
 from effseg.slabs import Window
 
 
-def parity_classes(size: Triple, window: Window, front: Triple) -> Iterator[tuple[Positions, Triple]]:
+@lru_cache(maxsize=256)
+def parity_classes(size: Triple, window: Window, front: Triple) -> tuple[tuple[Positions, Triple], ...]:
     """Input voxels by what they leave modulo the stride, and the first tap that reaches each class.
 
     Input r = stride * o + k - front: for r = stride * q + parity, taps k are first, first + stride, ... with
     first = (parity + front) mod stride, and tap number j is that of o = q + (parity + front - first) / stride
     - j. Taps run backwards, so that positions run forwards.
     """
+    classes = []
     for parity in product(*(range(s) for s in window.stride)):
         axes = zip(parity, size, window.kernel, window.stride, front, strict=True)
         count, taps, offset, first = [], [], [], []
@@ -34,7 +37,8 @@ def parity_classes(size: Triple, window: Window, front: Triple) -> Iterator[tupl
             _triple(count), _triple(taps), _triple(offset), spread=window.stride, parity=_triple(parity)
         )
         if min(count):
-            yield positions, _triple(first)
+            classes.append((positions, _triple(first)))
+    return tuple(classes)
 
 
 def _triple(values: list[int] | tuple[int, ...]) -> Triple:
@@ -81,7 +85,7 @@ def conv3d_dgrad(
         check_dtypes(y=y)
         assert y.shape == out.shape, (y.shape, out.shape)
         epilogue = channels_last(y), terms
-    sums = torch.zeros(2, n, ci, dtype=torch.float64, device=out.device)
+    sums: list[Tensor] = []
     transposed = weight.transpose(0, 1)
     for positions, first in parity_classes((depth, height, width), window, (front, *window.padding[1:])):
         if 0 in positions.taps:
@@ -92,7 +96,12 @@ def conv3d_dgrad(
         taps = transposed[:, :, d, h, w].flip(2, 3, 4)
         partial = contract(grad, taps, target, positions, config, backward=epilogue)
         if partial is not None:
-            sums += partial.sum(1, dtype=torch.float64).transpose(0, 1)
+            sums.append(partial.sum(1, dtype=torch.float64))
     if target is not out:
         out.copy_(target)
-    return None if epilogue is None else (sums[0].float(), sums[1].float())
+    if epilogue is None:
+        return None
+    if not sums:  # no tap reaches any voxel
+        return torch.zeros(n, ci, device=out.device), torch.zeros(n, ci, device=out.device)
+    dscale, dbeta = sum(sums[1:], sums[0]).float().unbind(1)
+    return dscale, dbeta

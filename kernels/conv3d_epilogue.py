@@ -2,15 +2,15 @@
 
 Device code shared by forward and dgrad. A tile is BLOCK_M = BLOCK_H * BLOCK_W voxels of one plane and BLOCK_N
 channels. Sums go along with the march over planes, so that a program leaves one partial row, of two vectors
-of BLOCK_N. PER_PLACE, they are registers, one of each sum for each place in the tile, which saves a reduction
-across threads in every plane; else they are kept in the partial row, as a vector would fill registers, too:
-it is repeated in every thread that holds the channel.
+of BLOCK_N and, for STATISTICS, a third. PER_PLACE, they are registers, one of each sum for each place in the
+tile, which saves a reduction across threads in every plane; else they are kept in the partial row, as a
+vector would fill registers, too: it is repeated in every thread that holds the channel.
 
 =========== ========================= =========================================================
 epilogue    stored                    partial row
 =========== ========================= =========================================================
 PLAIN       acc + bias                none
-STATISTICS  acc + bias                mean and sum of squared deviations of the stored values
+STATISTICS  acc + bias                mean and sum of squared deviations of the stored values, their number
 BACKWARD    dz * scale,               sum of dz (y - mean), sum of dz
             dz = act'(norm(y)) * acc
 =========== ========================= =========================================================
@@ -26,11 +26,18 @@ STATISTICS = tl.constexpr(1)
 BACKWARD = tl.constexpr(2)
 
 
+@triton.constexpr_function
+def vectors(epilogue: int) -> int:
+    """Of a partial row."""
+    return 3 if epilogue == 1 else 2
+
+
 @triton.jit
-def plane_base(ptr, n, d, stride_n, plane):
-    """ptr + n * stride_n + d * plane, plane = H W C elements: the only 64-bit arithmetic, and on scalars."""
+def plane_base(ptr, n, d, stride, plane, C: tl.constexpr):
+    """ptr + (n * stride + d * plane) * C: samples are `stride`, planes `plane` voxels of C values apart. The
+    only 64-bit arithmetic, and on scalars; all but one product is the same for every d."""
     zero = tl.zeros((), tl.int64)  # n and d may be Python ints in the interpreter
-    return ptr + (zero + n) * stride_n + (zero + d) * plane
+    return ptr + (zero + n) * stride * C + (zero + d) * ((zero + plane) * C)
 
 
 @triton.jit
@@ -177,7 +184,11 @@ def store_sums(
     EPILOGUE: tl.constexpr,
     PER_PLACE: tl.constexpr,
 ):
-    """The partial row (2, COLUMNS), float32, from the sums per place over all of the program's `planes`."""
+    """The partial row (vectors, COLUMNS), float32, from the sums per place over all of the program's
+    `planes`."""
+    if EPILOGUE == STATISTICS:
+        count = tl.zeros_like(column).to(tl.float32) + (planes * voxels).to(tl.float32)
+        tl.store(row_ptr + 2 * COLUMNS + column, count)
     if PER_PLACE:
         if EPILOGUE == STATISTICS:
             mean, squares = moments(first, inside, voxels)

@@ -4,14 +4,22 @@ Taps and channels together are the contraction's axis: 3x3x3 taps of one channel
 where a loop over taps would waste 15 of 16 channels.
 """
 
-import triton
 import triton.language as tl
 
-from effseg.kernels.conv3d_epilogue import empty_sums, plane_base, store_plane, store_sums, tile_of, voxels_of
+from effseg.kernels.common import kernel
+from effseg.kernels.conv3d_epilogue import (
+    empty_sums,
+    plane_base,
+    store_plane,
+    store_sums,
+    tile_of,
+    vectors,
+    voxels_of,
+)
 from effseg.kernels.conv3d_loops import operand
 
 
-@triton.jit(do_not_specialize=["offset"])
+@kernel
 def conv3d_few_kernel(
     x_ptr,
     w_ptr,
@@ -66,12 +74,12 @@ def conv3d_few_kernel(
     offsets = (vh * width + vw)[:, None] * CHANNELS + column[None, :]
     h_first = vh * STEP[1] + OFFSETS[0]
     w_first = vw * STEP[2] + OFFSETS[1]
-    row_ptr = plane_base(partial_ptr, n, tile, tiles * 2 * COLUMNS, 2 * COLUMNS)
+    row_ptr = plane_base(partial_ptr, n, tile, tiles, 1, vectors(EPILOGUE) * COLUMNS)
     first, second = empty_sums(BLOCK_H * BLOCK_W, BLOCK_N, PER_PLACE)
     for q in range(first_row, end_row):
         acc = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
         d_first = q * STEP[0] + offset
-        plane_ptr = plane_base(x_ptr, n, d_first, x_stride, H * W * C)
+        plane_ptr = plane_base(x_ptr, n, d_first, x_stride, H * W, C)
         for start in tl.static_range(0, DEPTH, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             tap = k // C
@@ -96,7 +104,7 @@ def conv3d_few_kernel(
             acc = tl.dot(a, weight, acc, input_precision=PRECISION)
         first, second = store_plane(
             acc, first, second, q - first_row, voxels,
-            plane_base(out_ptr, n, q, out_stride, height * width * CHANNELS), out_ptr,
+            plane_base(out_ptr, n, q, out_stride, height * width, CHANNELS), out_ptr,
             row_ptr, bias_ptr, bias_ptr, bias_ptr, bias_ptr, offsets, inside, column,
             CHANNELS, COLUMNS, EPILOGUE, HAS_BIAS, 1.0, BLOCK_N, PER_PLACE,
         )  # fmt: skip

@@ -3,12 +3,16 @@ as it is written."""
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
-from effseg.kernels.config import Config, choose
-from effseg.kernels.conv3d_host import Positions, check_dtypes, contract, merge_statistics
+from effseg.kernels.choose import choose
+from effseg.kernels.config import Config
+from effseg.kernels.conv3d_host import Positions, check_dtypes, contract
 from effseg.kernels.launch import NormAct, channels_last, problem
+from effseg.kernels.statistics import merged
 from effseg.slabs import Window
 
 
@@ -59,4 +63,7 @@ def conv3d_forward(
     )
     if target is not out:
         out.copy_(target)
-    return None if partial is None else merge_statistics(partial, positions, config)
+    if partial is None:
+        return None
+    means, squares, counts = partial.double().unbind(2)
+    return merged(counts, means, squares, prod(size))

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from effseg.kernels.config import INTERPRETER, Config, Triple
+from effseg.kernels.config import INTERPRETER, Config, Triple, blocks, power_of_two
 from effseg.kernels.conv3d_epilogue import BACKWARD, PLAIN, STATISTICS
 from effseg.kernels.conv3d_few import conv3d_few_kernel
 from effseg.kernels.conv3d_loops import conv3d_slide_kernel, conv3d_tap_kernel
-from effseg.kernels.launch import DTYPES, NormAct, architecture, input_precision, launch
+from effseg.kernels.launch import DTYPES, NormAct, architecture, input_precision, launch, sample_stride
 
 SLIDE_CHANNELS = 64
 Backward = tuple[Tensor, NormAct]
@@ -34,8 +33,8 @@ class Positions:
     parity: Triple = (0, 0, 0)
 
     def tiles(self, config: Config) -> int:
-        blocks = (config.block_d, config.block_h, config.block_w)
-        return math.prod(triton.cdiv(size, block) for size, block in zip(self.size, blocks, strict=True))
+        d, h, w = self.size
+        return blocks(d, config.block_d) * blocks(h, config.block_h) * blocks(w, config.block_w)
 
 
 def check_dtypes(**tensors: Tensor) -> None:
@@ -81,16 +80,23 @@ def sums_per_place(config: Config, block_k: int, arch: str) -> bool:
 
 def padded_terms(terms: Tensor, columns: int) -> Tensor:
     """(N, C) as (N, columns) float32, zeros after C."""
-    return F.pad(terms.float(), (0, columns - terms.shape[1])).contiguous()
+    missing = columns - terms.shape[1]
+    return (F.pad(terms.float(), (0, missing)) if missing else terms.float()).contiguous()
 
 
 def packed_weight(weight: Tensor, dtype: torch.dtype, flat: bool, block_k: int, columns: int) -> Tensor:
     """(out, in, *taps) as (*taps, in, columns), zeros up to `columns` and, in what is contracted (`in` or,
     flat, all but the last), up to whole blocks."""
-    packed = weight.to(dtype).permute(2, 3, 4, 1, 0)
+    found = weight.permute(2, 3, 4, 1, 0)
     if flat:
-        packed = packed.reshape(-1, packed.shape[-1])
-    return F.pad(packed, (0, columns - packed.shape[-1], 0, -packed.shape[-2] % block_k)).contiguous()
+        found = found.reshape(-1, found.shape[-1])
+    *taps, depth, width = found.shape
+    shape = (*taps, blocks(depth, block_k) * block_k, columns)
+    if shape == found.shape:
+        return found.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    packed = torch.zeros(shape, dtype=dtype, device=weight.device)
+    packed[..., :depth, :width] = found
+    return packed
 
 
 def contract(
@@ -108,20 +114,19 @@ def contract(
     """One launch of a main loop: out = epilogue(sum over taps t of a(x[...]) weight[..., t]).
 
     x and out are channels last; weight (out channels, channels of x, *taps). Gives the partial rows
-    (N, tiles, 2, out channels) of an epilogue that reduces.
+    (N, tiles, vectors, out channels) of an epilogue that reduces.
     """
     samples, channels, depth, height, width = x.shape
     out_channels = out.shape[1]
     check_loop(config, positions, channels, backward is not None)
     flat, slide = config.loop == "few", config.loop == "slide"
-    block_k = max(16, triton.next_power_of_2(channels)) if slide else config.block_k
-    channel_blocks = triton.cdiv(out_channels, config.block_n)
+    block_k = max(16, power_of_two(channels)) if slide else config.block_k
+    channel_blocks = blocks(out_channels, config.block_n)
     columns = channel_blocks * config.block_n
     tiles = positions.tiles(config)
     epilogue = BACKWARD if backward else STATISTICS if statistics else PLAIN
-    partial = torch.empty(
-        (samples, tiles, 2, columns) if epilogue is not PLAIN else (1,), dtype=torch.float32, device=x.device
-    )
+    rows = (1,) if epilogue is PLAIN else (samples, tiles, 3 if statistics else 2, columns)
+    partial = torch.empty(rows, dtype=torch.float32, device=x.device)
     # What an option leaves unused is not read; any pointer will do.
     y, after_slope = out, 1.0
     after: tuple[Tensor, ...] = (partial,) * 3
@@ -131,15 +136,16 @@ def contract(
         after_slope = terms.slope
     before: tuple[Tensor, ...] = (partial,) * 2
     if prologue is not None:
-        shift = prologue.beta.float() - prologue.mean.float() * prologue.scale.float()
-        depth_of_terms = channels if flat else triton.cdiv(channels, block_k) * block_k
-        before = tuple(padded_terms(t, depth_of_terms) for t in (prologue.scale, shift))
+        mean, scale, beta = (t.float() for t in prologue[:3])
+        shift = torch.addcmul(beta, mean, scale, value=-1)
+        depth_of_terms = channels if flat else blocks(channels, block_k) * block_k
+        before = tuple(padded_terms(t, depth_of_terms) for t in (scale, shift))
     bias_row = partial if bias is None else padded_terms(bias[None], columns)
     pointers = (
         x, packed_weight(weight, out.dtype, flat, block_k, columns), out, partial, *before, bias_row,
     )  # fmt: skip
-    # A single sample's stride says nothing, and would only specialise the kernel.
-    strides = tuple(t.stride(0) if samples > 1 else 0 for t in (x, out, y))
+    strides = tuple(map(sample_stride, (x, out, y)))
+    arch = architecture(x.device)
     options: dict[str, Any] = dict(
         C=channels,
         CHANNELS=out_channels,
@@ -153,7 +159,7 @@ def contract(
         BLOCK_W=config.block_w,
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
-        PER_PLACE=sums_per_place(config, block_k, architecture(x.device)),
+        PER_PLACE=sums_per_place(config, block_k, arch),
         PRECISION=input_precision(out.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -162,7 +168,7 @@ def contract(
         options |= dict(TAPS=positions.taps, STEP=positions.step, OFFSETS=positions.offset[1:])
     if not flat:
         options["EPILOGUE_SLOPE"] = float(after_slope)
-        options["UNROLLED"] = unrolled(slide, block_k, architecture(x.device))
+        options["UNROLLED"] = unrolled(slide, block_k, arch)
     grid = (tiles * channel_blocks, samples)
     sizes: tuple[int, ...]
     offset = positions.offset[0]
@@ -173,24 +179,9 @@ def contract(
         sizes = (depth, height, width, *positions.size, offset, tiles)
         launch(conv3d_few_kernel, grid, *pointers, *strides[:2], *sizes, **options)
     else:
-        turns = math.prod(positions.taps) * triton.cdiv(channels, block_k)
-        sizes = (depth, height, width, *positions.size, *out.shape[3:], offset, turns, tiles)
-        options |= dict(SPREAD=positions.spread, CLASS=positions.parity)
+        turns = math.prod(positions.taps) * blocks(channels, block_k)
+        parity, *plane_class = positions.parity
+        sizes = (depth, height, width, *positions.size, *out.shape[3:], offset, parity, turns, tiles)
+        options |= dict(SPREAD=positions.spread, CLASS=tuple(plane_class))
         launch(conv3d_tap_kernel, grid, *pointers, y, *after, *strides, *sizes, **options)
     return None if epilogue is PLAIN else partial[..., :out_channels]
-
-
-def merge_statistics(partial: Tensor, positions: Positions, config: Config) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (N, C) float32, from the tiles' means and sums of squared deviations: Chan's
-    formula, in float64."""
-    blocks = (config.block_d, config.block_h, config.block_w)
-    voxels = torch.ones((), dtype=torch.float64, device=partial.device)
-    for size, block in zip(positions.size, blocks, strict=True):
-        starts = torch.arange(0, size, block, dtype=torch.float64, device=partial.device)
-        voxels = (voxels[..., None] * (size - starts).clamp(max=block)).flatten()
-    total = math.prod(positions.size)
-    share = voxels[:, None] / total
-    means, squares = partial.double().unbind(2)
-    mean = (share * means).sum(1)
-    variance = (share * (means - mean[:, None]).square()).sum(1) + squares.sum(1) / total
-    return mean.float(), variance.float()

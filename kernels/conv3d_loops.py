@@ -16,17 +16,25 @@ few        few channels and taps                  taps and channels together are
 x (N, D, H, W, C), out (N, DO, HO, WO, CHANNELS) and y, of out's shape, as they are in memory. w: taps first,
 then the contraction's axis padded to whole blocks with zeros, then columns = CHANNEL_BLOCKS * BLOCK_N.
 pre_scale and pre_shift (N, padded C), float32: the prologue a = leaky_relu(x * scale + shift). bias
-(columns,), mean, scale and beta (N, columns), float32, are the epilogue's, partial (N, tiles, 2, columns),
-float32, what it leaves. Products are accumulated in float32. turns: how many the inner loop takes (3 rows of
-taps in `slide`, taps times blocks of channels in `tap`); if UNROLLED, the compiler knows and may unroll,
-which saves instructions and takes registers. Grid: (tiles * CHANNEL_BLOCKS, N).
+(columns,), mean, scale and beta (N, columns), float32, are the epilogue's, partial (N, tiles, vectors,
+columns), float32, what it leaves. Products are accumulated in float32. turns: how many the inner loop takes
+(3 rows of taps in `slide`, taps times blocks of channels in `tap`); if UNROLLED, the compiler knows and may
+unroll, which saves instructions and takes registers. Grid: (tiles * CHANNEL_BLOCKS, N).
 """
 
 import triton
 import triton.language as tl
 
-from effseg.kernels.common import leaky_relu
-from effseg.kernels.conv3d_epilogue import empty_sums, plane_base, store_plane, store_sums, tile_of, voxels_of
+from effseg.kernels.common import kernel, leaky_relu
+from effseg.kernels.conv3d_epilogue import (
+    empty_sums,
+    plane_base,
+    store_plane,
+    store_sums,
+    tile_of,
+    vectors,
+    voxels_of,
+)
 
 
 @triton.jit
@@ -97,7 +105,7 @@ def slide_plane(
     return acc0, acc1, acc2
 
 
-@triton.jit(do_not_specialize=["offset"])
+@kernel
 def conv3d_slide_kernel(
     x_ptr,
     w_ptr,
@@ -163,12 +171,12 @@ def conv3d_slide_kernel(
     acc0 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)  # output row q, complete after this plane
     acc1 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)  # q + 1
     acc2 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)  # q + 2
-    row_ptr = plane_base(partial_ptr, n, tile, tiles * 2 * COLUMNS, 2 * COLUMNS)
+    row_ptr = plane_base(partial_ptr, n, tile, tiles, 1, vectors(EPILOGUE) * COLUMNS)
     first, second = empty_sums(BLOCK_H * BLOCK_W, BLOCK_N, PER_PLACE)
     for q in range(first_row - 2, end_row):
         d = q + 2 + offset
         if (d >= 0) & (d < D):
-            plane_ptr = plane_base(x_ptr, n, d, x_stride, H * W * C)
+            plane_ptr = plane_base(x_ptr, n, d, x_stride, H * W, C)
             if interior:
                 acc0, acc1, acc2 = slide_plane(
                     acc0, acc1, acc2, plane_ptr, w_ptr, scale, shift, vh, vw, inner, weights, channels,
@@ -182,8 +190,8 @@ def conv3d_slide_kernel(
         if q >= first_row:
             first, second = store_plane(
                 acc0, first, second, q - first_row, voxels,
-                plane_base(out_ptr, n, q, out_stride, H * W * CHANNELS),
-                plane_base(y_ptr, n, q, y_stride, H * W * CHANNELS),
+                plane_base(out_ptr, n, q, out_stride, H * W, CHANNELS),
+                plane_base(y_ptr, n, q, y_stride, H * W, CHANNELS),
                 row_ptr, bias_ptr, mean_ptr + terms, scale_ptr + terms, beta_ptr + terms, offsets, inside,
                 column, CHANNELS, COLUMNS, EPILOGUE, HAS_BIAS, EPILOGUE_SLOPE, BLOCK_N, PER_PLACE,
             )  # fmt: skip
@@ -195,7 +203,7 @@ def conv3d_slide_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["offset"])
+@kernel
 def conv3d_tap_kernel(
     x_ptr,
     w_ptr,
@@ -220,6 +228,7 @@ def conv3d_tap_kernel(
     HO,
     WO,
     offset,
+    parity,
     turns,
     tiles,
     C: tl.constexpr,
@@ -244,10 +253,10 @@ def conv3d_tap_kernel(
     UNROLLED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[SPREAD q + CLASS] = sum of w[t] x[STEP q + (offset, *OFFSETS) + t] for t < TAPS.
+    """out[SPREAD q + (parity, *CLASS)] = sum of w[t] x[STEP q + (offset, *OFFSETS) + t] for t < TAPS.
 
-    w (*TAPS, padded C, columns). Triples are per axis (D, H, W), OFFSETS of H and W. Loads are masked along
-    H and W, and in the channels where C is no multiple of BLOCK_K.
+    w (*TAPS, padded C, columns). Triples are per axis (D, H, W), OFFSETS and CLASS of H and W. Loads are
+    masked along H and W, and in the channels where C is no multiple of BLOCK_K.
     """
     COLUMNS: tl.constexpr = CHANNEL_BLOCKS * BLOCK_N
     BLOCKS_K: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
@@ -262,10 +271,10 @@ def conv3d_tap_kernel(
     h_first = vh * STEP[1] + OFFSETS[0]
     w_first = vw * STEP[2] + OFFSETS[1]
     weights = ks[:, None] * COLUMNS + column[None, :]
-    offsets = (vh * SPREAD[1] + CLASS[1]) * WO + vw * SPREAD[2] + CLASS[2]
+    offsets = (vh * SPREAD[1] + CLASS[0]) * WO + vw * SPREAD[2] + CLASS[1]
     offsets = offsets[:, None] * CHANNELS + column[None, :]
     terms = n * COLUMNS
-    row_ptr = plane_base(partial_ptr, n, tile, tiles * 2 * COLUMNS, 2 * COLUMNS)
+    row_ptr = plane_base(partial_ptr, n, tile, tiles, 1, vectors(EPILOGUE) * COLUMNS)
     first, second = empty_sums(BLOCK_H * BLOCK_W, BLOCK_N, PER_PLACE)
     for q in range(first_row, end_row):
         acc = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
@@ -280,7 +289,7 @@ def conv3d_tap_kernel(
             mask = exists
             if C % BLOCK_K != 0:
                 mask = mask & (k < C)[None, :]
-            plane_ptr = plane_base(x_ptr, n, d, x_stride, H * W * C)
+            plane_ptr = plane_base(x_ptr, n, d, x_stride, H * W, C)
             x = tl.load(plane_ptr + (h * W + w)[:, None] * C + k[None, :], mask=mask, other=0)
             scale = 1.0
             shift = 0.0
@@ -292,11 +301,11 @@ def conv3d_tap_kernel(
                 a = tl.where(exists, a, 0.0)
             weight = tl.load(w_ptr + t * (BLOCK_K * COLUMNS) + weights)
             acc = tl.dot(a, weight, acc, input_precision=PRECISION)
-        row = q * SPREAD[0] + CLASS[0]
+        row = q * SPREAD[0] + parity
         first, second = store_plane(
             acc, first, second, q - first_row, voxels,
-            plane_base(out_ptr, n, row, out_stride, HO * WO * CHANNELS),
-            plane_base(y_ptr, n, row, y_stride, HO * WO * CHANNELS),
+            plane_base(out_ptr, n, row, out_stride, HO * WO, CHANNELS),
+            plane_base(y_ptr, n, row, y_stride, HO * WO, CHANNELS),
             row_ptr, bias_ptr, mean_ptr + terms, scale_ptr + terms, beta_ptr + terms, offsets, inside, column,
             CHANNELS, COLUMNS, EPILOGUE, HAS_BIAS, EPILOGUE_SLOPE, BLOCK_N, PER_PLACE,
         )  # fmt: skip

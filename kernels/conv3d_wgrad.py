@@ -15,9 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.kernels.config import Config, choose
+from effseg.kernels.choose import choose
+from effseg.kernels.config import Config
 from effseg.kernels.conv3d_wgrad_loops import march, tap
-from effseg.kernels.launch import DTYPES, NormAct, channels_last, input_precision, launch, problem
+from effseg.kernels.launch import (
+    DTYPES,
+    NormAct,
+    channels_last,
+    input_precision,
+    launch,
+    problem,
+    sample_stride,
+)
 from effseg.slabs import Window
 
 
@@ -108,7 +117,7 @@ def _operands(
         y, out, f_scale = channels_last(fold.y), fold.out, fold.scale.contiguous()
         f_shift = torch.addcmul(fold.shift, fold.mean, fold.scale, value=-1).contiguous()
     pointers = [x, grad, y, out, scale, shift, f_scale, f_shift, partial]
-    strides = [t.stride(0) for t in (x, grad, y, out)]
+    strides = [sample_stride(t) for t in (x, grad, y, out)]
     constants = {
         "CI": x.shape[1],
         "CO": grad.shape[1],

@@ -1,7 +1,7 @@
 """The weight gradient's main loops: products of input and gradient, summed over voxels in float32.
 
 Both write one partial row a split, whole: a split without work writes zeros. Features are channels last;
-x_stride and the like are the strides of the samples. Common arguments:
+samples are x_stride and the like voxels apart. Common arguments:
 
 x_ptr                           (samples, rows, H, W, CI), of any type, converted to grad's as it is read
 grad_ptr, y_ptr, out_ptr        (samples, out_rows, out_H, out_W, CO)
@@ -15,7 +15,7 @@ front                           input row = stride * output row + tap - front
 import triton
 import triton.language as tl
 
-from effseg.kernels.common import leaky_relu
+from effseg.kernels.common import kernel, leaky_relu
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _march_gradient(bases, row, rows, tile, H, W, terms, inside, owner,
         return tl.load(pointers, mask=ok, other=0.0)
 
 
-@triton.jit(do_not_specialize=["samples", "rows", "out_rows", "front", "segment", "splits"])
+@kernel
 def march(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr, fold_shift_ptr, partial_ptr,
           x_stride, grad_stride, y_stride, out_stride, samples, rows, out_rows, H, W, front, segment, splits,
           CI: tl.constexpr, CO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -166,7 +166,9 @@ def march(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr,
         x_offsets = (x_h * W + w - 1) * CI + i[None, :]
         terms = _terms(scale_ptr, shift_ptr, n, ci, CI, PROLOGUE, BLOCK_M > CI and not PAIRS)
         f_terms = _terms(fold_scale_ptr, fold_shift_ptr, n, co, CO, FOLD, BLOCK_N > CO and not PAIRS)
-        bases = (grad_ptr + n * grad_stride, y_ptr + n * y_stride, out_ptr + n * out_stride)
+        bases = (
+            grad_ptr + n * grad_stride * CO, y_ptr + n * y_stride * CO, out_ptr + n * out_stride * CO,
+        )  # fmt: skip
         if ROTATE:
             g0 = _march_gradient(
                 bases, start - 2, out_rows, g_tile, H, W, f_terms, inside, owner, CO, FOLD, 0
@@ -185,7 +187,7 @@ def march(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr,
                 )
             row = tl.zeros((), tl.int64) + step - front
             height = tl.where((row >= 0) & (row < rows), H, 0)
-            x_row = x_ptr + (n * x_stride + row * _plane(H, W, CI))
+            x_row = x_ptr + (n * x_stride * CI + row * _plane(H, W, CI))
             for tap in tl.static_range(1 if LOOP == "pair" else 3):
                 dh = tap - 1 if LOOP == "pair3" else 0
                 dw = tap if LOOP == "kw" else 0
@@ -224,7 +226,7 @@ def march(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr,
         tl.store(target + 8 * SIZE, c22)
 
 
-@triton.jit(do_not_specialize=["samples", "rows", "out_rows", "front", "splits"])
+@kernel
 def tap(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr, fold_shift_ptr, partial_ptr,
         x_stride, grad_stride, y_stride, out_stride, samples, rows, out_rows, H, W, out_H, out_W, front,
         splits, CI: tl.constexpr, CO: tl.constexpr, GROUP: tl.constexpr,
@@ -278,18 +280,18 @@ def tap(x_ptr, grad_ptr, y_ptr, out_ptr, scale_ptr, shift_ptr, fold_scale_ptr, f
         g_ok = ok & (co < CO)[None, :]
         plane = row * _plane(out_H, out_W, CO)
         offsets = (h * out_W + w) * CO + co[None, :]
-        g = tl.load(grad_ptr + (sample * grad_stride + plane) + offsets, mask=g_ok, other=0.0)
+        g = tl.load(grad_ptr + (sample * grad_stride * CO + plane) + offsets, mask=g_ok, other=0.0)
         if FOLD:
             f_terms = _terms(fold_scale_ptr, fold_shift_ptr, sample, co, CO, True, True)
-            y = tl.load(y_ptr + (sample * y_stride + plane) + offsets, mask=g_ok, other=0.0)
+            y = tl.load(y_ptr + (sample * y_stride * CO + plane) + offsets, mask=g_ok, other=0.0)
             g = tl.where(g_ok, _folded(g, y, f_terms), 0.0)
             if block % BLOCKS_M == 0:
-                tl.store(out_ptr + (sample * out_stride + plane) + offsets, g, mask=g_ok)
+                tl.store(out_ptr + (sample * out_stride * CO + plane) + offsets, g, mask=g_ok)
         x_h = h * STRIDE_H + kh
         x_w = w * STRIDE_W + kw
         x_d = out_row * STRIDE_D + kd
         x_ok = _within(x_h, tl.where(_within(x_d, rows), H, 0)) & _within(x_w, W)
-        origin = x_ptr + (sample * x_stride + row * STRIDE_D * _plane(H, W, CI))
+        origin = x_ptr + (sample * x_stride * CI + row * STRIDE_D * _plane(H, W, CI))
         pointers = origin + x_offsets + (h * STRIDE_H * W + w * STRIDE_W) * CI
         terms = _terms(scale_ptr, shift_ptr, sample, ci, CI, PROLOGUE, False)
         a = _activated(tl.load(pointers, mask=x_ok, other=0.0), terms, TYPE, PROLOGUE, SLOPE)

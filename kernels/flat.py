@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effseg.kernels.config import Config, choose
+from effseg.kernels.choose import choose
+from effseg.kernels.config import Config, blocks
 from effseg.kernels.launch import DTYPES, channels_last, problem
 
 
@@ -27,8 +28,8 @@ def load_term(ptr, n, channels, C: tl.constexpr):
 
 @triton.jit
 def tile_address(n, tile, stride, C: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Offset of a tile's first voxel in a tensor whose samples are `stride` apart; scalar, int64."""
-    return n.to(tl.int64) * stride + (tl.zeros((), tl.int64) + tile) * (BLOCK_V * C)
+    """Offset of a tile's first voxel in a tensor whose samples are `stride` voxels apart; scalar, int64."""
+    return n.to(tl.int64) * stride * C + (tl.zeros((), tl.int64) + tile) * (BLOCK_V * C)
 
 
 @triton.jit
@@ -86,8 +87,8 @@ def tiling(op: str, x: Tensor, config: Config | None) -> Tiling:
     voxels = d * h * w
     if voxels >= 2**31 - config.block_w:
         raise ValueError(f"{op}: expected fewer than 2^31 voxels in a sample, got {voxels}")
-    channel_blocks = triton.cdiv(c, config.block_n)
-    tiles = triton.cdiv(voxels, config.block_w)
+    channel_blocks = blocks(c, config.block_n)
+    tiles = blocks(voxels, config.block_w)
     programs = max(1, min(tiles, config.splits // max(1, n * channel_blocks)))
     return Tiling(n, c, voxels, channel_blocks, tiles, programs, config)
 
@@ -115,8 +116,3 @@ def term(name: str, t: Tensor, x: Tensor) -> Tensor:
             f"{name}: expected float32 of shape {tuple(x.shape[:2])}, got {t.dtype} {tuple(t.shape)}"
         )
     return t.contiguous()
-
-
-def sample_stride(x: Tensor | None) -> int:
-    """Elements between samples; 0 for a single one, so that fewer variants are compiled."""
-    return 0 if x is None or x.shape[0] == 1 else x.stride(0)

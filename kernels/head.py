@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from effseg.kernels.config import Config, choose
+from effseg.kernels.choose import choose
+from effseg.kernels.config import Config, blocks, power_of_two
 from effseg.kernels.head_loops import _head_argmax_kernel, _head_backward_kernel, _head_sums_kernel
-from effseg.kernels.launch import DTYPES, NormAct, channels_last, input_precision, launch, problem
+from effseg.kernels.launch import DTYPES, channels_last, input_precision, launch, problem
 
 CLASS_AXIS = {"classes": 0, "tile": 1}
 # Tiles whose values are added up in float32 before a sum that keeps its rounding errors takes them: with a
@@ -61,7 +61,7 @@ class _Head(NamedTuple):
 
     @property
     def programs(self) -> int:
-        return min(self.config.splits, triton.cdiv(self.voxels, self.config.block_w))
+        return min(self.config.splits, blocks(self.voxels, self.config.block_w))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -80,15 +80,14 @@ def head_sums(
     class_weights: Tensor,
     ignore_index: int | None,
     *,
-    prologue: NormAct | None = None,
     config: Config | None = None,
 ) -> HeadSums:
     """The sums of softmax(weight @ a + bias) against labels.
 
     a: (1, C, d, h, w); weight: (K, C) or None; bias: (K,) or None; labels: (d, h, w), any integer type;
-    class_weights: (K,) float32; prologue: its terms (1, C), then a = leaky_relu(norm(a)) as it is read.
+    class_weights: (K,) float32.
     """
-    head = _prepare("head_sums", a, weight, bias, prologue, config)
+    head = _prepare("head_sums", a, weight, bias, config)
     k, block_k = head.constants["K"], head.constants["BLOCK_K"]
     labels = _labels(labels, a)
     _check_class_weights(class_weights, k)
@@ -123,18 +122,17 @@ def head_backward(
     grads: HeadGradients,
     out: Tensor,
     *,
-    prologue: NormAct | None = None,
     parameters: bool = True,
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The loss's gradients from those of the sums: into `out`, like a, that of the activated features.
+    """The loss's gradients from those of the sums: into `out`, like a, that of the features.
 
     Returned, float32, are the gradients of weight (K, C) and bias (K,): None where there is none, or where
     `parameters` is false.
 
     Other arguments as for `head_sums`.
     """
-    head = _prepare("head_backward", a, weight, bias, prologue, config)
+    head = _prepare("head_backward", a, weight, bias, config)
     c, k = head.constants["C"], head.constants["K"]
     block_c, block_k = head.constants["BLOCK_C"], head.constants["BLOCK_K"]
     labels = _labels(labels, a)
@@ -179,14 +177,13 @@ def head_argmax(
     bias: Tensor | None,
     out: Tensor,
     *,
-    prologue: NormAct | None = None,
     config: Config | None = None,
 ) -> None:
     """The class of the largest logit, the lowest one of several, into out (d, h, w) uint8 or int16.
 
     Other arguments as for `head_sums`.
     """
-    head = _prepare("head_argmax", a, weight, bias, prologue, config)
+    head = _prepare("head_argmax", a, weight, bias, config)
     if out.shape != a.shape[2:] or not out.is_contiguous():
         raise ValueError(f"out: {tuple(a.shape[2:])} and contiguous, not {tuple(out.shape)}")
     if out.dtype not in (torch.uint8, torch.int16) or head.constants["K"] > torch.iinfo(out.dtype).max + 1:
@@ -199,7 +196,6 @@ def _prepare(
     a: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    prologue: NormAct | None,
     config: Config | None,
 ) -> _Head:
     if a.dtype not in DTYPES:
@@ -217,23 +213,19 @@ def _prepare(
         raise ValueError(f"weight: (K, {c}), not {tuple(weight.shape)}")
     if bias is not None and bias.shape != (k,):
         raise ValueError(f"bias: ({k},), not {tuple(bias.shape)}")
-    terms: tuple[Tensor | None, ...] = (None, None, None)
-    if prologue is not None:
-        terms = tuple(term.reshape(c).contiguous() for term in (prologue.mean, prologue.scale, prologue.beta))
-    config = config or choose(problem(op, a, out_channels=k, prologue=prologue is not None))
+    config = config or choose(problem(op, a, out_channels=k))
     features = channels_last(a)
     constants = {
         "C": c,
         "K": k,
-        "SLOPE": 1.0 if prologue is None else prologue.slope,
         "CLASS_AXIS": CLASS_AXIS[config.loop],
         "BLOCK_V": config.block_w,
-        "BLOCK_C": max(16, triton.next_power_of_2(c)),
-        "BLOCK_K": max(16, triton.next_power_of_2(k)),
+        "BLOCK_C": max(16, power_of_two(c)),
+        "BLOCK_K": max(16, power_of_two(k)),
         "PRECISION": input_precision(a.dtype),
     }
     parameters = (None if p is None else p.contiguous() for p in (weight, bias))
-    return _Head(features, (features, *parameters, *terms), voxels, constants, config)
+    return _Head(features, (features, *parameters), voxels, constants, config)
 
 
 def _labels(labels: Tensor, a: Tensor) -> Tensor:

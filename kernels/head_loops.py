@@ -3,8 +3,7 @@
 A tile is BLOCK_V consecutive voxels of a slab whose features lie as a (voxels, C) matrix. Program p of P
 works on tiles p, p + P, p + 2 P, ...: which voxels meet in which sum depends on P alone. Common arguments:
 
-    features_ptr  (voxels, C), fp32, bf16 or fp16: activated features; raw ones if there are mean_ptr,
-                  scale_ptr and beta_ptr, (C,) float32; logits, C = K, if there is no weight_ptr
+    features_ptr  (voxels, C), fp32, bf16 or fp16; logits, C = K, if there is no weight_ptr
     weight_ptr    (K, C), any float type, rounded to the features' for the product; or None
     bias_ptr      (K,), any float type; or None
     labels_ptr    (voxels,), any integer type
@@ -20,7 +19,7 @@ which spreads many classes over the warps, so that a thread has few of them to k
 import triton
 import triton.language as tl
 
-from effseg.kernels.common import leaky_relu
+from effseg.kernels.common import kernel
 
 # Softmax takes logits in units of ln 2: exp2 is one instruction.
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -67,19 +66,6 @@ def _parameters(features_ptr, weight_ptr, bias_ptr, C, K, UNIT, BLOCK_C: tl.cons
 
 
 @triton.jit
-def _normalisation(mean_ptr, scale_ptr, beta_ptr, C, BLOCK_C: tl.constexpr):
-    """(scale, shift) of y * scale + shift, each (BLOCK_C,) float32; 0 where there is no normalisation."""
-    scale = tl.zeros((BLOCK_C,), tl.float32)
-    shift = tl.zeros((BLOCK_C,), tl.float32)
-    if mean_ptr is not None:
-        c = tl.arange(0, BLOCK_C)
-        scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)
-        mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)
-        shift = tl.load(beta_ptr + c, mask=c < C, other=0.0) - mean * scale
-    return scale, shift
-
-
-@triton.jit
 def _addresses(tile, voxels, C, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr):
     """Where a tile's features start (int64), their offsets from there, and which of them exist."""
     row = tl.arange(0, BLOCK_V)
@@ -87,16 +73,6 @@ def _addresses(tile, voxels, C, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr):
     start = (tl.zeros((), tl.int64) + tile) * BLOCK_V * C
     inside = (row < voxels - tile * BLOCK_V)[:, None] & (c < C)[None, :]
     return start, row[:, None] * C + c[None, :], inside
-
-
-@triton.jit
-def _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE: tl.constexpr):
-    """(BLOCK_V, BLOCK_C) in the stored type; finite beyond the last voxel, 0 beyond C."""
-    a = tl.load(features_ptr + start + offsets, mask=inside, other=0.0)
-    if mean_ptr is not None:
-        z = a.to(tl.float32) * scale[None, :] + shift[None, :]
-        a = leaky_relu(z, SLOPE).to(features_ptr.dtype.element_ty)
-    return a
 
 
 @triton.jit
@@ -142,14 +118,11 @@ def _add_to_memory(high_ptr, low_ptr, value):
     tl.store(low_ptr, tl.load(low_ptr) + ((high - (total - added)) + (value - added)))
 
 
-@triton.jit
+@kernel
 def _head_sums_kernel(
     features_ptr,
     weight_ptr,
     bias_ptr,
-    mean_ptr,
-    scale_ptr,
-    beta_ptr,
     labels_ptr,
     class_weights_ptr,
     sums_ptr,
@@ -158,7 +131,6 @@ def _head_sums_kernel(
     C: tl.constexpr,
     K: tl.constexpr,
     IGNORE: tl.constexpr,
-    SLOPE: tl.constexpr,
     CHUNK: tl.constexpr,
     CLASS_AXIS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -180,7 +152,6 @@ def _head_sums_kernel(
     programs = tl.num_programs(0)
     k = tl.arange(0, BLOCK_K)
     weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, LOG2_E, BLOCK_C, BLOCK_K)
-    scale, shift = _normalisation(mean_ptr, scale_ptr, beta_ptr, C, BLOCK_C)
     class_weights = tl.load(class_weights_ptr + k, mask=k < K, other=0.0)
     all_weights = tl.sum(class_weights, 0)
 
@@ -204,7 +175,7 @@ def _head_sums_kernel(
         chunk_smooth = tl.zeros((BLOCK_V,), tl.float32)
         for tile in range(first, min(first + CHUNK * programs, tiles), programs):
             start, offsets, inside = _addresses(tile, voxels, C, BLOCK_V, BLOCK_C)
-            a = _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE)
+            a = tl.load(features_ptr + start + offsets, mask=inside, other=0.0)
             target, counts, unknown = _targets(labels_ptr, tile, voxels, K, IGNORE, BLOCK_V)
             z = _logits(a, weight_ptr, weight, bias, LOG2_E, CLASS_AXIS, PRECISION)
             centred = z - _by_voxel(tl.max(z, CLASS_AXIS), CLASS_AXIS)
@@ -239,14 +210,11 @@ def _head_sums_kernel(
     tl.store(row_ptr + BLOCK_K, tl.sum(unknown_count, 0))
 
 
-@triton.jit
+@kernel
 def _head_backward_kernel(
     features_ptr,
     weight_ptr,
     bias_ptr,
-    mean_ptr,
-    scale_ptr,
-    beta_ptr,
     labels_ptr,
     class_weights_ptr,
     grad_intersection_ptr,
@@ -260,7 +228,6 @@ def _head_backward_kernel(
     C: tl.constexpr,
     K: tl.constexpr,
     IGNORE: tl.constexpr,
-    SLOPE: tl.constexpr,
     CHUNK: tl.constexpr,
     CLASS_AXIS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -283,7 +250,6 @@ def _head_backward_kernel(
     programs = tl.num_programs(0)
     k = tl.arange(0, BLOCK_K)
     weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, LOG2_E, BLOCK_C, BLOCK_K)
-    scale, shift = _normalisation(mean_ptr, scale_ptr, beta_ptr, C, BLOCK_C)
     g_nll = tl.load(grad_nll_ptr).to(tl.float32)
     g_smooth = tl.load(grad_smooth_ptr).to(tl.float32)
     all_weights = tl.sum(tl.load(class_weights_ptr + k, mask=k < K, other=0.0), 0)
@@ -303,7 +269,7 @@ def _head_backward_kernel(
             chunk_bias = _zeros(CLASS_AXIS, BLOCK_V, BLOCK_K)
         for tile in range(first, min(first + CHUNK * programs, tiles), programs):
             start, offsets, inside = _addresses(tile, voxels, C, BLOCK_V, BLOCK_C)
-            a = _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE)
+            a = tl.load(features_ptr + start + offsets, mask=inside, other=0.0)
             target, counts, _ = _targets(labels_ptr, tile, voxels, K, IGNORE, BLOCK_V)
             z = _logits(a, weight_ptr, weight, bias, LOG2_E, CLASS_AXIS, PRECISION)
             e = tl.exp2(z - _by_voxel(tl.max(z, CLASS_AXIS), CLASS_AXIS))
@@ -343,19 +309,15 @@ def _head_backward_kernel(
             )
 
 
-@triton.jit
+@kernel
 def _head_argmax_kernel(
     features_ptr,
     weight_ptr,
     bias_ptr,
-    mean_ptr,
-    scale_ptr,
-    beta_ptr,
     out_ptr,
     voxels,
     C: tl.constexpr,
     K: tl.constexpr,
-    SLOPE: tl.constexpr,
     CLASS_AXIS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -364,12 +326,11 @@ def _head_argmax_kernel(
 ):
     """out_ptr: (voxels,), any integer type: the lowest class of the largest logit; NaN counts as inf."""
     weight, bias = _parameters(features_ptr, weight_ptr, bias_ptr, C, K, 1.0, BLOCK_C, BLOCK_K)
-    scale, shift = _normalisation(mean_ptr, scale_ptr, beta_ptr, C, BLOCK_C)
     k = tl.arange(0, BLOCK_K)
     row = tl.arange(0, BLOCK_V)
     for tile in range(tl.program_id(0), tl.cdiv(voxels, BLOCK_V), tl.num_programs(0)):
         start, offsets, inside = _addresses(tile, voxels, C, BLOCK_V, BLOCK_C)
-        a = _features(features_ptr, mean_ptr, scale, shift, start, offsets, inside, SLOPE)
+        a = tl.load(features_ptr + start + offsets, mask=inside, other=0.0)
         z = _logits(a, weight_ptr, weight, bias, 1.0, CLASS_AXIS, PRECISION)
         z = tl.where(z == z, z, float("inf"))
         z = tl.where(_by_class(k < K, CLASS_AXIS), z, -float("inf"))

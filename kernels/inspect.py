@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = [row for i in sorted(found) for row in found[i]]
     if args.json:
         with atomic_path(args.json) as path:
-            path.write_text(json.dumps({"triton": triton.__version__, "rows": table}, indent=1) + "\n")
+            path.write_text(
+                json.dumps({"triton": triton.__version__, "rows": table}, indent=1) + "\n", encoding="utf-8"
+            )
     Console(width=None if sys.stdout.isatty() else 220).print(_table(table))
     faults = [row for row in table if row["fault"]]
     for row in faults:

@@ -6,34 +6,33 @@ One read and one write of every tensor; arithmetic in float32, rounded once wher
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from effseg.kernels.common import leaky_relu, leaky_relu_backward
+from effseg.kernels.common import kernel, leaky_relu, leaky_relu_backward
 from effseg.kernels.config import Config
 from effseg.kernels.flat import (
     feature,
     load_term,
     output,
-    sample_stride,
     term,
     tile_address,
     tile_mask,
     tile_offsets,
     tiling,
 )
-from effseg.kernels.launch import NormAct, launch
+from effseg.kernels.launch import NormAct, launch, sample_stride
 
 
-@triton.jit
+@kernel
 def _norm_act_kernel(
     y_ptr, mean_ptr, scale_ptr, beta_ptr, addend_ptr, out_ptr, voxels, y_stride, addend_stride, out_stride,
     SLOPE: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out = leaky_relu((y - mean) * scale + beta + addend), one tile.
 
-    y, addend (or None), out: (N, voxels, C), samples *_stride apart; mean, scale, beta: (N, C) float32.
+    y, addend (or None), out: (N, voxels, C), samples *_stride voxels apart; mean, scale, beta: (N, C)
+    float32.
     Masked: voxels after the last, channels from C on.
     """
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -52,7 +51,7 @@ def _norm_act_kernel(
     tl.store(out, a.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def _norm_act_backward_kernel(
     grad_ptr, y_ptr, activated_ptr, mean_ptr, scale_ptr, beta_ptr, dy_ptr, dz_ptr, partial_ptr, voxels,
     grad_stride, y_stride, activated_stride, dy_stride, dz_stride,
@@ -60,8 +59,8 @@ def _norm_act_backward_kernel(
 ):  # fmt: skip
     """dz = grad * act'(z), dy = dz * scale, partial = (sum dz (y - mean), sum dz).
 
-    grad, y, activated, dy, dz: (N, voxels, C), samples *_stride apart; partial: (N, programs, 2, C) float32;
-    mean, scale, beta: (N, C) float32. activated, dy, dz and partial may be None. A program takes
+    grad, y, activated, dy, dz: (N, voxels, C), samples *_stride voxels apart; partial: (N, programs, 2, C)
+    float32; mean, scale, beta: (N, C) float32. activated, dy, dz and partial may be None. A program takes
     every `programs`-th tile; sums are of unrounded values, added in float32 for each place in the tile. A
     tile is read before it is written, so dz may be grad. Masked: voxels after the last, channels from C on.
     """
@@ -105,14 +104,15 @@ def _norm_act_backward_kernel(
         tl.store(partial + C, tl.sum(dbeta, 0), mask=channels < C)
 
 
-@triton.jit
+@kernel
 def _fold_kernel(
     grad_ptr, y_ptr, mean_ptr, scale_ptr, shift_ptr, out_ptr, voxels, grad_stride, y_stride, out_stride,
     C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out = grad + (y - mean) * scale + shift, one tile.
 
-    grad (or None), y, out: (N, voxels, C), samples *_stride apart; mean, scale, shift: (N, C) float32.
+    grad (or None), y, out: (N, voxels, C), samples *_stride voxels apart; mean, scale, shift: (N, C)
+    float32.
     Masked: voxels after the last, channels from C on.
     """
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C

@@ -8,20 +8,21 @@ float64.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from effseg.kernels.common import kernel
 from effseg.kernels.config import Config
-from effseg.kernels.flat import feature, sample_stride, tile_address, tile_mask, tile_offsets, tiling
-from effseg.kernels.launch import launch
+from effseg.kernels.flat import feature, tile_address, tile_mask, tile_offsets, tiling
+from effseg.kernels.launch import launch, sample_stride
 
 
-@triton.jit
+@kernel
 def _moments_kernel(
     y_ptr, partial_ptr, voxels, y_stride, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """y (N, voxels, C), samples y_stride apart -> partial (N, programs, 3, C) float32: count, mean, M2.
+    """y (N, voxels, C), samples y_stride voxels apart -> partial (N, programs, 3, C) float32: count, mean and
+    sum of squared deviations.
 
     Welford's update for each place in the tile, in float32, then Chan's merge over the places. Masked: voxels
     after the last, channels from C on. Every program has a tile with a voxel in it, so no count is 0.
@@ -54,11 +55,11 @@ def _moments_kernel(
     tl.store(partial + 2 * C, tl.sum(m2, 0), mask=channels < C)
 
 
-@triton.jit
+@kernel
 def _channel_sums_kernel(
     g_ptr, partial_ptr, voxels, g_stride, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """g (N, voxels, C), samples g_stride apart -> partial (N, programs, C) float32: sums over voxels.
+    """g (N, voxels, C), samples g_stride voxels apart -> partial (N, programs, C) float32: sums over voxels.
 
     Added in float32. Masked: voxels after the last, channels from C on.
     """
@@ -85,9 +86,16 @@ def moments(y: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
     launch(
         _moments_kernel, tiles.reduction_grid, y, partial, tiles.voxels, sample_stride(y), **tiles.constants
     )
-    count, means, m2 = partial.double().unbind(2)
-    mean = (count * means).sum(1) / tiles.voxels
-    variance = (m2 + count * (means - mean[:, None]).square()).sum(1) / tiles.voxels
+    counts, means, squares = partial.double().unbind(2)
+    return merged(counts, means, squares, tiles.voxels)
+
+
+def merged(counts: Tensor, means: Tensor, squares: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (N, C) float32, from those of parts, (N, parts, C) float64: how many `voxels`
+    they have, their means and sums of squared deviations. Chan's formula."""
+    mean = (counts * means).sum(1).div_(voxels)
+    apart = (means - mean[:, None]).square_()
+    variance = torch.addcmul(squares, counts, apart).sum(1).div_(voxels)
     return mean.float(), variance.float()
 
 

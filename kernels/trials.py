@@ -291,7 +291,7 @@ class _HeadOperands:
 
     def __init__(self, o: _Operands) -> None:
         channels, self.classes = o.problem.in_channels, o.problem.out_channels
-        self.y, self.terms = o.features(channels, o.problem.size), o.prologue()
+        self.a = o.features(channels, o.problem.size)
         self.weight = _weight(o).flatten(1)
         self.bias = torch.zeros(self.classes, dtype=self.weight.dtype, device=o.device)
         self.label_dtype = torch.uint8 if self.classes <= 256 else torch.int16
@@ -301,23 +301,21 @@ class _HeadOperands:
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
-        return self.y, self.weight, self.bias, self.labels, self.class_weights, None
+        return self.a, self.weight, self.bias, self.labels, self.class_weights, None
 
-    def by_aten(self) -> tuple[aten.Head, Tensor]:
-        a = _activated(self.y, self.terms)
-        return aten.make_head(a, self.weight, self.bias, a.device), a
+    def by_aten(self) -> aten.Head:
+        return aten.make_head(self.a, self.weight, self.bias, self.a.device)
 
 
 def _head_sums(o: _Operands) -> Trial:
     h = _HeadOperands(o)
 
     def by_aten() -> Results:
-        head, a = h.by_aten()
-        sums = Sums.zeros(1, h.classes, a.device)
-        head.add_sums(sums, 0, a, h.labels)
+        sums = Sums.zeros(1, h.classes, h.a.device)
+        h.by_aten().add_sums(sums, 0, h.a, h.labels)
         return tuple(t[0] for t in sums)
 
-    return Trial(by_aten, lambda config: head_sums(*h.arguments, prologue=h.terms, config=config))
+    return Trial(by_aten, lambda config: head_sums(*h.arguments, config=config))
 
 
 def _head_backward(o: _Operands) -> Trial:
@@ -325,16 +323,16 @@ def _head_backward(o: _Operands) -> Trial:
     given = h.sums.intersection, h.sums.probability, h.sums.nll, h.sums.smooth_nll
 
     def by_aten() -> Results:
-        head, a = h.by_aten()
-        grad = head.pull(h.sums, 0, a, h.labels)
+        head = h.by_aten()
+        grad = head.pull(h.sums, 0, h.a, h.labels)
         assert head.grad_weight is not None
         assert head.grad_bias is not None
         return grad, head.grad_weight, head.grad_bias
 
     def by_kernel(config: Config) -> Results:
-        out = torch.empty_like(h.y)
+        out = torch.empty_like(h.a)
         grads = HeadGradients(*(g[0] for g in given))
-        weight, bias = head_backward(*h.arguments, grads, out, prologue=h.terms, config=config)
+        weight, bias = head_backward(*h.arguments, grads, out, config=config)
         assert weight is not None
         assert bias is not None
         return out, weight, bias
@@ -346,12 +344,11 @@ def _head_argmax(o: _Operands) -> Trial:
     h = _HeadOperands(o)
 
     def by_aten() -> Results:
-        head, a = h.by_aten()
-        return (head.segment(a).to(h.label_dtype),)
+        return (h.by_aten().segment(h.a).to(h.label_dtype),)
 
     def by_kernel(config: Config) -> Results:
         out = torch.empty_like(h.labels)
-        head_argmax(h.y, h.weight, h.bias, out, prologue=h.terms, config=config)
+        head_argmax(h.a, h.weight, h.bias, out, config=config)
         return (out,)
 
     return Trial(by_aten, by_kernel)

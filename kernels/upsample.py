@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effseg.kernels.config import Config, choose
-from effseg.kernels.flat import feature, output, sample_stride
-from effseg.kernels.launch import launch, problem
+from effseg.kernels.choose import choose
+from effseg.kernels.common import kernel
+from effseg.kernels.config import Config, blocks
+from effseg.kernels.flat import feature, output
+from effseg.kernels.launch import launch, problem, sample_stride
 
 Factors = tuple[int, int, int]
 
@@ -33,8 +35,8 @@ def _position(tiles_w, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.const
 
 @triton.jit
 def _plane_address(n, d, stride, h, w, C: tl.constexpr):
-    """Offset of plane d of (h, w, C) values in a tensor whose samples are `stride` apart; scalar, int64."""
-    return n.to(tl.int64) * stride + (tl.zeros((), tl.int64) + d) * h * w * C
+    """Offset of plane d of h w voxels in a tensor whose samples are `stride` voxels apart; scalar, int64."""
+    return n.to(tl.int64) * stride * C + (tl.zeros((), tl.int64) + d) * h * w * C
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def _store(
     tl.store(out + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def _upsample_kernel(
     x_ptr, addend_ptr, out_ptr, coarse_d, coarse_h, coarse_w, first_row, rows, height, width, tiles_w,
     x_stride, addend_stride, out_stride,
@@ -115,7 +117,7 @@ def _upsample_kernel(
     """out = upsample(x) + addend, the fine rows from first_row on; BLOCK_H x BLOCK_W cells of one plane.
 
     x: (N, coarse_d, coarse_h, coarse_w, C); addend (or None), out: (N, rows, height, width, C); samples
-    *_stride apart. Reads are clamped, and masked in the channels only; writes are masked in all axes.
+    *_stride voxels apart. Reads are clamped, and masked in the channels only; writes are masked in all axes.
     """
     h, w, channels = _position(tiles_w, C, BLOCK_H, BLOCK_W, BLOCK_C)
     n = tl.program_id(2)
@@ -191,7 +193,7 @@ def _coarse_plane(
     return total
 
 
-@triton.jit
+@kernel
 def _upsample_transpose_kernel(
     grad_ptr, out_ptr, coarse_d, coarse_h, coarse_w, first_row, rows, height, width, tiles_w,
     grad_stride, out_stride,
@@ -202,9 +204,9 @@ def _upsample_transpose_kernel(
     """out = the transpose of upsampling, of grad, which holds the fine rows from first_row on.
 
     grad: (N, rows, height, width, C); out: (N, coarse_d, coarse_h, coarse_w, C), all written; samples
-    *_stride apart. A program has BLOCK_H x BLOCK_W coarse voxels and marches through the cells of BLOCK_D
-    planes, so a fine plane is read once for both coarse ones that it belongs to (twice at the ends). Sums in
-    float32.
+    *_stride voxels apart. A program has BLOCK_H x BLOCK_W coarse voxels and marches through the cells of
+    BLOCK_D planes, so a fine plane is read once for both coarse ones that it belongs to (twice at the ends).
+    Sums in float32.
     """
     h, w, channels = _position(tiles_w, C, BLOCK_H, BLOCK_W, BLOCK_C)
     n = tl.program_id(2)
@@ -261,8 +263,8 @@ def upsample_x2(
     config = config or choose(problem("upsample", fine))
     cells_d = (first + size[0]) // 2 - (first + 1) // 2 + 1 if factors[0] == 2 else size[0]
     cells_h, cells_w = (s // f + f - 1 for s, f in zip(size[1:], factors[1:], strict=True))
-    tiles_w = triton.cdiv(cells_w, config.block_w)
-    tiles = triton.cdiv(cells_h, config.block_h) * tiles_w * triton.cdiv(x.shape[1], config.block_n)
+    tiles_w = blocks(cells_w, config.block_w)
+    tiles = blocks(cells_h, config.block_h) * tiles_w * blocks(x.shape[1], config.block_n)
     launch(
         _upsample_kernel, (tiles, cells_d if size[0] else 0, x.shape[0]),
         x, addend, fine, *x.shape[2:], first, *size, tiles_w, *map(sample_stride, (x, addend, fine)),
@@ -286,10 +288,10 @@ def upsample_x2_transpose(
     config = config or choose(problem("upsample_transpose", coarse))
     n, c, coarse_d, coarse_h, coarse_w = coarse.shape
     cut = size[1:] != [coarse_h * factors[1], coarse_w * factors[2]]
-    tiles_w = triton.cdiv(coarse_w, config.block_w)
-    tiles = triton.cdiv(coarse_h, config.block_h) * tiles_w * triton.cdiv(c, config.block_n)
+    tiles_w = blocks(coarse_w, config.block_w)
+    tiles = blocks(coarse_h, config.block_h) * tiles_w * blocks(c, config.block_n)
     launch(
-        _upsample_transpose_kernel, (tiles, triton.cdiv(coarse_d, config.block_d), n),
+        _upsample_transpose_kernel, (tiles, blocks(coarse_d, config.block_d), n),
         grad, coarse, coarse_d, coarse_h, coarse_w, first, *size, tiles_w,
         sample_stride(grad), sample_stride(coarse),
         FACTOR_D=factors[0], FACTOR_H=factors[1], FACTOR_W=factors[2], CUT=cut, C=c,

@@ -12,6 +12,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
     parser.addoption("--gpu", action="store_true", help="run the tests that need an NVIDIA GPU, too")
     parser.addoption("--minutes", type=float, metavar="N", help="skip what has not begun after so long")
+    parser.addoption("--seed", type=int, default=0, metavar="N", help="other random numbers: N to every seed")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite, or folders of it, in as many processes as there are cores (a gigabyte each, so at most
+    8), of one thread each; single files and tests in this one, where starting others would take longer."""
+    single = any("::" in name or Path(name).is_file() for name in config.args)
+    if single or config.getoption("--gpu") or config.getoption("usepdb"):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes' own, and of what they start
+    return min(cores, 8) if cores > 1 else 0
 
 
 STARTED = pytest.StashKey[float]()
@@ -20,11 +32,25 @@ STARTED = pytest.StashKey[float]()
 def pytest_configure(config: pytest.Config) -> None:
     """Without a GPU kernels run in Triton's interpreter, asked for before they are imported."""
     config.stash[STARTED] = time.monotonic()
+    if seed := config.getoption("--seed"):
+        move_seeds(seed)
     if not config.getoption("--gpu"):
         os.environ["TRITON_INTERPRET"] = "1"
         from interpreter import mend
 
         mend()
+
+
+def move_seeds(by: int) -> None:
+    """Adds to every seed that a test gives torch, so that its numbers are others."""
+    manual_seed = torch.manual_seed
+
+    class Generator(torch.Generator):
+        def manual_seed(self, seed: int) -> torch.Generator:
+            return super().manual_seed(seed + 1000 * by)
+
+    torch.Generator = Generator  # type: ignore[misc]
+    torch.manual_seed = lambda seed: manual_seed(seed + 1000 * by)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

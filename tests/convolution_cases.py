@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from tolerances import assert_rounded, slack, stored
 from torch import Tensor
 
 from effseg.kernels.config import Config
@@ -42,6 +43,23 @@ def activated(y: Tensor, terms: NormAct | None) -> Tensor:
     return y if terms is None else F.leaky_relu(norm(y, terms), terms.slope)
 
 
+def norm_size(y: Tensor, terms: NormAct) -> Tensor:
+    """Absolute terms of `norm`, times what the activation may multiply by."""
+    mean, scale, beta = (t.to(y).abs()[..., None, None, None] for t in terms[:3])
+    return ((y.abs() + mean) * scale + beta) * max(1.0, terms.slope)
+
+
+def operand(x: Tensor, terms: NormAct | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What a product takes in place of x: its value, its absolute terms, and by how much it is open."""
+    x = x.cpu().double()
+    if terms is None:
+        value = x.to(dtype).double()
+        return value, value.abs(), torch.zeros_like(value)
+    size = norm_size(x, terms)
+    value, open_by = stored(activated(x, terms), slack(size), dtype)
+    return value, size, open_by
+
+
 def convolution(
     a: Tensor, weight: Tensor, bias: Tensor | None, window: Window, front: int, rows: int
 ) -> Tensor:
@@ -50,6 +68,19 @@ def convolution(
     exists = ((read >= 0) & (read < a.shape[2])).to(a)[:, None, None]
     padded = a[:, :, read.clamp(0, a.shape[2] - 1)] * exists
     return F.conv3d(padded, weight, bias, window.stride, (0, *window.padding[1:]))
+
+
+def assert_moments(mean: Tensor, variance: Tensor, values: Tensor) -> None:
+    """Of values (N, C, D, H, W) as stored. A mean's rounding is that of the values; the variance meets it in
+    every deviation, and squared."""
+    values = values.cpu().double()
+    space = (2, 3, 4)
+    exact_mean, exact = values.mean(space), values.var(space, correction=0)
+    of_mean = slack(values.abs().mean(space))
+    assert_rounded(mean, exact_mean, of_mean, "mean")
+    assert_rounded(
+        variance, exact, 2 * slack(exact) + 2 * of_mean * exact.sqrt() + of_mean.square(), "variance"
+    )
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from tolerances import assert_as_rounded, assert_no_worse_than_torch, rounding_noise
 
 from effseg import functional
 from effseg.deferred import Normalisation
@@ -119,3 +120,18 @@ def convolved_in(like, dtype, kind, channels, size, out_channels=32, ours=True):
     leaves = {f"grad {i}": t for i, t in enumerate([weight, *chosen])}
     found = torch.autograd.grad([y, mean, var], list(leaves.values()), grads)
     return {k: t.detach() for k, t in (names | dict(zip(leaves, found, strict=True))).items()}
+
+
+def assert_convolved(dtype, *of, **options):
+    """Our convolution of an expression is as close to the exact one as its type allows."""
+
+    def exactly():
+        return convolved_in(torch.float64, dtype, *of, ours=False, **options)
+
+    ours, exact = convolved_in(dtype, dtype, *of, **options), exactly()
+    if dtype == torch.float32:
+        assert_as_rounded(ours, exact, rounding_noise(exactly, exact))
+        return
+    torchs = convolved_in(dtype, dtype, *of, ours=False, **options)
+    for name, expected in exact.items():
+        assert_no_worse_than_torch(ours[name], torchs[name], expected, dtype, f"{of} {name}")

@@ -1,5 +1,7 @@
+import gzip
 import io
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -8,7 +10,7 @@ from rich.console import Console
 
 from effseg.data.labels import LabelMap
 from effseg.errors import InputError
-from effseg.evaluation import evaluate_folders, pair_files, summary_table, write_summary
+from effseg.evaluation import describe_pairs, evaluate_folders, pair_files, summary_table, write_summary
 
 MAP = LabelMap(("background", "liver", "spleen", "gallbladder"), (0, 1, 5, 12))
 SHAPE = (12, 10, 8)
@@ -194,3 +196,80 @@ def test_unknown_value(folders):
     save(folders[0] / "a.nii.gz", labels)
     with pytest.raises(InputError, match=r"found/a.nii.gz: label value 99 is not in the label map"):
         evaluate_folders(*folders, MAP)
+
+
+WAYS = ("folder", "linked folder", "link", "hard link", "copy", "unpacked", "packed anew")
+
+
+class TestItself:
+    """A label file is never scored against itself."""
+
+    def labels(self, folder, name="a"):
+        labels = np.zeros(SHAPE, np.uint8)
+        labels[2:6, 2:8, 2:6] = 1
+        save(folder / f"{name}.nii.gz", labels)
+        return folder / f"{name}.nii.gz"
+
+    @pytest.mark.parametrize(
+        "way", ["folder", "linked folder", "link", "hard link", "copy", "unpacked", "packed anew"]
+    )
+    def test_refused(self, tmp_path, way):
+        path = self.labels(tmp_path / "labels")
+        found = tmp_path / "found"
+        if way == "folder":
+            found = path.parent
+        elif way == "linked folder":
+            found.symlink_to(path.parent)
+        else:
+            found.mkdir()
+        if way == "link":
+            (found / path.name).symlink_to(path)
+        elif way == "hard link":
+            (found / path.name).hardlink_to(path)
+        elif way == "copy":
+            shutil.copy(path, found / path.name)
+        elif way == "unpacked":
+            (found / "a.nii").write_bytes(gzip.decompress(path.read_bytes()))
+        elif way == "packed anew":
+            (found / path.name).write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 1))
+        with pytest.raises(InputError, match=r"scored against itself|predictions beside the label files"):
+            evaluate_folders(found, path.parent, MAP)
+
+    def test_a_perfect_prediction_counts(self, tmp_path):
+        path = self.labels(tmp_path / "labels")
+        volume = nib.load(path)
+        volume.header["descrip"] = b"a network"
+        (tmp_path / "found").mkdir()
+        nib.save(volume, tmp_path / "found" / "a.nii.gz")
+        assert evaluate_folders(tmp_path / "found", path.parent, MAP)["foreground_mean"]["Dice"] == 1
+
+    def test_two_files_without_any_organ_count(self, tmp_path):
+        for folder in ("labels", "found"):
+            save(tmp_path / folder / "a.nii.gz", np.zeros(SHAPE, np.uint8))
+        summary = evaluate_folders(tmp_path / "found", tmp_path / "labels", MAP)
+        assert np.isnan(summary["foreground_mean"]["Dice"])
+
+    def test_predictions_beside_scans_and_labels(self, tmp_path):
+        """As `effseg predict` writes them into a folder of pairs."""
+        path = self.labels(tmp_path)
+        truth = np.asarray(nib.load(path).dataobj).copy()
+        truth[2] = 0
+        save(tmp_path / "a_seg.nii.gz", truth)
+        save(tmp_path / "a_ct.nii.gz", truth)
+        summary = evaluate_folders(tmp_path, tmp_path, MAP)
+        assert describe_pairs(summary) == [f"{path} against {tmp_path / 'a_seg.nii.gz'}"]
+        assert summary["mean"]["1"]["Dice"] == pytest.approx(144 / 168)
+
+
+def test_pairs_are_named(folders):
+    summary = evaluate_folders(*folders, MAP)
+    assert describe_pairs(summary, most=1) == [
+        f"{folders[0] / 'a.nii.gz'} against {folders[1] / 'a.nii.gz'}",
+        "... 2 pairs",
+    ]
+
+
+def test_one_spelling_of_an_umlaut(folders):
+    for folder, name in zip(folders, ("fa\u0308lle.nii.gz", "fälle.NII.GZ"), strict=True):
+        (folder / "a.nii.gz").rename(folder / name)
+    assert [pair.name for pair in pair_files(*folders)] == ["b", "fälle"]

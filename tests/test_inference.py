@@ -212,12 +212,135 @@ class TestFiles:
         source = write(tmp_path / "a_ct.nii.gz", torso())
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "a.nii.gz").write_text("drawn by hand")
-        with pytest.raises(InputError, match=r"a\.nii\.gz: exists already; --overwrite replaces it"):
+        with pytest.raises(InputError, match=r"a\.nii\.gz: exists already; --overwrite replaces it, --"):
             predict_files(predictor, source, tmp_path / "out")
         assert (tmp_path / "out" / "a.nii.gz").read_text() == "drawn by hand"
         predict_files(predictor, source, tmp_path / "out", overwrite=True)
         assert read_labels(tmp_path / "out" / "a.nii.gz").max() == 300
 
+    def test_digits_of_a_name_are_kept(self, tmp_path: Path, predictor: Predictor) -> None:
+        for number in (1, 2):
+            source = write(tmp_path / "scans" / f"amos_000{number}.nii.gz", torso())
+            (written,) = predict_files(predictor, source, tmp_path / "one")
+            assert written == tmp_path / "one" / source.name
+        written = predict_files(predictor, source.parent, tmp_path / "all")
+        assert [path.name for path in written] == ["amos_0001.nii.gz", "amos_0002.nii.gz"]
+
+    def test_clashes_are_refused_before_anything_runs(self, tmp_path: Path, predictor: Predictor) -> None:
+        for name in ("a.nii.gz", "b.nii.gz", "b_ct.nii"):
+            write(tmp_path / "scans" / name, torso())
+        with pytest.raises(InputError, match=r"case 'b': b\.nii\.gz and b_ct\.nii"):
+            predict_files(predictor, tmp_path / "scans", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_links_and_files_in_other_formats_are_told(self, tmp_path: Path, predictor: Predictor) -> None:
+        write(tmp_path / "scans" / "a.nii.gz", torso())
+        (tmp_path / "scans" / "b.nii.gz").symlink_to("/mnt/nas/b.nii.gz")
+        (tmp_path / "scans" / "c.nrrd").touch()
+        with pytest.raises(InputError, match=r"^2 of 3 scans .*c\.nrrd.*b\.nii\.gz: a link to /mnt/nas/b"):
+            predict_files(predictor, tmp_path / "scans", tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
+
+    def test_names_in_capitals(self, tmp_path: Path, predictor: Predictor) -> None:
+        source = write(tmp_path / "scan.nii.gz", torso()).rename(tmp_path / "SCAN.NII.GZ")
+        (written,) = predict_files(predictor, source, tmp_path / "out")
+        assert written.name == "SCAN.nii.gz"
+        (written,) = predict_files(predictor, source, tmp_path / "OUT.NII")
+        np.testing.assert_array_equal(read_labels(written), expected(read_image(source).array[0]))
+
+
+class TestContinue:
+    def scans(self, folder: Path) -> Path:
+        for name in ("a", "b"):
+            write(folder / f"{name}.nii.gz", torso())
+        return folder
+
+    def test_finished_ones_are_left(self, tmp_path: Path, predictor: Predictor) -> None:
+        scans, said = self.scans(tmp_path / "scans"), []
+        first, second = predict_files(predictor, scans, tmp_path / "out")
+        time = first.stat().st_mtime_ns
+        second.unlink()
+        again = Predictor(Nearest(), PREPROCESSING, LABEL_MAP)
+        assert predict_files(again, scans, tmp_path / "out", resume=True, say=said.append) == [second]
+        assert first.stat().st_mtime_ns == time
+        assert said == ["1 of 2 scans were segmented before"]
+        assert predict_files(again, scans, tmp_path / "out", resume=True) == []
+
+    def test_files_of_others_are_not_finished(self, tmp_path: Path, predictor: Predictor) -> None:
+        """Another network, other settings, a scan that has changed, drawn by hand."""
+        scans = self.scans(tmp_path / "scans")
+        first, _ = predict_files(predictor, scans, tmp_path / "out")
+        other = Nearest()
+        with torch.no_grad():
+            other.centres.add_(0.1)
+        window = Preprocessing(window=(-900.0, 2000.0), margin=0.0)
+        names = LabelMap(("background", "soft", "tooth"), LABEL_MAP.values)
+        for changed in (
+            Predictor(other, PREPROCESSING, LABEL_MAP),
+            Predictor(Nearest(), window, LABEL_MAP),
+            Predictor(Nearest(), PREPROCESSING, names),
+            Predictor(Nearest(), PREPROCESSING, LABEL_MAP, largest_component=True),
+        ):
+            with pytest.raises(InputError, match=r"a\.nii\.gz: exists already; and not made of this scan"):
+                predict_files(changed, scans, tmp_path / "out", resume=True)
+        write(scans / "a.nii.gz", torso() + 1)
+        with pytest.raises(InputError, match="not made of this scan"):
+            predict_files(predictor, scans, tmp_path / "out", resume=True)
+        for content in (b"", b"drawn by hand", (scans / "b.nii.gz").read_bytes()):
+            first.write_bytes(content)
+            with pytest.raises(InputError, match="not made of this scan"):
+                predict_files(predictor, scans, tmp_path / "out", resume=True)
+            assert first.read_bytes() == content
+
+
+class TestTold:
+    """Networks that were saved in Python."""
+
+    def test_saved_with_all_that_prediction_needs(self, tmp_path: Path) -> None:
+        path, network = tmp_path / "x.safetensors", effseg.EffSegNet(1, 3, preset="tiny")
+        network.save(path, preprocessing=PREPROCESSING, labels=LABEL_MAP, patch_size=(64, 32, 16))
+        predictor = load_predictor(path)
+        assert (predictor.preprocessing, predictor.label_map) == (PREPROCESSING, LABEL_MAP)
+        assert predictor.patch_size == (64, 32, 16)
+        network.save(path, labels=["liver", "spleen"])
+        assert load_predictor(path).label_map.names == ("background", "liver", "spleen")
+
+    @pytest.mark.parametrize(
+        ("labels", "expected"),
+        [
+            (["liver", "spleen"], LabelMap(("background", "liver", "spleen"), (0, 1, 2))),
+            (["air", "liver", "spleen"], LabelMap(("air", "liver", "spleen"), (0, 1, 2))),
+            ({5: "spleen", 1: "liver"}, LabelMap(("background", "liver", "spleen"), (0, 1, 5))),
+        ],
+    )
+    def test_told_when_it_is_loaded(self, tmp_path: Path, labels: object, expected: LabelMap) -> None:
+        path = tmp_path / "x.safetensors"
+        effseg.EffSegNet(1, 3, preset="tiny").save(path)
+        with pytest.raises(InputError, match=r"without the preprocessing .* --window, --spacing and --crop"):
+            load_predictor(path, labels=labels)
+        with pytest.raises(InputError, match=r"without the labels .* tell them with --labels"):
+            load_predictor(path, preprocessing=PREPROCESSING)
+        predictor = load_predictor(path, preprocessing=PREPROCESSING, labels=labels, patch_size=(8, 8, 8))
+        assert (predictor.preprocessing, predictor.label_map) == (PREPROCESSING, expected)
+        assert predictor.patch_size == (8, 8, 8)
+
+    @pytest.mark.parametrize("labels", [["liver"], {1: "a", 2: "b", 3: "c"}, ["a", "b", "c", "d"], "liver"])
+    def test_labels_of_another_number(self, tmp_path: Path, labels: object) -> None:
+        with pytest.raises(InputError, match="labels: expected"):
+            effseg.EffSegNet(1, 3, preset="tiny").save(tmp_path / "x.safetensors", labels=labels)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_trained_network_is_told_nothing_else(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.safetensors"
+        effseg.EffSegNet(1, 3, preset="tiny").save(path, preprocessing=PREPROCESSING, labels=LABEL_MAP)
+        assert load_predictor(path, preprocessing=PREPROCESSING, labels=LABEL_MAP).label_map == LABEL_MAP
+        with pytest.raises(InputError, match=r"preprocessing: the network was trained with .* leave --w"):
+            load_predictor(path, preprocessing=Preprocessing())
+        with pytest.raises(InputError, match="labels: the network was trained with"):
+            load_predictor(path, labels=["a", "b"])
+
+
+class TestGuarded:
     @pytest.mark.parametrize("output", ["scans", "scans/a.nii.gz"])
     def test_a_scan_is_never_overwritten(self, tmp_path: Path, predictor: Predictor, output: str) -> None:
         source = write(tmp_path / "scans" / "a.nii.gz", torso())

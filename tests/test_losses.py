@@ -59,6 +59,43 @@ def test_ignored_voxels_count_nowhere(ignored):
     torch.testing.assert_close(dice_cross_entropy(logits, labels, ignore_index=ignored), kept)
 
 
+NOTHING_COUNTS = [
+    {},
+    {"batch_dice": True, "include_background": True},
+    {"label_smoothing": 0.1, "class_weights": torch.tensor([0.2, 1.0, 2.0, 3.0])},
+    {"smooth": 0.0},
+    {"smooth": 0.0, "batch_dice": True},
+]
+
+
+@pytest.mark.parametrize("options", NOTHING_COUNTS, ids=str)
+def test_nothing_to_learn_from(options):
+    logits, labels = batch(dtype=torch.float32)
+    loss = dice_cross_entropy(logits, torch.full_like(labels, 255), ignore_index=255, **options)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_voxels_of_classes_without_weight_only():
+    logits, labels = batch()
+    weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    loss = dice_cross_entropy(logits, torch.ones_like(labels), class_weights=weights, dice_weight=0.0)
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("options", NOTHING_COUNTS[:3], ids=str)
+def test_a_sample_of_ignored_voxels_leaves_the_other_finite(options):
+    logits, labels = batch()
+    labels[0] = 255
+    (grad,) = torch.autograd.grad(dice_cross_entropy(logits, labels, ignore_index=255, **options), logits)
+    assert not grad[0].any()
+    assert grad[1].any()
+    assert torch.isfinite(grad).all()
+
+
 def test_half_precision_is_widened():
     logits, labels = batch(dtype=torch.bfloat16)
     loss = dice_cross_entropy(logits, labels)
@@ -102,13 +139,23 @@ OPTIONS = (
     {},
     {"batch_dice": True, "label_smoothing": 0.1, "class_weights": torch.tensor([0.2, 1.0, 2.0, 3.0])},
     {"ignore_index": 3, "include_background": True},
+    {"ignore_index": 255},
+    {"ignore_index": 255, "batch_dice": True},
+    {"ignore_index": 255, "smooth": 0.0},
 )
+IGNORED = (0, 0, 0, 1, 1, 3)  # so many of the samples are ignored as a whole; the first process has one
+
+
+def sparse_batch(number):
+    logits, labels = batch(n=3)
+    labels[: IGNORED[number]] = 255
+    return logits, labels
 
 
 def one_process(rank, init, queue):
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    for options in OPTIONS:
-        logits, labels = batch(n=3)
+    for number, options in enumerate(OPTIONS):
+        logits, labels = sparse_batch(number)
         mine = slice(0, 1) if rank == 0 else slice(1, 3)
         part = logits.detach()[mine].requires_grad_()
         loss = dice_cross_entropy(part, labels[mine], process_group=True, **options)
@@ -131,7 +178,7 @@ def test_two_processes_make_the_loss_of_the_whole_batch(tmp_path):
         worker.join(60)
         assert worker.exitcode == 0
     for i, options in enumerate(OPTIONS):
-        logits, labels = batch(n=3)
+        logits, labels = sparse_batch(i)
         loss = dice_cross_entropy(logits, labels, **options)
         (whole,) = torch.autograd.grad(loss, logits)
         for rank, mine in ((0, slice(0, 1)), (1, slice(1, 3))):

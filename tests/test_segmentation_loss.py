@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_exact, assert_no_worse_than_torch
+from tolerances import assert_as_rounded, assert_exact, assert_no_worse_than_torch, rounding_noise
 from torch.profiler import ProfilerActivity, profile
 
+import effseg
 from effseg import functional
 from effseg.losses import dice_cross_entropy
 
@@ -51,6 +52,36 @@ def test_equals_the_plain_formula(options, weighted):
         assert_exact(got, expected)
         for a, b in zip(torch.autograd.grad(got, leaves), grads, strict=True):
             assert_exact(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("algorithm", ["aten", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_dice": True, "smooth": 0.0}, {"label_smoothing": 0.1, "class_weights": torch.rand(5)}],
+    ids=str,
+)
+def test_nothing_to_learn_from(options, algorithm, dtype):
+    """A patch of ignored voxels only: loss 0, and gradients that are there and are zeros."""
+    features, weight, bias, labels = problem(size=(3, 4, 5), c=16, dtype=dtype)
+    labels = torch.full_like(labels, 255)
+    with effseg.algorithm(algorithm):
+        loss = functional.segmentation_loss(features, labels, weight, bias, ignore_index=255, **options)
+        loss.backward()
+    assert loss.item() == 0
+    for leaf in (features, weight, bias):
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("memory", ["raw", "stream"])
+def test_a_network_has_nothing_to_learn_from(memory):
+    torch.manual_seed(0)
+    model = effseg.EffSegNet(1, 3, preset="tiny", memory=memory)
+    labels = torch.full((1, 12, 10, 8), 3)
+    loss = model.loss(torch.randn(1, 1, 12, 10, 8), labels, ignore_index=3)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
 
 
 @settings(max_examples=30, deadline=None)
@@ -120,12 +151,16 @@ def test_low_precision(dtype):
             loss = functional.segmentation_loss(leaves[0], labels, *leaves[1:])
         else:
             loss = dice_cross_entropy(F.conv3d(*leaves), labels)
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        names = ("loss", "features", "weight", "bias")
+        return dict(zip(names, [loss.detach(), *torch.autograd.grad(loss, leaves)], strict=True))
 
-    for ours, torchs, exact in zip(
-        run(dtype, True), run(dtype, False), run(torch.float64, False), strict=True
-    ):
-        assert_no_worse_than_torch(ours, torchs, exact)
+    ours, exact = run(dtype, True), run(torch.float64, False)
+    if dtype == torch.float32:
+        assert_as_rounded(ours, exact, rounding_noise(lambda: run(torch.float64, False), exact))
+        return
+    torchs = run(dtype, False)
+    for name, expected in exact.items():
+        assert_no_worse_than_torch(ours[name], torchs[name], expected, dtype, name)
 
 
 @pytest.mark.parametrize("label_dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])

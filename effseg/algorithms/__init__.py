@@ -55,10 +55,10 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
 @torch.compiler.assume_constant_result
 def _measured(device: torch.device) -> bool:
     """Whether a tuned file says what our kernels and ATen's take on this GPU; without one nobody knows."""
-    from effseg.kernels.config import gpu_slug, read_tuned, tuned_files
+    from effseg.kernels.config import read_tuned, tuned_files
+    from effseg.kernels.device import gpu
 
-    files = tuned_files(gpu_slug(torch.cuda.get_device_name(device)))
-    return any(len(read_tuned(path)) > 0 for path in files)
+    return any(read_tuned(path) for path in tuned_files(gpu(device)))
 
 
 def load(name: str) -> Algorithm:

@@ -163,6 +163,9 @@ class Algorithm(Protocol):
     def mean_var(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Per-channel mean and (biased) variance of a slab's stored values, (C,), accumulation type."""
 
+    def partial_moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of equally many voxels each, (P, C)."""
+
     def norm_act(
         self,
         y: Tensor,

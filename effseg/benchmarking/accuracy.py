@@ -210,6 +210,13 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _is_complete(path: Path) -> bool:
+    if not path.exists():
+        return False
+    networks: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["networks"]
+    return networks.keys() == {WHOLE, PATCHES}
+
+
 def _write(document: Mapping[str, Any], path: Path) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -228,7 +235,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda or cuda:N; default: the GPU if there is one"
     )
+    parser.add_argument("--resume", action="store_true", help="do nothing where DIR has the results of both")
     args = parser.parse_args(argv)
+    if args.resume and _is_complete(args.output / FILE):
+        print(f"{args.output / FILE} has both")
+        return 0
     for module in NEEDED:
         if importlib.util.find_spec(module) is None:
             print(f"skipped: {module} is not installed")

@@ -30,8 +30,9 @@ BUDGETS = (8, 12, 16, 24, 80)
 
 @dataclass(frozen=True)
 class Cell:
-    """budget: in 10^9 bytes; volume: as in 512x512x128; settings: those chosen, with the predicted peak in
-    bytes and the arithmetic relative to raw's; None where nothing fits: `otherwise` says what would."""
+    """budget: in 10^9 bytes; volume: as in 512x512x128; settings: those chosen, with the predicted peak of
+    tensors and what is reserved for them in bytes, and the arithmetic relative to raw's; None where nothing
+    fits: `otherwise` says what would."""
 
     budget: int
     volume: str
@@ -39,13 +40,15 @@ class Cell:
     peak: int | None = None
     arithmetic: float | None = None
     otherwise: str = ""
+    reserved: int | None = None
 
     def __str__(self) -> str:
         if self.settings is None or self.peak is None:
             return self.otherwise.replace("the largest volume that fits is", "up to")
         levels = f" + {self.settings.recompute_levels}" if self.settings.recompute_levels else ""
         rows = f", {self.settings.rows} rows" if self.settings.rows else ""
-        return f"{self.settings.memory}{levels}{rows}: {format_bytes(self.peak)}, {self.arithmetic:.2f}x"
+        needed = format_bytes(self.reserved or self.peak)
+        return f"{self.settings.memory}{levels}{rows}: {needed}, {self.arithmetic:.2f}x"
 
 
 def predicted(budget: int, workload: Workload) -> Cell:
@@ -54,7 +57,8 @@ def predicted(budget: int, workload: Workload) -> Cell:
         choice = choose(MODEL, 1, workload.classes, workload.shape, DTYPE, budget * 10**9)
     except InputError as error:
         return Cell(budget, volume, otherwise=str(error).rsplit("; ", 1)[1])
-    return Cell(budget, volume, choice.settings, choice.peak, round(choice.arithmetic, 4))
+    arithmetic = round(choice.arithmetic, 4)
+    return Cell(budget, volume, choice.settings, choice.peak, arithmetic, reserved=choice.reserved)
 
 
 def write(cells: Sequence[Cell], path: str | os.PathLike[str]) -> None:
@@ -84,7 +88,7 @@ def table(cells: Sequence[Cell]) -> Table:
     budgets, volumes = (dict.fromkeys(getattr(cell, name) for cell in cells) for name in ("budget", "volume"))
     texts = {(cell.budget, cell.volume): str(cell) for cell in cells}
     return Table(
-        "What memory='auto' takes: predicted peak, arithmetic relative to raw's",
+        "What memory='auto' takes: bytes reserved as predicted, arithmetic relative to raw's",
         ("budget", *volumes),
         tuple(
             (f"{budget} GB", *(texts.get((budget, volume), "not predicted") for volume in volumes))

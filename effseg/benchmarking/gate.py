@@ -44,11 +44,20 @@ def verdict(contender: Contender, dtype: str, device: torch.device, classes: int
     twin = reference(contender)
     if twin is None:
         return not_finite(outcome(case, dtype, device))
+    return compared(case, twin, dtype, device)[0]
+
+
+def compared(case: Case, twin: Contender, dtype: str, device: torch.device) -> tuple[str, str]:
+    """What is wrong with a contender beside its twin in float32, or nothing; and the errors."""
     weights, exact, own_error = _expected(Case(twin, case.workload), dtype, device)
     got = outcome(case, dtype, device, weights)
     tf32 = dtype == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32
     tolerance = max(TF32_TOLERANCE if tf32 else TOLERANCE[dtype], 2 * own_error)
-    return not_finite(got) or disagreement(got, exact, tolerance, FLIPPED[dtype])
+    loss, gradient = errors(got, exact)
+    told = (
+        f"relative error {loss:.1e} of the loss, {gradient:.1e} of the gradients, {own_error:.1e} of its twin"
+    )
+    return not_finite(got) or disagreement(got, exact, tolerance, FLIPPED[dtype]), told
 
 
 def reference(contender: Contender) -> Contender | None:

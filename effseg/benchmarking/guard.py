@@ -125,7 +125,7 @@ def of_kernels(jobs: int = 1) -> Figures:
         )
         if done.returncode:
             raise InputError(f"kernels: {' '.join(done.stderr.split()) or 'the inspector failed'}")
-        return clocks(json.loads(path.read_text())["rows"])
+        return clocks(json.loads(path.read_text(encoding="utf-8"))["rows"])
 
 
 def clocks(rows: Iterable[dict[str, Any]]) -> Figures:

@@ -7,9 +7,11 @@ precision it may be twice as far from that as ATen in low precision is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -17,8 +19,10 @@ import torch
 from torch import Tensor
 
 from effseg.benchmarking.failure import Failure, attempt
+from effseg.common.isolation import isolated
 from effseg.kernels import autotune, trials
-from effseg.kernels.config import Config, Problem, Triple, choose, heuristic, key, uses_aten
+from effseg.kernels.choose import choose
+from effseg.kernels.config import Config, Problem, Triple, heuristic, key, uses_aten
 from effseg.kernels.search import disagreement, worst_row
 
 MODEL, CLASSES = "effseg-base", 15
@@ -29,6 +33,8 @@ MOST_ELEMENTS = 2**30
 """Of a tensor: ATen, which kernels are held against, counts in 32 bits in places."""
 EXACT = {"bf16": torch.float32, "fp16": torch.float32, "fp32": torch.float64}
 """What a type's results are exact in, with TF32 off."""
+SILENCE = 120.0
+"""Seconds that a kernel may take to be compiled, run and compared."""
 SLACK = 1e-3
 """Relative error that low precision may have beside twice ATen's: ATen gets some sums right to all digits."""
 
@@ -62,12 +68,16 @@ class Check:
 # What is run
 
 
-def needed(volume: Triple, dtype: str, architecture: str, gpu: str) -> list[Problem]:
+def needed(
+    volume: Triple, dtype: str, architecture: str, gpu: str, listed: Sequence[Problem] | None = None
+) -> list[Problem]:
     """The problems of the network and of `convolutions`, those that take longest first; of those that launch
-    the same kernel the largest."""
+    the same kernel the largest. listed: the network's; None: listed here, which takes half a minute."""
+    if listed is None:
+        listed = autotune.problems(MODEL, volume, [dtype], CLASSES, architecture)
     found: dict[tuple[Problem, Config], Problem] = {}
     for problem in (
-        *autotune.problems(MODEL, volume, [dtype], CLASSES, architecture),
+        *listed,
         *convolutions(volume, dtype, architecture),
     ):
         problem = replace(problem, gpu=gpu)
@@ -91,6 +101,11 @@ def configuration(problem: Problem) -> Config:
     """As it is chosen, or as it would be were the problem not left to ATen."""
     chosen = choose(problem)
     return heuristic(problem) if uses_aten(chosen) else chosen
+
+
+def identity(problem: Problem) -> tuple[str, str]:
+    """What its `Check` is known by."""
+    return key(problem), autotune.label(configuration(problem))
 
 
 # Whether it is right
@@ -191,21 +206,39 @@ def _without_tf32() -> Iterator[None]:
 
 
 def run(
-    problems: Iterable[Problem],
-    device: torch.device,
-    show: Callable[[Check], object],
-    go_on: Callable[[], bool] = lambda: True,
+    problems: Sequence[Problem], device: torch.device, seconds: float, show: Callable[[Check], object]
 ) -> int:
-    """Check one after the other and show each; the number of those left when `go_on` says so, or when the
-    device is lost, which counts as the kernel's fault."""
-    rest = list(problems)
-    while rest and go_on():
-        problem = rest.pop(0)
-        try:
-            show(check(problem, device))
-        except RuntimeError as error:  # of every call from now on
-            config = autotune.label(configuration(problem))
-            told = " ".join(str(error).split())[:200]
-            show(Check(key(problem), problem.size, config, "wrong", f"the GPU is lost: {told}"))
+    """Check one after the other and show each; the number of those left after so many seconds.
+
+    On a GPU they share a process of their own. A kernel that takes it along, or is not done within SILENCE,
+    has failed, and the others go on in the next one.
+    """
+    if device.type != "cuda":
+        return len(problems) - _checked(problems, device, seconds, show)
+    deadline, done = time.monotonic() + seconds, 0
+
+    def tell(check: Check) -> None:
+        nonlocal done
+        done += 1
+        show(check)
+
+    while done < len(problems) and (left := deadline - time.monotonic()) > 0:
+        rest = problems[done:]
+        loss = isolated(partial(_checked, rest, device, left), tell, silence=SILENCE, seconds=left + SILENCE)
+        if loss is None:
             break
-    return len(rest)
+        name, config = identity(problems[done])
+        tell(Check(name, problems[done].size, config, "failed", loss.reason))
+    return len(problems) - done
+
+
+def _checked(
+    problems: Sequence[Problem], device: torch.device, seconds: float, show: Callable[[Check], object]
+) -> int:
+    """How many were begun in time."""
+    deadline = time.monotonic() + seconds
+    for i, problem in enumerate(problems):
+        if time.monotonic() >= deadline:
+            return i
+        show(check(problem, device))
+    return len(problems)

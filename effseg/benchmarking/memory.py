@@ -8,23 +8,29 @@ from functools import cache, partial
 
 import torch
 
+from effseg.benchmarking import results
 from effseg.benchmarking.failure import Failure, attempt
-from effseg.benchmarking.record import Row
+from effseg.benchmarking.record import Row, read
 from effseg.benchmarking.registry import COMPILED, Case, Contender, missing
 from effseg.benchmarking.trainee import GpuBytes, Trainee, gpu_peak
+from effseg.errors import InputError
 from effseg.memory import MemoryReport, measure_training_memory, peak_training_memory
 
+FILE = "memory.json"
+"""Of benchmarks/results: the committed predictions, see `effseg.benchmarking.predictions`."""
 
-def predicted(case: Case, dtype: str) -> Row:
-    """From fake tensors: needs seconds, and neither the memory nor a GPU."""
+
+def predicted(case: Case, dtype: str, device: str = "cuda") -> Row:
+    """From fake tensors: needs seconds, and neither the memory nor a GPU. device: cpu or cuda."""
     row = blank(case, dtype)
     reason = missing(case.contender) or unpredictable(case.contender)
     if reason:
         return replace(row, status="skipped", reason=reason)
-    report = predict(case, dtype)
+    report = predict(case, dtype, device)
     return replace(
         row,
         bytes_predicted=report.peak,
+        bytes_predicted_reserved=report.reserved if device == "cuda" else None,
         parameters=report.parameters,
         macs=None if case.contender.implementation == "triton" else report.macs,
     )
@@ -38,7 +44,7 @@ def unpredictable(contender: Contender) -> str | None:
 
 
 @cache
-def predict(case: Case, dtype: str) -> MemoryReport:
+def predict(case: Case, dtype: str, device: str = "cuda") -> MemoryReport:
     """The report of a contender that is neither `missing` nor `unpredictable`.
 
     Of ours, "auto" is predicted as it runs on a CPU, with ATen; Triton's kernels count no
@@ -51,12 +57,40 @@ def predict(case: Case, dtype: str) -> MemoryReport:
     real = contender.implementation == "channels_last"
     model = contender.make(workload.classes) if real else partial(contender.make, workload.classes)
     with contender.active():
-        return peak_training_memory(model, workload.shape, dtype=dtype, loss=contender.loss)
+        return peak_training_memory(model, workload.shape, dtype=dtype, loss=contender.loss, device=device)
+
+
+def known(case: Case, dtype: str) -> Row:
+    """The committed prediction, for what has no time to make one: on a GPU that would wait. Of ours it is
+    the one by ATen. Nothing where there is none."""
+    contender, workload = case
+    row, names = blank(case, dtype), {contender.name}
+    if contender.is_ours and contender.implementation == "aten":
+        names.add(contender.name.removesuffix("aten") + "auto")
+    for found in _committed():
+        if found.contender in names and (found.workload, found.dtype) == (workload.name, dtype):
+            return replace(
+                row,
+                bytes_predicted=found.bytes_predicted,
+                bytes_predicted_reserved=found.bytes_predicted_reserved,
+                parameters=found.parameters,
+                macs=found.macs,
+            )
+    return row
+
+
+@cache
+def _committed() -> tuple[Row, ...]:
+    """None outside a checkout."""
+    try:
+        return read(results.FOLDER / FILE).rows
+    except (InputError, OSError):
+        return ()
 
 
 def measured(case: Case, dtype: str, device: torch.device) -> Row:
     """The prediction, and beside it a real step on the device. Out of memory is a row."""
-    row = predicted(case, dtype)
+    row = known(case, dtype) if device.type == "cuda" else predicted(case, dtype, device.type)
     reason = missing(case.contender, device)
     if reason:
         return replace(row, status="skipped", reason=reason)
@@ -83,7 +117,7 @@ def _on_gpu(row: Row, case: Case, dtype: str, device: torch.device) -> Row:
 
     def run() -> tuple[int, GpuBytes]:
         trainee = Trainee(case, dtype, device)
-        return trainee.parameters, gpu_peak(trainee, "train")
+        return trainee.parameters, gpu_peak(trainee, "train", alone=True)
 
     found = attempt(run)
     if isinstance(found, Failure):

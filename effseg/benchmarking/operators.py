@@ -1,7 +1,8 @@
 """Rows of the kernels suite: the operators of EffSegNet base by ATen and by our kernels, and a whole layer
 (convolution, instance normalisation, activation; forward and backward) beside stock torch's.
 
-Sizes are those of the network's levels on a workload, cut to `trials.MOST_ELEMENTS`. Kernels are timed only
+Sizes are those that the network asks for on a workload, cut to `trials.MOST_ELEMENTS`, and configurations
+those that it would get there. Kernels are timed only
 where they agree with ATen, layers where they agree with stock torch's.
 """
 
@@ -9,29 +10,34 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from effseg import algorithm
-from effseg.benchmarking import traffic
+from effseg.benchmarking import results, traffic
 from effseg.benchmarking.failure import Failure, attempt
 from effseg.benchmarking.record import Row
-from effseg.benchmarking.registry import NO_GPU, ONLY_FULL, Workload
+from effseg.benchmarking.registry import NO_GPU, ONLY_COMPILED, Workload
 from effseg.benchmarking.timing import ROUNDS, Stopwatch, Times, filled, gpu_seconds, race
+from effseg.errors import InputError
+from effseg.kernels.choose import choose
 from effseg.kernels.config import Problem, Triple
 from effseg.memory.step import DTYPES
 from effseg.models.levels import PRESETS
 from effseg.modules import ConvNormAct3d
+from effseg.tuning.problem_lists import Listed, read
 
+MODEL = "effseg-base"
 LEVELS = PRESETS["base"].widths[:4]
 """Channels at full, half, quarter and eighth resolution: below there is hardly any work."""
+ONE = (1, 1, 1)
 PASSES = ("conv3d_fwd", "conv3d_dgrad", "conv3d_wgrad")
-ELEMENTWISE = ("norm_act", "norm_act_backward", "fold", "moments", "upsample")
+ELEMENTWISE = ("norm_act", "norm_act_backward", "fold", "moments", "upsample", "upsample_transpose")
 HEADS = ("head_sums", "head_backward", "head_argmax")
 KERNEL = ("aten", "triton")
 LAYER = (*KERNEL, "eager", "compile")
@@ -70,14 +76,14 @@ def rows(
     device: torch.device,
     *,
     compiled: bool = True,
-    heads_only: bool = False,
+    names: Collection[str] | None = None,
     rounds: int = ROUNDS,
     seconds: float = math.inf,
     show: Callable[[Row], object] = lambda row: None,
     stopwatch: Stopwatch | None = None,
 ) -> list[Row]:
     """Of every operator, one for each contender; compiled: whether layers are also run by torch.compile;
-    heads_only: see `operators`.
+    names: only of these operators.
 
     seconds: about how long to measure; three rounds of each operator are not cut short. show: called with
     each row. stopwatch: as in `race`. Needs Triton, though not a GPU.
@@ -85,7 +91,8 @@ def rows(
     if stopwatch is None and device.type == "cuda":
         stopwatch = partial(gpu_seconds, device, flush_bytes=FLUSH_BYTES)
     deadline = time.monotonic() + seconds
-    todo = operators(workload, dtype, device, compiled, heads_only)
+    known = operators(workload, dtype, device, compiled)
+    todo = [operator for operator in known if names is None or operator.name in names]
     found = []
     for i, operator in enumerate(todo):
         left = max(0.0, deadline - time.monotonic()) / (len(todo) - i)
@@ -131,28 +138,49 @@ def _halved(size: Triple, times: int) -> Triple:
 
 
 def problems(workload: Workload, dtype: str, device: torch.device) -> list[Problem]:
-    """As `effseg.kernels.config` describes them; convolutions and heads activate their input."""
-    from effseg.kernels import launch, trials
+    """As `effseg.kernels.config` describes them: of what the network asks for on the workload, by operator
+    and channels, that which takes longest in a step."""
+    from effseg.kernels import device as gpus
+    from effseg.kernels import launch
 
-    channels, size = LEVELS[0], workload.volume
+    asked = _asked(workload, dtype, launch.architecture(device))
+    width = LEVELS[0]
+    shapes = [(op, width, width, (3, 3, 3)) for width in LEVELS for op in PASSES]
+    shapes += [(op, width, width, (1, 1, 1)) for op in ELEMENTWISE]
+    shapes += [(op, width, workload.classes, (1, 1, 1)) for op in HEADS]
+    found = [next(p for p in asked if _is_of(p, dtype, *shape)) for shape in shapes]
+    if device.type != "cuda":
+        return found
+    gpu, multiprocessors = gpus.gpu(device), gpus.multiprocessors(device)
+    return [replace(problem, gpu=gpu, multiprocessors=multiprocessors) for problem in found]
 
-    def problem(op: str, channels: int, out: int, size: Triple, **options: Any) -> Problem:
-        like = torch.empty(0, channels, *size, dtype=DTYPES[dtype], device=device)
-        return trials.cropped(
-            launch.problem(
-                op, like, out_channels=out, size=size, prologue=op.startswith(("c", "h")), **options
-            )
-        )
 
-    found = [
-        problem(op, width, width, _halved(size, level), kernel=(3, 3, 3))
-        for level, width in enumerate(LEVELS)
-        for op in PASSES
-    ]
-    found += [problem(op, channels, channels, size) for op in ELEMENTWISE]
-    found.append(problem("upsample_transpose", channels, channels, _halved(size, 1)))
-    found += [problem(op, channels, workload.classes, size) for op in HEADS]
-    return found
+@lru_cache(maxsize=16)
+def _asked(workload: Workload, dtype: str, architecture: str) -> list[Problem]:
+    """As the committed list says, for what a GPU should not wait; else as a step on fake tensors does."""
+    from effseg.kernels import autotune
+
+    listed = Listed(MODEL, workload.volume, dtype, workload.classes, architecture)
+    known = _committed().get(listed)
+    if known is not None:
+        return known
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a network that is not trained
+        return autotune.problems(MODEL, workload.volume, [dtype], workload.classes, architecture)
+
+
+@cache
+def _committed() -> dict[Listed, list[Problem]]:
+    """None outside a checkout."""
+    try:
+        return read(results.FOLDER.with_name("problems.json"))
+    except (InputError, OSError):
+        return {}
+
+
+def _is_of(problem: Problem, dtype: str, op: str, channels: int, out_channels: int, kernel: Triple) -> bool:
+    found = problem.op, problem.in_channels, problem.out_channels, problem.kernel
+    return found == (op, channels, out_channels, kernel) and (problem.dtype, problem.stride) == (dtype, ONE)
 
 
 def shape(problem: Problem) -> str:
@@ -165,11 +193,14 @@ def shape(problem: Problem) -> str:
 
 
 def _operator(problem: Problem, device: torch.device) -> Operator:
+    from effseg.kernels import trials
+
+    measured = trials.cropped(problem)
     return Operator(
         f"{problem.op} {shape(problem)}",
-        problem.size,
-        traffic.bytes_moved(problem),
-        traffic.macs(problem),
+        measured.size,
+        traffic.bytes_moved(measured),
+        traffic.macs(measured),
         KERNEL,
         partial(_kernel_and_aten, problem, device),
     )
@@ -184,7 +215,7 @@ def _kernel_and_aten(problem: Problem, device: torch.device) -> dict[str, Run | 
     aten = torch.no_grad()(run.aten)
     if device.type != "cuda":
         return {"aten": aten, "triton": Failure("skipped", NO_GPU)}
-    chosen = config.choose(problem)
+    chosen = choose(problem)
     chosen = config.heuristic(problem) if config.uses_aten(chosen) else chosen
     kernel = torch.no_grad()(partial(run.kernel, chosen))
     return {"aten": aten, "triton": _checked(kernel, aten(), problem.dtype)}
@@ -242,7 +273,7 @@ def _layers(
         "aten": _checked(partial(run, unit, "aten"), expected, dtype),
         "triton": Failure("skipped", NO_GPU),
         "eager": eager,
-        "compile": Failure("skipped", ONLY_FULL),
+        "compile": Failure("skipped", ONLY_COMPILED),
     }
     if device.type == "cuda":
         found["triton"] = _checked(partial(run, unit, "triton"), expected, dtype)

@@ -16,7 +16,7 @@ from effseg.benchmarking.memory_plots import LINES
 from effseg.benchmarking.registry import DTYPES, Case, contenders, workloads
 
 CLASSES = 15
-FILE = "memory.json"
+FILE = memory.FILE
 
 
 def cases() -> list[Case]:

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from effseg.memory.units import parse_volume
 
 if TYPE_CHECKING:
     from effseg.benchmarking.kernel_checks import Check
+    from effseg.kernels.config import Problem
 
 VOLUMES = ("128x128x128", "512x512x64")
 
@@ -60,28 +60,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.minutes > 0:
             raise InputError(f"--minutes: expected more than 0, got {args.minutes:g}")
         machine = this_machine()
-        return _run(machine, volumes, args.dtype, 60 * args.minutes, args.json)
+        problems = _needed(machine, volumes, args.dtype, args.problems)
+        earlier = _read(args.json, machine) if args.resume and args.json else []
+        return _run(machine, problems, earlier, 60 * args.minutes, args)
     except (InputError, OSError) as error:
         print(f"real_size: error: {error}", file=sys.stderr)
         return 2
 
 
+def _needed(
+    machine: Machine, volumes: Sequence[tuple[int, int, int]], dtypes: Sequence[str], lists: Path | None
+) -> list[Problem]:
+    """lists: the file of `effseg.tuning.problem_lists`; what it does not have is listed here."""
+    from effseg.benchmarking import kernel_checks
+    from effseg.tuning.problem_lists import Listed, read
+
+    known = read(lists) if lists else {}
+    return [
+        problem
+        for dtype, volume in product(dtypes, volumes)
+        for problem in kernel_checks.needed(
+            volume,
+            dtype,
+            machine.architecture,
+            machine.gpu,
+            known.get(
+                Listed(kernel_checks.MODEL, volume, dtype, kernel_checks.CLASSES, machine.architecture)
+            ),
+        )
+    ]
+
+
 def _run(
     machine: Machine,
-    volumes: Sequence[tuple[int, int, int]],
-    dtypes: Sequence[str],
+    problems: Sequence[Problem],
+    earlier: Sequence[Check],
     seconds: float,
-    path: Path | None,
+    args: argparse.Namespace,
 ) -> int:
+    """earlier: what was checked before, and is not checked again."""
     from effseg.benchmarking import kernel_checks
 
-    deadline = time.monotonic() + seconds
+    path: Path | None = args.json
     begun = record.begin(
-        volumes=["x".join(map(str, volume)) for volume in volumes],
-        dtypes=list(dtypes),
-        tf32=torch.backends.cudnn.allow_tf32,
+        volumes=list(args.volume), dtypes=list(args.dtype), tf32=torch.backends.cudnn.allow_tf32
     ).to_dict()
-    checks: list[Check] = []
+    checks: list[Check] = list(earlier)
+    known = {(check.kernel, check.config) for check in earlier}
 
     def show(check: Check) -> None:
         checks.append(check)
@@ -89,16 +114,28 @@ def _run(
         if path is not None:  # after each, for a kernel may take the process with it
             _write(path, begun, checks)
 
-    problems = [
-        problem
-        for dtype, volume in product(dtypes, volumes)
-        for problem in kernel_checks.needed(volume, dtype, machine.architecture, machine.gpu)
-    ]
-    left = kernel_checks.run(problems, machine.device, show, lambda: time.monotonic() < deadline)
+    rest = [problem for problem in problems if kernel_checks.identity(problem) not in known]
+    left = kernel_checks.run(rest, machine.device, seconds, show)
     counts = Counter(check.status for check in checks)
     told = [f"{number} {status}" for status, number in counts.items()]
     print(", ".join([*told, f"{left} not run"] if left else told))
     return 0 if counts.keys() <= {"ok"} else 1
+
+
+def _read(path: Path, machine: Machine) -> list[Check]:
+    """What a file has of this machine and these versions; nothing of another's, which is said."""
+    from effseg.benchmarking.kernel_checks import Check
+
+    if not path.exists():
+        return []
+    document, now = json.loads(path.read_text(encoding="utf-8")), record.begin()
+    if any(
+        document[part].get(name) != getattr(now, part)[name]
+        for part, name in (("machine", "gpu"), ("versions", "torch"), ("versions", "triton"))
+    ):
+        print(f"{path} is of another machine, or of other versions: all is checked again")
+        return []
+    return [Check(**row | {"size": tuple(row["size"])}) for row in document["kernels"]]
 
 
 def _write(path: Path, begun: dict[str, Any], checks: Sequence[Check]) -> None:
@@ -117,6 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--volume", nargs="+", default=VOLUMES, metavar="XxYxZ", help="default: %(default)s")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--resume", action="store_true", help="check what that file does not have yet")
+    parser.add_argument(
+        "--problems", type=Path, metavar="FILE", help="what a step needs, as `benchmarks/problems.json`"
+    )
     parser.add_argument(
         "--minutes", type=float, default=math.inf, metavar="N", help="begin no kernel after so long"
     )

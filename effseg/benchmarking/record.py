@@ -19,7 +19,10 @@ from effseg.errors import InputError
 
 SCHEMA = 1
 SUITES = ("memory", "throughput", "kernels")
-STATUSES = ("ok", "skipped", "out of memory", "wrong")
+CHECKS = "checks"
+"""Suite of what is asked of a machine before anything is timed: the reason says what was found."""
+STATUSES = ("ok", "skipped", "out of memory", "failed", "wrong")
+"""failed: its process or its GPU was lost, or it took too long."""
 INTERRUPTED = "interrupted"
 """The reason of what was skipped because somebody ended the run."""
 MACHINE = ("cpu", "threads", "gpu", "gpu_memory", "driver", "clocks_before", "clocks_after")
@@ -31,11 +34,12 @@ class Row:
     """One result. Metrics that were not measured are None.
 
     task: "train" (forward, loss, backward), "infer", or a kernel's operator; dtype: bf16 or fp32; reason: why
-    the status is not ok; seconds: 20th, 50th and 80th percentile of one run; bytes: allocated and reserved at
-    the measured peak; predicted: of a whole training step with AdamW, in tensors; outside_convolutions: of
-    the same, measured on a CPU; moved: of an operator, to and from memory at the least, each operand read
-    once and each result written once; parameters: how many; macs: multiply-accumulates of the step, or of
-    the operator.
+    the status is not ok, or what a check has found; seconds: 20th, 50th and 80th percentile of one run;
+    bytes: allocated and reserved at the measured peak; predicted: of a whole training step with AdamW, in
+    tensors; predicted_reserved: for it by the allocator of a GPU, convolution workspace included;
+    outside_convolutions: of the same, measured on a CPU; moved: of an operator, to and from memory at the
+    least, each operand read once and each result written once; parameters: how many; macs:
+    multiply-accumulates of the step, or of the operator.
     """
 
     suite: str
@@ -54,11 +58,14 @@ class Row:
     bytes_reserved: int | None = None
     bytes_outside_convolutions: int | None = None
     bytes_predicted: int | None = None
+    bytes_predicted_reserved: int | None = None
     bytes_moved: int | None = None
     parameters: int | None = None
     macs: int | None = None
 
 
+ADDED = ("bytes_predicted_reserved",)
+"""Metrics that older records lack."""
 METRICS = tuple(field.name for field in fields(Row) if field.default is None)
 
 
@@ -110,7 +117,7 @@ def machine() -> dict[str, Any]:
 def processor() -> str:
     """The CPU's model, as its maker calls it."""
     info = Path("/proc/cpuinfo")
-    names = info.read_text().splitlines() if info.exists() else []
+    names = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((n.split(":", 1)[1].strip() for n in names if n.startswith("model name")), platform.machine())
 
 
@@ -189,6 +196,8 @@ def validate(data: Any) -> Record:
 
 
 def _row(data: Any, where: str) -> Row:
+    if isinstance(data, dict):
+        data = {**dict.fromkeys(ADDED), **data}
     _check_keys(data, tuple(field.name for field in fields(Row)), where)
     for name, value in data.items():
         if name in METRICS:
@@ -197,7 +206,7 @@ def _row(data: Any, where: str) -> Row:
                 raise InputError(f"{where}.{name}: expected a number of 0 or more, or null, got {value!r}")
         elif not isinstance(value, str):
             raise InputError(f"{where}.{name}: expected a text, got {value!r}")
-    for name, known in (("suite", SUITES), ("status", STATUSES)):
+    for name, known in (("suite", (*SUITES, CHECKS)), ("status", STATUSES)):
         if data[name] not in known:
             raise InputError(f"{where}.{name}: expected one of {', '.join(known)}, got {data[name]!r}")
     if data["status"] != "ok" and not data["reason"]:

@@ -39,6 +39,7 @@ MEMORY_BUDGET = 0.5
 """Of "budget": the part of what torch.compile would keep for backward that it may keep."""
 NO_GPU = "kernels need a CUDA GPU"
 ONLY_FULL = "only with --full"
+ONLY_COMPILED = "only with --compiled"
 
 
 @dataclass(frozen=True)
@@ -266,8 +267,9 @@ SELECTIONS: dict[str, tuple[Selection, Selection]] = {
 """Of each suite: what runs by default, and what `full` runs."""
 
 
-def select(suite: str, full: bool = False) -> list[Case]:
-    """What a suite runs, those included that `missing` will name. Raises InputError for an unknown suite."""
+def select(suite: str, full: bool = False, compiled: bool = False) -> list[Case]:
+    """What a suite runs, those included that `missing` will name; compiled: also those that torch.compile
+    makes. Raises InputError for an unknown suite."""
     if suite not in SELECTIONS:
         raise InputError(f"suite: expected one of {', '.join(SELECTIONS)}, got {suite!r}")
     selection = SELECTIONS[suite][full]
@@ -275,4 +277,5 @@ def select(suite: str, full: bool = False) -> list[Case]:
         Case(contenders()[contender], workloads()[workload])
         for workload in selection.workloads
         for contender in selection.contenders
+        if compiled or contenders()[contender].implementation not in COMPILED
     ]

@@ -116,6 +116,8 @@ def machine(record: Record) -> str:
     versions = f"torch {record.versions['torch']}"
     if is_on_gpu(record):
         driver = record.machine["driver"]
-        return ", ".join([record.machine["gpu"], versions, *([f"driver {driver}"] if driver else [])])
+        tuned = ["tuned kernels"] if record.conditions.get("tuned") else []
+        drivers = [f"driver {driver}"] if driver else []
+        return ", ".join([record.machine["gpu"], versions, *drivers, *tuned])
     threads = record.machine["threads"]
     return f"{record.machine['cpu']}, {threads} thread{'s' * (threads != 1)}, {versions}"

@@ -77,7 +77,10 @@ def _titled(table: Table) -> str:
     return f"{table.title}:\n\n{table.markdown()}"
 
 
-TIMED = (*LINES, "nnunet/raw/auto", "nnunet/block/auto")
+TIMED = (
+    *LINES, "nnunet/raw/auto", "nnunet/block/auto",
+    *(f"effseg-base/{memory}/{how}" for how in ("aten", "triton") for memory in ("raw", "stream")),
+)  # fmt: skip
 """Contenders whose time the README tells."""
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "memory": memory_block,

@@ -26,6 +26,10 @@ MEMORY_CONTENDERS = (
     BASELINE, "unet3d/checkpoint", "nnunet/eager", "nnunet/checkpoint", TWIN, "effseg-base/raw/auto",
     "effseg-base/stream/auto", "effseg-base/stream+1/auto",
 )  # fmt: skip
+MEMORY_COLUMNS = (
+    "network", "predicted peak", "of the 3D U-Net's", "bytes per voxel", "predicted reserved", "measured",
+    "parameters",
+)  # fmt: skip
 SHOWN = 4
 """Of the contenders that were not run; all are in the record."""
 
@@ -69,22 +73,32 @@ def memory(
     dtype: str = "bf16",
     contenders: Sequence[str] = MEMORY_CONTENDERS,
 ) -> Table:
-    """The predicted peak of a training step beside the measured one, of these contenders in this order."""
+    """The predicted peak of a training step beside the measured one, of these contenders in this order.
+
+    What was measured is tensors, the allocator's reserve, and the device. An algorithm that was left to
+    choose is predicted as ATen, whose figures stand for it where it has none of its own.
+    """
     predicted, measured = {}, {}
-    for record, row in results.rows(records, "memory", workload=workload, dtype=dtype, task="train"):
+    found = list(records)
+    wanted = {"workload": workload, "dtype": dtype, "task": "train"}
+    for _, row in results.rows(found, "memory", **wanted):
         if row.bytes_predicted is not None:
             predicted[row.contender] = row
-        if row.bytes_allocated is not None:
-            measured[row.contender] = f"{format_bytes(row.bytes_allocated)} ({_device(record)})"
+    for suite in ("throughput", "memory"):
+        for record, row in results.rows(found, suite, **wanted):
+            if row.bytes_allocated is not None:
+                measured[row.contender] = _bytes(row, record)
+            elif row.status == "out of memory" and results.is_on_gpu(record):
+                measured.setdefault(row.contender, f"out of memory ({_device(record)})")
     whole = predicted[BASELINE].bytes_predicted if BASELINE in predicted else None
     return Table(
         f"One training step on {workload}, {dtype}: peak memory",
-        ("network", "predicted peak", "of the 3D U-Net's", "bytes per voxel", "measured", "parameters"),
+        MEMORY_COLUMNS,
         tuple(
             (
                 results.label(name),
                 *_predicted(predicted.get(name), whole),
-                measured.get(name, NOT_MEASURED),
+                measured.get(name) or measured.get(_by_aten(name), NOT_MEASURED),
                 _millions(predicted.get(name)),
             )
             for name in contenders
@@ -93,13 +107,26 @@ def memory(
     )
 
 
-def _predicted(row: Row | None, whole: int | None) -> tuple[str, str, str]:
-    """GiB, the part of the whole, and bytes per voxel."""
+def _predicted(row: Row | None, whole: int | None) -> tuple[str, str, str, str]:
+    """GiB, the part of the whole, bytes per voxel, and the GiB that are reserved."""
     if row is None or row.bytes_predicted is None:
-        return ("not predicted",) * 3
+        return ("not predicted",) * 4
     part = _percent(row.bytes_predicted / whole, 1) if whole else "not predicted"
     per_voxel = f"{row.bytes_predicted / row.voxels:.0f}" if row.voxels else "not predicted"
-    return format_bytes(row.bytes_predicted), part, per_voxel
+    reserved = row.bytes_predicted_reserved
+    held = "not predicted" if reserved is None else format_bytes(reserved)
+    return format_bytes(row.bytes_predicted), part, per_voxel, held
+
+
+def _bytes(row: Row, record: Record) -> str:
+    """As in "9.02 GiB, 9.61 GiB reserved (NVIDIA H200)"; a CPU reserves nothing."""
+    reserved = "" if row.bytes_reserved is None else f", {format_bytes(row.bytes_reserved)} reserved"
+    return f"{format_bytes(row.bytes_allocated or 0)}{reserved} ({_device(record)})"
+
+
+def _by_aten(contender: str) -> str:
+    network, _, how = contender.rpartition("/")
+    return f"{network}/aten" if how == "auto" else contender
 
 
 def _percent(part: float, digits: int = 0) -> str:

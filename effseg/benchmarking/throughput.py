@@ -1,8 +1,7 @@
 """Rows of the throughput suite: seconds of a training step and of an inference, contenders taking turns.
 
 All networks of a race are on the device together, with AdamW's state (their activations are not), and share
-one batch: on a GPU that is nearly full they leave less to the largest one than it has alone, which is what
-the memory suite measures.
+one batch. On a GPU `effseg.benchmarking.suites` lets each run alone, in a process of its own.
 """
 
 from __future__ import annotations
@@ -70,6 +69,8 @@ def rows(
         )
         for case in cases:
             name, row = case.contender.name, blank(case, dtype, task)
+            if device.type == "cuda" and task == "train":
+                row = replace(row, bytes_predicted=memory.known(case, dtype).bytes_predicted)
             row = _filled(row, entered[name], peaks.get(name), times.get(name))
             if measure and task == "train" and device.type == "cpu" and row.status == "ok":
                 row = memory.on_cpu(row, case, dtype)
@@ -115,7 +116,7 @@ def _does_not_fit(case: Case, dtype: str) -> str:
     contender = case.contender
     if memory.unpredictable(contender):
         contender = contenders()[f"{contender.network}/eager"]
-    needed = memory.predict(Case(contender, case.workload), dtype).peak
+    needed = memory.predict(Case(contender, case.workload), dtype, "cpu").peak
     return (
         "" if needed <= free else f"needs {format_bytes(needed)} as predicted, {format_bytes(free)} are free"
     )
@@ -124,7 +125,7 @@ def _does_not_fit(case: Case, dtype: str) -> str:
 def _available() -> float:
     """Bytes that the host can still give, as Linux estimates it; elsewhere there is no telling."""
     info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next(
         (1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf
     )
@@ -137,7 +138,8 @@ def _peaks(trainees: Mapping[str, Trainee], task: str, device: torch.device) -> 
     """Of each trainee, which is then warm; nothing on a CPU."""
     if device.type != "cuda":
         return {}
-    return {name: attempt(partial(gpu_peak, trainee, task)) for name, trainee in trainees.items()}
+    peak = partial(gpu_peak, task=task, alone=len(trainees) == 1)
+    return {name: attempt(partial(peak, trainee)) for name, trainee in trainees.items()}
 
 
 def _settling(

@@ -70,14 +70,16 @@ class GpuBytes(NamedTuple):
     reserved: int
 
 
-def gpu_peak(trainee: Trainee, task: str) -> GpuBytes:
+def gpu_peak(trainee: Trainee, task: str, alone: bool = False) -> GpuBytes:
     """The peaks of the second of two runs, the first of which makes AdamW's state, and compiles; without what
-    other networks hold."""
+    other networks hold. alone: the process has no other, and all that torch holds counts."""
     turn, device = trainee.turn(task), trainee.device
     gc.collect()  # graphs may hold cycles
     torch.cuda.empty_cache()
-    own = sum(t.nbytes for t in trainee.tensors() if t.is_cuda)
-    others = torch.cuda.memory_allocated(device) - own, torch.cuda.memory_reserved(device) - own
+    others = 0, 0
+    if not alone:
+        own = sum(t.nbytes for t in trainee.tensors() if t.is_cuda)
+        others = torch.cuda.memory_allocated(device) - own, torch.cuda.memory_reserved(device) - own
     for _ in range(2):
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from effseg.benchmarking.record import INTERRUPTED, SUITES, Record, Row, read, write
+from effseg.benchmarking.record import INTERRUPTED, SUITES, Record, Row, read
 from effseg.benchmarking.registry import DTYPES
 from effseg.errors import InputError
 
 WIDTH = 130
 """Characters of a line where there is no terminal to ask."""
 
+BAD = ("wrong", "failed")
+
 HELP = """Measure time and memory of training steps and of operators, EffSegNet's beside other networks' and
 other ways to compute them, or compare two records that it has written. Nothing else should run meanwhile.
-Exit code 1 if a contender computed something wrong or, of --compare, if something got worse."""
+On a GPU each contender has a process of its own, so that one that is lost costs no other. Exit code 1 if a
+contender computed something wrong or failed or, of --compare, if something got worse."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite", nargs="+", choices=SUITES, default=SUITES, metavar="SUITE", help=f"of {', '.join(SUITES)}"
     )
     parser.add_argument("--full", action="store_true", help="the long selection of contenders and sizes")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also what torch.compile makes, which takes minutes each"
+    )
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda or cuda:N; default: the GPU if there is one"
     )
@@ -34,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, metavar="N", help="begin nothing after so long (default: no limit)"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the record to this file")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="write the record to this file, row by row"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="measure only what the record at --output does not have yet"
+    )
     parser.add_argument(
         "--compare",
         nargs=2,
@@ -70,6 +81,8 @@ def _measure(args: argparse.Namespace) -> int:
         raise InputError(f"--minutes: expected more than 0, got {args.minutes:g}")
     if args.output is not None and (args.output.is_dir() or args.output.suffix != ".json"):
         raise InputError(f"{args.output}: expected the name of a .json file to write")
+    if args.resume and args.output is None:
+        raise InputError("--resume: expected with --output only")
     from effseg.benchmarking import suites
     from effseg.device import find_device
 
@@ -78,17 +91,18 @@ def _measure(args: argparse.Namespace) -> int:
         record = suites.run(
             args.suite,
             full=args.full,
+            compiled=args.compiled,
             device=device,
             dtypes=args.dtype,
             seconds=None if args.minutes is None else 60 * args.minutes,
+            path=args.output,
+            resume=args.resume,
             show=show,
         )
-    if args.output is not None:
-        write(record, args.output)
     _print(record)
     if any(row.reason == INTERRUPTED for row in record.rows):
         raise KeyboardInterrupt
-    return 1 if any(row.status == "wrong" for row in record.rows) else 0
+    return 1 if any(row.status in BAD for row in record.rows) else 0
 
 
 @contextmanager
@@ -122,8 +136,8 @@ def _print(record: Record) -> None:
     for line in tabulation.skipped(record):
         print(line)
     for row in record.rows:
-        if row.status == "wrong":
-            print(f"wrong: {row.suite}: {_name(row)}: {row.reason}")
+        if row.status in BAD:
+            print(f"{row.status}: {row.suite}: {_name(row)}: {row.reason}")
 
 
 def _name(row: Row) -> str:

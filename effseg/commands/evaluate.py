@@ -6,7 +6,8 @@ from pathlib import Path
 from effseg.errors import InputError
 
 HELP = """Score a folder of segmentations: Dice, normalised surface Dice (NSD) and HD95 per organ and case.
-Files are paired by case name (NAME.nii.gz with NAME.nii.gz or NAME_seg.nii.gz). An organ that both files
+Files are paired by case name (NAME.nii.gz with NAME.nii.gz or NAME_seg.nii.gz), and a label file is never
+scored against itself, a link to it or a copy of it. An organ that both files
 lack is left out of the means; one that only one of them has scores Dice 0, NSD 0 and the volume's diagonal as
 HD95."""
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
     from effseg.data.labels import load_label_map
-    from effseg.evaluation import evaluate_folders, summary_table, write_summary
+    from effseg.evaluation import describe_pairs, evaluate_folders, summary_table, write_summary
 
     if args.output.is_dir():
         raise InputError(f"{args.output}: expected the name of a JSON file to write, found a folder")
@@ -67,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
             args.predictions, args.labels, label_map, args.tolerance, cases=args.cases, on_case=show
         )
     write_summary(summary, args.output)
-    Console().print(summary_table(summary))
+    console = Console()
+    for line in describe_pairs(summary):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(summary_table(summary))
     return 0
 
 

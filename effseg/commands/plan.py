@@ -101,7 +101,7 @@ def _text(answer: Plan) -> str:
     request, report = answer.request, answer.report
     size = "x".join(map(str, request.volume))
     x, y, _ = request.volume
-    need, usable, memory = map(format_bytes, (report.peak, answer.usable, answer.gpu_memory))
+    need, usable, memory = map(format_bytes, (report.reserved, answer.usable, answer.gpu_memory))
     lines = [
         f"{'Fits' if answer.fits else 'Does not fit'}: training {report.model} on {size}, "
         f"batch {request.batch}, {request.classes} classes, {request.dtype}: "
@@ -111,7 +111,7 @@ def _text(answer: Plan) -> str:
         lines.append(f"Memory mode: {_mode(answer.mode)}")
     lines += ["", _line(report), *report.split_lines("    "), f"    {report.where}"]
     if request.model != BASELINE:
-        share = report.peak / answer.baseline.peak
+        share = report.reserved / answer.baseline.reserved
         lines += [_line(answer.baseline), f"    {report.model} needs {share:.1%} of that"]
         lines += ["", *map(_row, answer.modes)]
     lines += [
@@ -125,7 +125,8 @@ def _text(answer: Plan) -> str:
 
 def _line(report: MemoryReport) -> str:
     return (
-        f"{report.model:<12} {format_bytes(report.peak):>11}  {report.bytes_per_voxel:7.1f} B/voxel  "
+        f"{report.model:<12} {format_bytes(report.reserved):>11} reserved, {format_bytes(report.peak)} in "
+        f"tensors, {report.bytes_per_voxel:.1f} B/voxel, "
         f"{report.parameters / 1e6:.2f} M parameters"
     )
 
@@ -138,7 +139,8 @@ def _mode(mode: Mode) -> str:
 def _row(mode: Mode) -> str:
     report = mode.report
     return (
-        f"{mode.settings!s:<44} {format_bytes(report.peak):>11}  {report.bytes_per_voxel:7.1f} B/voxel  "
+        f"{mode.settings!s:<44} {format_bytes(report.reserved):>11} reserved  "
+        f"{report.bytes_per_voxel:7.1f} B/voxel in tensors  "
         f"arithmetic {mode.arithmetic:.2f}"
     )
 

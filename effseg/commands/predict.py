@@ -2,14 +2,20 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from effseg.errors import InputError
 
 if TYPE_CHECKING:
+    from effseg.data.labels import Labels
     from effseg.data.nifti import Scan
+    from effseg.data.preprocessing import Preprocessing
 
 HELP = """Segment CT scans with a trained network. INPUT is a scan or a folder of scans: NAME.nii.gz,
-NAME_ct.nii.gz, or nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz (a file a channel). Each scan goes through the
-network as a whole; its labels are written on its own grid, with the values of the training's label files."""
+NAME_ct.nii.gz, or nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz (a file a channel; four digits are a channel
+where NAME_0000 stands beside, or dataset.json has channel_names). Scans of a folder that are missing or
+damaged are listed at the end. Each scan goes through the network as a whole; its labels are written on its
+own grid, with the values of the training's label files."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +48,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep only the largest connected part of every organ",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace label files that exist")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace label files that exist")
+    existing.add_argument(
+        "--continue",
+        dest="resume",
+        action="store_true",
+        help="leave label files that this network has made of these scans before",
+    )
+    title = "for a network whose file does not say them, such as one saved in Python without"
+    _add_settings(parser.add_argument_group(title))
+
+
+def _add_settings(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--window", type=float, nargs=2, metavar="HU", help="intensity window that it was trained with, in HU"
+    )
+    group.add_argument(
+        "--spacing",
+        type=float,
+        nargs="+",
+        metavar="MM",
+        help="voxel size in mm to resample to, one number or three (default: each scan's own)",
+    )
+    group.add_argument(
+        "--crop", choices=("body", "none"), help="crop scans to the body, as training does (default: none)"
+    )
+    group.add_argument(
+        "--labels",
+        help="names of the classes above background: liver,spleen; or with their values in label files, "
+        "1:liver,5:spleen; or a folder with a dataset.json or labels.json",
+    )
+    group.add_argument(
+        "--patch-size",
+        type=int,
+        nargs="+",
+        metavar="VOXELS",
+        help="a sliding window of this size, one number or three (default: whole volumes)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,9 +99,54 @@ def run(args: argparse.Namespace) -> int:
         device,
         bf16=args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda"),
         largest_component=args.largest_component,
+        preprocessing=_preprocessing(args),
+        labels=None if args.labels is None else _labels(args.labels),
+        patch_size=_three(args.patch_size, "patch-size"),
     )
-    predict_files(predictor, args.input, args.output, overwrite=args.overwrite, on_case=_tell)
+    predict_files(
+        predictor,
+        args.input,
+        args.output,
+        overwrite=args.overwrite,
+        resume=args.resume,
+        on_case=_tell,
+        say=lambda text: print(text, flush=True),
+    )
     return 0
+
+
+def _preprocessing(args: argparse.Namespace) -> "Preprocessing | None":
+    """As the options tell it; None where they tell nothing."""
+    from effseg.data.preprocessing import Preprocessing
+
+    if args.window is None:
+        if args.spacing is not None or args.crop is not None:
+            raise InputError("window: expected two HU values beside --spacing or --crop, got none")
+        return None
+    window, spacing = tuple(args.window), _three(args.spacing, "spacing")
+    return Preprocessing(window=window, spacing=spacing, crop=args.crop or "none")
+
+
+def _labels(text: str) -> "Labels":
+    from effseg.data.labels import load_label_map
+
+    path = Path(text)
+    if path.exists():
+        return load_label_map(path if path.is_dir() else path.parent)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    pairs = [name.partition(":") for name in names]
+    if names and all(value.strip().isdecimal() and colon for value, colon, _ in pairs):
+        return {int(value): name.strip() for value, _, name in pairs}
+    return names
+
+
+def _three(values: list[Any] | None, name: str) -> Any:
+    """One number stands for three."""
+    if values is None or len(values) == 3:
+        return None if values is None else tuple(values)
+    if len(values) != 1:
+        raise InputError(f"{name}: expected one number or three, got {len(values)}")
+    return tuple(values * 3)
 
 
 def _tell(path: Path, scan: "Scan", seconds: float) -> None:

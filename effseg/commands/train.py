@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("patch_size", "spacing"):
         if values[name] is not None and len(values[name]) == 1:
             values[name] *= 3
+    windows = values.pop("window")
+    if windows is not None:
+        values["window"] = windows[0] if len(windows) == 1 else windows
     config = TrainingConfig.from_dict({name: values[name] for name in values if name != "run"})
     try:
         train(config, overwrite=overwrite, console=Console())
@@ -57,11 +60,21 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "all: train on every case, no validation",
     )
     group.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="go on without cases of which files are missing or unreadable, and say which",
+    )
+    group.add_argument(
         "--labels",
         help="what to learn: a group of labels.json, GROUP:organ,organ or organ,organ (all)",
     )
     group.add_argument(
-        "--window", type=float, nargs=2, default=(-200.0, 400.0), metavar="HU", help="intensity window in HU"
+        "--window",
+        type=float,
+        nargs=2,
+        action="append",
+        metavar="HU",
+        help="intensity window in HU of the CT channels (default: -200 400); repeated, one for each channel",
     )
     group.add_argument(
         "--spacing",
@@ -90,6 +103,26 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         action="store_false",
         help="leave out random affine maps, intensities, noise",
     )
+    group.add_argument(
+        "--augment-on",
+        choices=("auto", "cpu", "device"),
+        default="auto",
+        help="where volumes are augmented: in the threads that prepare them, or where the network is "
+        "(default: device on a GPU, cpu on a CPU); their noise differs",
+    )
+
+    group.add_argument(
+        "--mirror",
+        choices=("none", "left-right"),
+        default="none",
+        help="mirror every second volume left to right, too (default: none)",
+    )
+    group.add_argument(
+        "--mirror-pairs",
+        metavar="A:B,...",
+        help="labels that change places in a mirrored volume; none: no label has a side (default: "
+        "mirror_pairs of dataset.json or labels.json)",
+    )
 
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
@@ -97,6 +130,12 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
 
     group.add_argument(
         "--model", choices=MODEL_NAMES, default="effseg-base", help="network (default: effseg-base)"
+    )
+    group.add_argument(
+        "--init",
+        type=Path,
+        metavar="PATH",
+        help="begin with these weights: a .safetensors file or a run's folder (default: random ones)",
     )
     group.add_argument(
         "--norm",

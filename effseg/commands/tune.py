@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from effseg.models import MODEL_NAMES
 
 if TYPE_CHECKING:
     from effseg.kernels.autotune import Outcome
+    from effseg.kernels.config import Problem, Triple
 
 OWN = tuple(name for name in MODEL_NAMES if name.startswith("effseg-"))
 """Those whose operators are ours."""
@@ -39,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--op", nargs="+", choices=LOOPS, default=(), metavar="OP", help=f"only these of {', '.join(LOOPS)}"
     )
+    parser.add_argument(
+        "--problems", type=Path, metavar="FILE", help="what a step needs, as `benchmarks/problems.json`"
+    )
     parser.add_argument("--again", action="store_true", help="also measure what this version has measured")
     parser.add_argument(
         "--ship",
@@ -57,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("listing what a step needs", total=None)
-        needed = autotune.problems(args.model, volume, args.dtype, args.classes, machine.architecture)
+        needed = _needed(args, volume, machine.architecture)
         bar.update(task, total=sum(not args.op or problem.op in args.op for problem in needed))
-        outcome = autotune.tune(
+        outcome = autotune.tune_isolated(
             needed,
             machine,
             (SHIPPED if args.ship else cache_folder()) / f"{machine.slug}.json",
@@ -69,7 +74,22 @@ def run(args: argparse.Namespace) -> int:
             show=lambda problem: bar.update(task, advance=1, description=problem.op),
         )
     print(_text(outcome))
-    return 1 if any(not found.measured for found in outcome.searches.values()) else 0
+    return 1 if outcome.lost or any(not found.measured for found in outcome.searches.values()) else 0
+
+
+def _needed(args: argparse.Namespace, volume: Triple, architecture: str) -> list[Problem]:
+    """From the file where that has it."""
+    from effseg.kernels import autotune
+    from effseg.tuning.problem_lists import Listed, read
+
+    known = read(args.problems) if args.problems else {}
+    found: list[Problem] = []
+    for dtype in args.dtype:
+        listed = known.get(Listed(args.model, volume, dtype, args.classes, architecture))
+        if listed is None:
+            return autotune.problems(args.model, volume, args.dtype, args.classes, architecture)
+        found += listed
+    return found
 
 
 def _text(outcome: Outcome) -> str:
@@ -90,6 +110,7 @@ def _text(outcome: Outcome) -> str:
         lines.append(f"{name}: {times[0]} -> {times[1]} ms{spread}  {label(chosen)}")
     for problem, found in outcome.searches.items():
         lines += [f"dropped: {key(problem)}: {label(c)}: {reason}" for c, reason in found.dropped.items()]
+    lines += [f"lost: {key(problem)}: {reason}" for problem, reason in outcome.lost.items()]
     measured = sum(bool(found.measured) for found in outcome.searches.values())
     counts = f"{measured} measured, {outcome.known} known already, {outcome.left} left for another run"
     lines.append(f"{counts}: {file.path}")

@@ -103,8 +103,8 @@ def convert(
         `torch.compile`), the same `state_dict` keys, and its own hooks.
     memory: "raw" keeps one tensor per convolution, its raw output. "block" keeps what leaves each block of
         convolutions and runs the block's inside again in backward. "auto" takes for every new input shape
-        the first of the two whose predicted peak fits `memory_budget` (bytes, or as in "24GB"; by default
-        the GPU's memory).
+        the first of the two whose predicted reservation fits `memory_budget` (bytes, or as in "24GB"; by
+        default the GPU's memory).
     lazy_logits: in training, a network that ends in a 1x1x1 convolution returns logits as a `LazyTensor`:
         `effseg.SegmentationLoss` and `effseg.losses.dice_cross_entropy` then never make them; any other
         use makes them once. Needs False under DDP with find_unused_parameters=True.
@@ -143,16 +143,16 @@ def _mix(model: M, settings: Settings, report: ConversionReport) -> M:
 
 
 def choose(model: Converted, shape: tuple[int, ...], device: str, low: bool, budget: int) -> str:
-    """The first of "raw" and "block" whose predicted peak, AdamW included, is within `budget` bytes."""
-    peaks = {}
-    dtype = "bf16" if low else "fp32"
+    """The first of "raw" and "block" that is predicted to reserve no more than `budget` bytes, with AdamW."""
+    needed = {}
+    dtype, kind = "bf16" if low else "fp32", "cpu" if device == "cpu" else "cuda"
     for mode in MODES[:2]:
         like = _mix(restore(model), Settings(mode, None, True), model.conversion_report)
         with torch.enable_grad(), torch.autocast(device, enabled=False):
-            peaks[mode] = peak_training_memory(like, shape, dtype=dtype, device=device).peak
-        if peaks[mode] <= budget:
+            needed[mode] = peak_training_memory(like, shape, dtype=dtype, device=kind).reserved
+        if needed[mode] <= budget:
             return mode
-    needs = ", ".join(f"{format_bytes(peak)} ({mode})" for mode, peak in peaks.items())
+    needs = ", ".join(f"{format_bytes(count)} ({mode})" for mode, count in needed.items())
     raise InputError(
         f"memory: training {_base(type(model)).__name__} on {'x'.join(map(str, shape))} in {dtype} needs "
         f"{needs}, the budget is {format_bytes(budget)}"

@@ -18,6 +18,7 @@ from effseg.conversion.standing import Attached, Changed, Standing
 from effseg.conversion.values import Convolution, Value, computed, constant, operands, recipe
 from effseg.deferred import Deferred, plain
 from effseg.losses import LossOptions
+from effseg.settings import Captured
 
 Handler = Callable[..., Any]
 NEEDS_LOGITS = (
@@ -50,6 +51,7 @@ class LazyTensor(Tensor):
     _was_taken: bool
     _node: Any  # of autograd's graph, unless foreign code gave it another
     _modes: tuple[bool, bool]  # grad mode, inference mode
+    _captured: Captured
     _snapshot: Value | None  # constant, with parameters as they were
 
     @staticmethod
@@ -65,7 +67,7 @@ class LazyTensor(Tensor):
             else:
                 made = _wrapper(cls, value)
             made._node = made.grad_fn
-        made._modes, made._was_taken = modes, False
+        made._modes, made._captured, made._was_taken = modes, Captured(), False
         made._remember(value)
         return made
 
@@ -93,9 +95,9 @@ class LazyTensor(Tensor):
 
     @contextmanager
     def modes(self) -> Iterator[None]:
-        """The grad mode in which it was made."""
+        """The grad mode and the settings with which it was made."""
         grad, inference = self._modes
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad), self._captured.restored():
             yield
 
     def become(self, value: Value) -> LazyTensor:
@@ -117,7 +119,7 @@ class LazyTensor(Tensor):
         return plain(self.materialise(), dtype)
 
     def materialise(self) -> Tensor:
-        """The values as an ordinary tensor; computed once."""
+        """The values as an ordinary tensor; computed once, with the settings under which it was made."""
         value = self.value
         if isinstance(value, Tensor):
             return value
@@ -143,7 +145,8 @@ class LazyTensor(Tensor):
         head = self.taken()
         assert isinstance(head, Convolution)
         chosen = {f.name: getattr(options, f.name) for f in fields(options)}
-        return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
+        with self._captured.restored():
+            return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
 
     def operands(self) -> tuple[Tensor, ...]:
         """The tensors that it is made of."""
@@ -158,7 +161,9 @@ class LazyTensor(Tensor):
     def _before_change(self) -> Value:
         """Of operands of which some have changed, if only parameters have."""
         changed = [
-            t for t, before in zip(self.operands(), self._versions, strict=True) if mutation.versions((t,)) != (before,)
+            t
+            for t, before in zip(self.operands(), self._versions, strict=True)
+            if mutation.versions((t,)) != (before,)
         ]
         if self._snapshot is None or not all(map(_is_parameter, changed)):
             raise RuntimeError(CHANGED)
@@ -187,7 +192,7 @@ class LazyTensor(Tensor):
 
     def _constant(self) -> Tensor:
         """The values without a gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), self._captured.restored():
             return computed(constant(self._value))
 
     def _attach(self, values: Tensor) -> None:
@@ -316,7 +321,8 @@ def _wrapper(cls: type[LazyTensor], value: Value) -> Any:
 def _wrapped(cls: type[LazyTensor], values: Tensor) -> LazyTensor:
     """A lazy tensor of stored values, without a place in autograd's graph: whoever asked gives it one."""
     made: LazyTensor = _wrapper(cls, values)
-    made._modes, made._node, made._was_taken = (True, False), None, False
+    made._modes, made._captured = (True, False), Captured()
+    made._node, made._was_taken = None, False
     made._remember(values)
     return made
 

@@ -57,7 +57,7 @@ def detached(found: Outputs) -> Outputs:
     return y.detach(), mean if mean is None else mean.detach(), var if var is None else var.detach()
 
 
-_kept: Setting[KeptOutputs | None] = Setting("effseg_kept_outputs", None)
+_kept: Setting[KeptOutputs | None] = Setting("effseg_kept_outputs", None, lasting=False)
 
 
 def convolve(x: Deferred, weight: Tensor, bias: Tensor | None, window: Window, statistics: bool) -> Outputs:

@@ -15,9 +15,9 @@ from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import KeptOutputs
 from effseg.deferred import Deferred, Spec, plain
 from effseg.normalisation import frozen_running_statistics
-from effseg.settings import Setting
+from effseg.settings import Captured, Setting
 
-blocks_run_again: Setting[bool] = Setting("effseg_blocks_run_again", False)
+blocks_run_again: Setting[bool] = Setting("effseg_blocks_run_again", False, lasting=False)
 """Whether blocks do, in the pass that is under way."""
 
 
@@ -60,7 +60,12 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
         return end.tensors
 
     tensors = checkpoint(
+<<<<<<< HEAD
         run, *start.tensors, use_reentrant=False, context_fn=lambda: (nullcontext(), SecondPass(buffers)),
+=======
+        run, *start.tensors, use_reentrant=False, preserve_rng_state=_is_random(block),
+        context_fn=lambda: (nullcontext(), _second_pass(block, Captured())),
+>>>>>>> main
     )  # fmt: skip
     kept.keep(tensors)
     buffers.first_pass_is_over()
@@ -90,6 +95,7 @@ class Buffers:
             buffer.data.copy_(value)  # what the graph has saved of it is not changed for long
 
 
+<<<<<<< HEAD
 class SecondPass:
     """The inside of a block that is run again, as often as backward asks: buffers begin as they did in the
     first pass and stay as it left them; lazy tensors work, whoever called backward."""
@@ -108,3 +114,17 @@ class SecondPass:
 
     def __exit__(self, *error: Any) -> None:
         self._stacks.pop().__exit__(*error)
+=======
+@contextmanager
+def _second_pass(block: nn.Module, captured: Captured) -> Iterator[None]:
+    """Settings are those of the first pass; running statistics and counters stay as it left them."""
+    counters = [m.num_batches_tracked for m in block.modules() if isinstance(m, nn.BatchNorm3d)]
+    before = [None if c is None else c.clone() for c in counters]
+    with captured.restored(), frozen_running_statistics():
+        try:
+            yield
+        finally:
+            for counter, value in zip(counters, before, strict=True):
+                if counter is not None and value is not None:
+                    counter.copy_(value)
+>>>>>>> main

@@ -17,7 +17,7 @@ class Watcher(Protocol):
         """Something needed the values of a tensor that was not stored."""
 
 
-_watcher: Setting[Watcher | None] = Setting("effseg_watcher", None)
+_watcher: Setting[Watcher | None] = Setting("effseg_watcher", None, lasting=False)
 
 
 @contextmanager

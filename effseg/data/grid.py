@@ -27,6 +27,11 @@ class Grid:
     header: nib.Nifti1Header
 
     @property
+    def oriented(self) -> bool:
+        """Whether the header says how the patient lies, in a qform or sform."""
+        return bool(self.header["qform_code"] > 0 or self.header["sform_code"] > 0)
+
+    @property
     def orientation(self) -> np.ndarray:
         """(3, 2): for each axis of the file the RAS+ axis it becomes, and 1 or -1 for its direction."""
         return io_orientation(self.affine)

@@ -1,6 +1,5 @@
 """Which value in the label files is which class of the network."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from effseg.data.description import MIRROR_PAIRS, description_file, read_json, same_text
 from effseg.errors import InputError
 
 BACKGROUND = "background"
@@ -117,33 +117,55 @@ class LabelMap:
         return ", ".join(named if len(named) <= 12 else [*named[:11], f"... {len(named)} classes"])
 
 
+Labels = LabelMap | Mapping[int, str] | Sequence[str]
+
+
+def as_label_map(labels: Labels, classes: int) -> LabelMap:
+    """A label map of `classes` classes from one, from {value: name}, or from names of the values 0, 1, ...
+
+    The background, value 0, may be left out. Raises InputError where the number of classes is another one.
+    """
+    if isinstance(labels, LabelMap):
+        label_map = labels
+    else:
+        if isinstance(labels, Mapping):
+            named = {int(value): str(name) for value, name in labels.items()}
+        elif isinstance(labels, str):
+            raise InputError(f"labels: expected a sequence of names, got {labels!r}")
+        else:
+            named = dict(enumerate(map(str, labels), start=0 if len(labels) == classes else 1))
+        named = {0: BACKGROUND} | named
+        label_map = LabelMap(tuple(named[value] for value in sorted(named)), tuple(sorted(named)))
+    if label_map.num_classes != classes:
+        raise InputError(
+            f"labels: expected {classes} classes, background included, as the network has, got "
+            f"{label_map.num_classes} ({', '.join(label_map.names)})"
+        )
+    return label_map
+
+
 def load_label_map(folder: str | Path, selection: str | None = None) -> LabelMap:
     """The label map of a data set: from dataset.json (nnU-Net's), else from labels.json.
 
-    labels.json holds {value: name}, or several such groups by name. `selection` is "GROUP",
-    "GROUP:organ,organ" or "organ,organ"; organs that are left out become background. Classes follow the
-    order of the values. A label named "ignore" is one which no loss counts.
+    labels.json holds {value: name}, or several such groups by name (and "mirror_pairs", see
+    `effseg.data.mirroring`). `selection` is "GROUP", "GROUP:organ,organ" or "organ,organ"; organs that are
+    left out become background. Classes follow the order of the values. A label named "ignore" is one which
+    no loss counts.
     Raises InputError where the file is missing or malformed, has no foreground, or the selection names
     nothing in it.
     """
-    folder = Path(folder)
-    for name in ("dataset.json", "labels.json"):
-        path = folder / name
-        if path.is_file():
-            break
-    else:
-        raise InputError(f"{folder}: expected a dataset.json or labels.json with the labels' names")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from error
-    if name == "dataset.json":
+    path = description_file(folder)
+    entries = read_json(path)
+    if path.name == "dataset.json":
         entries = entries.get("labels") if isinstance(entries, dict) else None
+    elif isinstance(entries, dict) and isinstance(entries.get(MIRROR_PAIRS), list):
+        del entries[MIRROR_PAIRS]
     if not isinstance(entries, dict):
         raise InputError(f"{path}: expected labels as an object of names and values")
     grouped = bool(entries) and all(isinstance(group, dict) for group in entries.values())
     groups = entries if grouped else {"": entries}
-    values, organs = _select({key: _values(group, path) for key, group in groups.items()}, selection, path)
+    groups = {same_text(key): _values(group, path) for key, group in groups.items()}
+    values, organs = _select(groups, selection, path)
     return _label_map(values, organs, path)
 
 
@@ -151,21 +173,29 @@ def _values(entries: Mapping[str, Any], path: Path) -> dict[str, int]:
     """{name: value} from {name: value} (nnU-Net) or {value: name}."""
     try:
         if all(re.fullmatch(r"\d+", str(key)) for key in entries):
-            values = {str(name): int(value) for value, name in entries.items()}
+            values = {same_text(str(name)): int(value) for value, name in entries.items()}
         else:
-            values = {str(name): int(value) for name, value in entries.items()}
+            values = {same_text(str(name)): _whole(value) for name, value in entries.items()}
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: expected one whole number a label, found {dict(entries)}") from error
+        raise InputError(f"{path}: expected one whole number a label, found {error}") from error
     if len(values) != len(entries):
         raise InputError(f"{path}: expected distinct names of labels, found {', '.join(entries.values())}")
     return values
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, list):
+        raise TypeError(f"a region of {value}")
+    if isinstance(value, bool) or not re.fullmatch(r"-?\d+(\.0)?", str(value)):
+        raise ValueError(repr(value))
+    return int(float(value))
 
 
 def _select(
     groups: Mapping[str, dict[str, int]], selection: str | None, path: Path
 ) -> tuple[dict[str, int], list[str]]:
     """The chosen group and the names chosen from it."""
-    group, colon, names = (selection or "").partition(":")
+    group, colon, names = same_text(selection or "").partition(":")
     organs = [name.strip() for name in (names if colon else group).split(",") if name.strip()]
     if colon or group in groups:
         if group not in groups:

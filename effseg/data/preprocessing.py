@@ -1,6 +1,7 @@
 """From a scan to what the network sees, and from the network's labels back to the scan's grid."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -8,30 +9,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from effseg.data.body import Box, body_box, grow
+from effseg.data.body import Box, body_box, grow, hold
+from effseg.data.intensities import foreground_statistics, no_hu
 from effseg.data.nifti import Scan
-from effseg.data.resampling import nearest_indices, resample_linear
-from effseg.errors import InputError
+from effseg.data.resampling import resample_labels, resample_linear
+from effseg.errors import InputError, InputWarning
 
 AIR = -1.5  # the window's lower end, after `Preprocessing.normalise`
 CROPS = ("body", "none")
+MOST_VOXELS = 1 << 31  # after resampling
 
 Shape = tuple[int, int, int]
+Window = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A scan as it is fed to the network, before the HU window.
 
-    image: (C, D, H, W) = (C, X, Y, Z) in RAS+, C-contiguous; int16 (HU) or float32 as the scan was.
+    image: (C, D, H, W) = (C, X, Y, Z) in RAS+, C-contiguous; int16 (HU) or float32 as the scan was. Channels
+    without a window are standardised and float32, with all others.
     box: the part of the scan's RAS volume that was kept. scan_shape: the RAS shape of the whole scan.
-    spacing: mm along D, H, W.
+    spacing: mm along D, H, W. rescued: wanted voxels outside of the body's box, for which it was made larger.
     """
 
     image: np.ndarray
     box: Box
     scan_shape: Shape
     spacing: tuple[float, float, float]
+    rescued: int = 0
 
     @property
     def box_shape(self) -> Shape:
@@ -41,23 +47,24 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Crop to the body, resample, and scale a window of intensities; the same in training and prediction.
+    """Crop to the body, resample, and scale intensities; the same in training and prediction.
 
-    window: (low, high) HU. spacing: mm to resample to, or None to keep the scan's.
-    crop: "body", the bounding box of the largest connected component above `threshold` (HU) in the first
-    channel with `margin` mm around it, or "none". Nothing but the scan decides on the crop.
+    window: (low, high) HU for all channels, or for each channel its own; None for a channel that is no CT and
+    is standardised: less the mean of its voxels that are not 0, divided by their standard deviation, in each
+    scan apart, as nnU-Net does.
+    spacing: mm to resample to, or None to keep the scan's.
+    crop: "body", the box of all that could be anatomy (see `body_box`) above `threshold` (HU) in the first CT
+    channel with `margin` mm around it, or "none". Without a CT channel nothing is cut.
     """
 
-    window: tuple[float, float] = (-200.0, 400.0)
+    window: Window | tuple[Window | None, ...] = (-200.0, 400.0)
     spacing: tuple[float, float, float] | None = None
     crop: str = "body"
     margin: float = 5.0
     threshold: float = -500.0
 
     def __post_init__(self) -> None:
-        low, high = self.window
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise InputError(f"window: expected two HU values, the lower first, got {low:g} and {high:g}")
+        object.__setattr__(self, "window", parse_window(self.window))
         if self.spacing is not None and not all(math.isfinite(step) and step > 0 for step in self.spacing):
             raise InputError(f"spacing: expected three positive distances in mm, got {self.spacing}")
         if self.spacing is not None and len(self.spacing) != 3:
@@ -69,48 +76,83 @@ class Preprocessing:
         if not math.isfinite(self.threshold):
             raise InputError(f"threshold: expected a HU value, got {self.threshold:g}")
 
-    def prepare(self, scan: Scan) -> Prepared:
-        """Crop and resample; raises InputError where the scan holds no body."""
+    def windows(self, channels: int) -> tuple[Window | None, ...]:
+        """The window of each of `channels` channels, None where it is standardised."""
+        if not _is_one(self.window):
+            if len(self.window) != channels:
+                raise InputError(f"window: expected one a channel, {channels}, got {len(self.window)}")
+            return self.window  # type: ignore[return-value]
+        return (self.window,) * channels  # type: ignore[return-value]
+
+    def prepare(self, scan: Scan, wanted: np.ndarray | None = None) -> Prepared:
+        """Crop, standardise and resample.
+
+        wanted: mask (X, Y, Z) of voxels that the crop must hold, wherever the body seems to be.
+        Warns of a CT that cannot be in HU. Raises InputError where the scan holds no body, has another number
+        of channels than there are windows, or would have more than 2**31 voxels.
+        """
         shape, spacing = scan.grid.ras_shape, scan.spacing
+        windows = self.windows(len(scan.array))
+        ct = next((channel for channel, window in enumerate(windows) if window is not None), None)
+        if ct is not None:
+            self._doubt(scan, ct)
         box: Box = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
-        if self.crop == "body":
-            body = body_box(scan.array[0], self.threshold)
+        rescued = 0
+        if self.crop == "body" and ct is not None:
+            body = body_box(scan.array[ct], self.threshold, spacing)
             if body is None:
                 raise InputError(
                     f"{scan.paths[0]}: no body to crop to: no voxel is above {self.threshold:g} HU"
-                    f" (highest: {scan.array[0].max():g})"
+                    f" (highest: {scan.array[ct].max():g})"
                 )
             box = grow(body, self.margin, spacing, shape)
+            if wanted is not None:
+                rescued = int(np.count_nonzero(wanted) - np.count_nonzero(wanted[box]))
+                box = hold(box, wanted) if rescued else box
         image = np.ascontiguousarray(scan.array[(slice(None),) + box])
+        if None in windows:
+            image = _standardised(image, windows)
         if self.spacing is not None:
-            image = resample_linear(image, self._resampled(image.shape[1:], spacing))
+            resampled = self._resampled(image.shape[1:], spacing)
+            if math.prod(resampled) > MOST_VOXELS:
+                raise InputError(
+                    f"{scan.paths[0]}: voxels of {_by(spacing)} mm would become {_by(resampled)} voxels of "
+                    f"{_by(self.spacing)} mm: expected a header with the scan's voxel size"
+                )
+            image = resample_linear(image, resampled)
             spacing = self.spacing
-        return Prepared(image, box, shape, spacing)
+        return Prepared(image, box, shape, spacing, rescued)
 
     def prepare_labels(self, labels: np.ndarray, prepared: Prepared) -> np.ndarray:
-        """Labels (X, Y, Z) on the scan's RAS grid -> (D, H, W) on the prepared one; nearest neighbour."""
+        """Labels (X, Y, Z) on the scan's RAS grid -> (D, H, W) on the prepared one; see `resample_labels`."""
         if labels.shape != prepared.scan_shape:
             raise ValueError(f"labels: expected shape {prepared.scan_shape}, got {labels.shape}")
-        return _nearest(labels[prepared.box], prepared.image.shape[1:])
+        return resample_labels(labels[prepared.box], _shape(prepared.image))
 
     def normalise(self, image: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Intensities of any shape and real dtype -> float32, the window's ends at -1.5 and 1.5.
+        """Intensities of a prepared image, of any real dtype -> float32, the window's ends at -1.5 and 1.5.
 
-        `(clip(x, low, high) - (low + high) / 2) / ((high - low) / 3)`; makes one float32 copy.
+        `(clip(x, low, high) - (low + high) / 2) / ((high - low) / 3)`; makes one float32 copy. (C, ...), or
+        any shape where there is one window for all; a channel without a window stays as it is.
         """
-        low, high = self.window
         copy = torch.as_tensor(image).to(torch.float32, copy=True)
-        return copy.clamp_(low, high).sub_((low + high) / 2).div_((high - low) / 3)
+        if _is_one(self.window):
+            _scale(copy, self.window)  # type: ignore[arg-type]
+        else:
+            for channel, window in zip(copy, self.windows(len(copy)), strict=True):
+                if window is not None:
+                    _scale(channel, window)
+        return copy
 
     def restore(self, labels: np.ndarray, prepared: Prepared) -> np.ndarray:
         """Labels (D, H, W) on the prepared grid -> (X, Y, Z) on the scan's, 0 outside of the crop.
 
-        Without resampling, exactly the inverse of the crop; else the nearest voxel's label.
+        Without resampling, exactly the inverse of the crop; else see `resample_labels`.
         """
         if labels.shape != prepared.image.shape[1:]:
             raise ValueError(f"labels: expected shape {prepared.image.shape[1:]}, got {labels.shape}")
         whole = np.zeros(prepared.scan_shape, labels.dtype)
-        whole[prepared.box] = _nearest(labels, prepared.box_shape)
+        whole[prepared.box] = resample_labels(labels, prepared.box_shape)
         return whole
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,13 +166,12 @@ class Preprocessing:
         try:
             if set(entries) != known:
                 raise KeyError(", ".join(sorted(set(entries) ^ known)))
-            low, high = entries["window"]
             spacing = None
             if entries["spacing"] is not None:
                 x, y, z = entries["spacing"]
                 spacing = float(x), float(y), float(z)
             return cls(
-                window=(float(low), float(high)),
+                window=parse_window(entries["window"]),
                 spacing=spacing,
                 crop=str(entries["crop"]),
                 margin=float(entries["margin"]),
@@ -141,6 +182,12 @@ class Preprocessing:
                 raise
             raise InputError(f"preprocessing: expected {', '.join(sorted(known))}, got {entries}") from error
 
+    def _doubt(self, scan: Scan, channel: int) -> None:
+        why = no_hu(scan.array[channel])
+        if why is not None:
+            path = scan.paths[min(channel, len(scan.paths) - 1)]
+            warnings.warn(f"{path}: cannot be CT in HU: {why}", InputWarning, stacklevel=3)
+
     def _resampled(self, shape: tuple[int, ...], spacing: tuple[float, float, float]) -> Shape:
         assert self.spacing is not None
         x, y, z = (
@@ -150,7 +197,45 @@ class Preprocessing:
         return x, y, z
 
 
-def _nearest(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if labels.shape == shape:
-        return np.ascontiguousarray(labels)
-    return labels[np.ix_(*map(nearest_indices, labels.shape, shape))]
+def parse_window(window: Any) -> Window | tuple[Window | None, ...]:
+    """(low, high), or such a pair or None for each channel, from any sequences of numbers.
+
+    Raises InputError for windows that are empty or not finite, TypeError or ValueError for anything else.
+    """
+    if _is_one(window):
+        low, high = map(float, window)
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise InputError(f"window: expected two HU values, the lower first, got {low:g} and {high:g}")
+        return low, high
+    windows = tuple(window)
+    if not windows or not all(one is None or _is_one(one) for one in windows):
+        raise InputError(f"window: expected two HU values, or two for each channel, got {window}")
+    return tuple(None if one is None else parse_window(one) for one in windows)  # type: ignore[misc]
+
+
+def _is_one(window: Any) -> bool:
+    return len(window) == 2 and all(isinstance(limit, int | float | np.number) for limit in window)
+
+
+def _scale(values: torch.Tensor, window: Window) -> None:
+    low, high = window
+    values.clamp_(low, high).sub_((low + high) / 2).div_((high - low) / 3)
+
+
+def _standardised(image: np.ndarray, windows: tuple[Window | None, ...]) -> np.ndarray:
+    image = image.astype(np.float32)
+    for channel, window in zip(image, windows, strict=True):
+        if window is None:
+            mean, deviation = foreground_statistics(channel)
+            channel -= mean
+            channel /= deviation
+    return image
+
+
+def _shape(image: np.ndarray) -> Shape:
+    depth, height, width = image.shape[1:]
+    return depth, height, width
+
+
+def _by(sizes: tuple[float, ...]) -> str:
+    return " x ".join(f"{size:g}" for size in sizes)

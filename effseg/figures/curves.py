@@ -46,7 +46,7 @@ def draw_curves(csv_path: str | os.PathLike[str], png_path: str | os.PathLike[st
 def _read_progress(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputError(f"{path}: expected a training log (CSV), found no file")
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
         if missing:

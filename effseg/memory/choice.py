@@ -16,10 +16,10 @@ from effseg.memory.report import MemoryReport
 from effseg.memory.units import format_bytes, parse_bytes
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.levels import PRESETS
-from effseg.slabs import SHARE, THICK_SLAB_ELEMENTS, rows_per_slab
+from effseg.slabs import SHARE, THICK_SLAB_ELEMENTS, THICKEST_SLAB_ELEMENTS, rows_per_slab
 
-# Convolution workspace, rounding and fragmentation and the CUDA context are outside a prediction, so this
-# part of a GPU's memory is left to them.
+# The CUDA context and whatever else is on a GPU are outside a prediction, and its workspace of convolutions
+# is a guess, so this part of the memory is left to them.
 HEADROOM = 0.1
 
 RECOMPUTE_LEVELS = (1, 2)  # a block of level 3 would save half a byte per voxel
@@ -75,16 +75,20 @@ class Step:
         streams = PRESETS[self.preset].stem_stride == 1
         lean = "stream" if streams else "raw"
         most = RECOMPUTE_LEVELS[-1]
-        usual = rows_per_slab(*self._finest(), SHARE)
-        thick = rows_per_slab(*self._finest(), THICK_SLAB_ELEMENTS)
-        found = [Settings("raw")]
+        on_gpu, device = self.device == "cuda", torch.device(self.device)
+        most_elements = THICKEST_SLAB_ELEMENTS if on_gpu else THICK_SLAB_ELEMENTS["cpu"]
+        usual = rows_per_slab(*self._finest(), SHARE, device)
+        thick = rows_per_slab(*self._finest(), most_elements, device)
+        found = [Settings("raw", 0, thick)] * (on_gpu and thick > usual) + [Settings("raw")]
         if streams:
             found += [Settings(lean, 0, thick)] * (thick > usual) + [Settings(lean)]
         found += [Settings(lean, levels) for levels in RECOMPUTE_LEVELS]
         found += [Settings(lean, most, rows) for rows in THIN_SLABS if rows < usual]
         if memory == "raw":
-            return found[:1]
-        return found[1:] if memory == "stream" and streams else found
+            return [
+                settings for settings in found if settings.memory == "raw" and not settings.recompute_levels
+            ]
+        return [s for s in found if s.memory == "stream"] if memory == "stream" and streams else found
 
     def _finest(self) -> tuple[int, int]:
         """Rows, and elements of a row, at the network's finest level."""
@@ -107,27 +111,32 @@ def predict(step: Step, settings: Settings) -> MemoryReport:
 
     with torch.enable_grad():
         return peak_training_memory(
-            build, step.shape, dtype=step.dtype, optimizer=step.optimizer, device=step.device
-        )
+            build, step.shape, dtype=step.dtype, optimizer=step.optimizer, device=step.device,
+            augmented=step.device == "cuda",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings that were looked at, and their predicted peak in bytes."""
+    """Settings that were looked at, and their predicted bytes: the peak of tensors, and what is reserved for
+    them, which decides."""
 
     settings: Settings
     peak: int
+    reserved: int
 
 
 @dataclass(frozen=True)
 class Choice:
     """settings: memory mode, levels recomputed, rows of a slab; slab_elements: of a slab, None for as a sweep
-    would choose; peak: predicted, in bytes; arithmetic: multiply-accumulates of a step relative to raw's;
-    candidates: what was looked at, in order, the chosen one last."""
+    would choose; peak, reserved: predicted bytes of tensors, and of what the allocator takes; arithmetic:
+    multiply-accumulates of a step relative to raw's; candidates: what was looked at, in order, the chosen one
+    last."""
 
     settings: Settings
     slab_elements: int | None
     peak: int
+    reserved: int
     arithmetic: float
     candidates: tuple[Candidate, ...]
 
@@ -150,7 +159,7 @@ def choose(
     optimizer: str = "adamw",
     device: str = "cuda",
 ) -> Choice:
-    """The settings with the least arithmetic whose predicted peak is within `budget` bytes.
+    """The settings with the least arithmetic whose predicted reservation is within `budget` bytes.
 
     name: of an EffSegNet, as in ``effseg-base``; shape: the image's (N, C, D, H, W); dtype: bf16 or fp32;
     device: cpu or cuda, where the step will run. Raises InputError where nothing fits, with what would.
@@ -165,19 +174,25 @@ def choose(
 
 def choose_for(step: Step, budget: int) -> Choice:
     """`choose` for any network and step."""
+    return first_that_fits(step, step.candidates(), budget)
+
+
+def first_that_fits(step: Step, candidates: Sequence[Settings], budget: int) -> Choice:
+    """The first of these whose predicted peak is within `budget` bytes. Raises InputError where none is."""
     looked_at: list[Candidate] = []
-    for settings in step.candidates():
+    for settings in candidates:
         report = predict(step, settings)
-        looked_at.append(Candidate(settings, report.peak))
-        if report.peak <= budget:
+        looked_at.append(Candidate(settings, report.peak, report.reserved))
+        if report.reserved <= budget:
             return Choice(
                 settings=settings,
                 slab_elements=step.slab_elements(settings),
                 peak=report.peak,
+                reserved=report.reserved,
                 arithmetic=report.macs / predict(step, Settings("raw")).macs,
                 candidates=tuple(looked_at),
             )
-    raise InputError(_nothing_fits(step, min(looked_at, key=lambda c: c.peak), budget))
+    raise InputError(_nothing_fits(step, min(looked_at, key=lambda c: c.reserved), budget))
 
 
 def configure(
@@ -197,7 +212,7 @@ def configure(
     if dtype not in _DTYPES:
         known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise InputError(f"memory: auto knows {known}, got {str(dtype).removeprefix('torch.')}")
-    kind = "cuda" if device.type == "cuda" else "cpu"
+    kind = "cpu" if device.type == "cpu" else "cuda"
     step = Step.of(model.arguments, image_shape, _DTYPES[dtype], "adamw", kind)
     choice = choose_for(step, usable(budget, device))
     model.active_memory = choice.memory
@@ -230,5 +245,6 @@ def _nothing_fits(step: Step, least: Candidate, budget: int) -> str:
     fitting = f"the largest volume that fits is {x}x{y}x{slices}" if slices else f"no {x}x{y} volume fits"
     return (
         f"memory: training {known.model} on {'x'.join(map(str, step.shape))} in {step.dtype} needs "
-        f"{format_bytes(least.peak)} or more ({settings}), the budget is {format_bytes(budget)}; {fitting}"
+        f"{format_bytes(least.reserved)} or more ({settings}), "
+        f"the budget is {format_bytes(budget)}; {fitting}"
     )

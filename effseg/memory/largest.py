@@ -19,12 +19,12 @@ def largest(
 ) -> int:
     """The largest multiple of STEP whose volume fits, 0 where none does; known: the step at some volume.
 
-    Both it and the next size, which does not fit, were predicted themselves. A peak is a fixed part plus
-    bytes per voxel that hardly change with the size, so guesses along a straight line close in at once.
+    Both it and the next size, which does not fit, were predicted themselves. What is reserved is a fixed part
+    plus bytes per voxel that hardly change with the size, so guesses along a straight line close in at once.
     """
     batch = known.shape[0]
     fixed = float(known.split["parameters"] + known.split["optimizer"])
-    slope = (known.peak - fixed) / known.voxels
+    slope = (known.reserved - fixed) / known.voxels
     last = known
     fitting, too_large = 0, 0
     while too_large != fitting + STEP:
@@ -34,15 +34,15 @@ def largest(
             report = predict(volume(size))
         except InputError:  # the network was fine with another volume, so this one is too small for it
             return fitting
-        if report.peak <= usable:
+        if report.reserved <= usable:
             fitting = size
         else:
             too_large = size
         if report.voxels != last.voxels:
-            # Where small volumes' peaks hardly grow, larger ones' do.
-            least = report.peak / report.voxels / 4
-            slope = max((report.peak - last.peak) / (report.voxels - last.voxels), least)
-        fixed, last = report.peak - slope * report.voxels, report
+            # Where small volumes' needs hardly grow, larger ones' do.
+            least = report.reserved / report.voxels / 4
+            slope = max((report.reserved - last.reserved) / (report.voxels - last.voxels), least)
+        fixed, last = report.reserved - slope * report.voxels, report
     return fitting
 
 

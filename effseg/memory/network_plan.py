@@ -38,7 +38,9 @@ class NetworkMode:
         return {
             "memory": self.memory,
             "patch_peak": self.patch.peak,
+            "patch_reserved": self.patch.reserved,
             "whole_volume_peak": self.whole.peak,
+            "whole_volume_reserved": self.whole.reserved,
             "largest_patch": self.largest and list(self.largest),
         }
 
@@ -58,7 +60,7 @@ class NetworkPlan:
     @property
     def fits(self) -> bool:
         """Whether the plan's patches do, in any mode."""
-        return any(mode.patch.peak <= self.usable for mode in self.modes)
+        return any(mode.patch.reserved <= self.usable for mode in self.modes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -95,7 +97,7 @@ class NetworkPlan:
 
     def _cells(self, mode: NetworkMode) -> Sequence[str]:
         needs = (
-            f"{format_bytes(report.peak)}, {'fits' if report.peak <= self.usable else 'does not fit'}"
+            f"{format_bytes(report.reserved)}, {'fits' if report.reserved <= self.usable else 'does not fit'}"
             for report in (mode.patch, mode.whole)
         )
         return mode.memory or "as it is", *needs, "none" if mode.largest is None else _text(mode.largest)

@@ -52,6 +52,9 @@ class Mode:
             "recompute_levels": self.settings.recompute_levels if self.settings else 0,
             "slab_elements": self.slab_elements,
             "peak": self.report.peak,
+            "allocated": self.report.allocated,
+            "reserved": self.report.reserved,
+            "reserved_expandable": self.report.reserved_expandable,
             "bytes_per_voxel": self.report.bytes_per_voxel,
             "arithmetic": self.arithmetic,
         }
@@ -82,7 +85,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.report.peak <= self.usable
+        return self.report.reserved <= self.usable
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -151,11 +154,11 @@ def _modes(request: Request, usable: int) -> tuple[Mode, tuple[Mode, ...], Setti
         if settings.rows is not None and (chosen is not None or settings not in allowed):
             continue
         report = choice.predict(step, settings)
-        arithmetic = report.macs / (modes[0].report if modes else report).macs
+        arithmetic = report.macs / choice.predict(step, Settings("raw")).macs
         modes.append(Mode(settings, step.slab_elements(settings), report, arithmetic))
-        if chosen is None and settings in allowed and report.peak <= usable:
+        if chosen is None and settings in allowed and report.reserved <= usable:
             chosen = modes[-1]
-    least = min((mode for mode in modes if mode.settings in allowed), key=lambda mode: mode.report.peak)
+    least = min((mode for mode in modes if mode.settings in allowed), key=lambda mode: mode.report.reserved)
     return chosen or least, tuple(modes), allowed[-1]
 
 
@@ -183,4 +186,6 @@ def _stock(request: Request, volume: Volume, model: str) -> MemoryReport:
         (request.batch, request.channels, *volume),
         dtype=request.dtype,
         optimizer=request.optimizer,
+        augmented=True,
+        device="cuda",
     )

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
-from effseg.algorithms.aten.head import CHUNK_ELEMENTS
+from effseg.device import DEVICE_KINDS, pretending
 from effseg.errors import InputError
+from effseg.memory.augmentation import augment_batch
 from effseg.memory.autocast import CudaAutocast
 from effseg.memory.report import KINDS, LiveTensor, MemoryReport
 from effseg.memory.step import DTYPES, Loss, follows_autocast, label_dtype_for, make_optimizer, training_loss
+from effseg.memory.trace import Reserved
 from effseg.memory.tracker import LiveStorages
 from effseg.slabs import abridged
 from effseg.tensors import unregistered
@@ -32,6 +34,7 @@ def peak_training_memory(
     image_dtype: torch.dtype = torch.float32,
     label_dtype: torch.dtype | None = None,
     device: str = "cpu",
+    augmented: bool = False,
 ) -> MemoryReport:
     """Predict the peak of one training step: forward, loss, backward, optimizer step.
 
@@ -43,25 +46,27 @@ def peak_training_memory(
         :func:`effseg.losses.dice_cross_entropy`.
     optimizer: ``adamw`` or ``sgd``; its state exists already, as in every step but the first.
     label_dtype: None: uint8 for networks of this package, int64 for those in stock torch.
-    device: ``cpu`` or ``cuda``: where the head of this package's networks would run, which works on more
-        voxels at a time on a GPU. No GPU is needed.
+    device: ``cpu`` or ``cuda``: where this package's networks would run, which work on thicker slabs and on
+        more voxels at a time on a GPU. No GPU is needed.
+    augmented: whether the batch is augmented on the device first, as `effseg train` does on a GPU.
 
     The step runs on fake tensors (shapes and dtypes, no numbers) through the real autograd engine, while
     every storage's birth and death is followed: exact for the bytes of tensors. Of a sweep's equal slabs a
-    few stand for all. It cannot see what an operator allocates inside, such as convolution workspace. Raises
-    InputError for unknown options.
+    few stand for all. What an operator allocates inside it cannot see. For ``cuda`` a replay of PyTorch's
+    caching allocator over two such steps tells what is reserved, with a workspace for every convolution that
+    is as large as what it reads and writes, 256 MiB at most. Raises InputError for unknown options.
     """
     if len(shape) != 5 or min(shape) < 1:
         raise InputError(f"shape: expected (N, C, D, H, W), each 1 or more, got {tuple(shape)}")
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if device not in CHUNK_ELEMENTS:
-        raise InputError(f"device: expected one of {', '.join(CHUNK_ELEMENTS)}, got {device!r}")
+    if device not in DEVICE_KINDS:
+        raise InputError(f"device: expected one of {', '.join(DEVICE_KINDS)}, got {device!r}")
     n, _, *size = shape
     gc.collect()  # cycles of earlier steps would be freed in the middle of this one
-    with FakeTensorMode(allow_non_fake_inputs=True), abridged() as abridgement, _chunks_of(device):
+    with FakeTensorMode(allow_non_fake_inputs=True), abridged() as abridgement, pretending(device):
         network = fake_copy(model)
-        tracker = LiveStorages(abridgement)
+        tracker = LiveStorages(abridgement, workspaces=device == "cuda")
         steps = make_optimizer(optimizer, network.parameters())
         _make_state(steps, network)
         tracker.add([*network.parameters(), *network.buffers()], "parameters")
@@ -69,8 +74,10 @@ def peak_training_memory(
         image = torch.empty(tuple(shape), dtype=image_dtype)
         labels = torch.empty((n, *size), dtype=label_dtype_for(network, label_dtype))
         tracker.add([image, labels], "batch")
+        if augmented:
+            augment_batch(tracker, image, labels)
         _step(network, steps, tracker, image, labels, dtype, loss, loss_options or {})
-    return _report(network, tracker, tuple(shape), dtype)
+    return _report(network, tracker, tuple(shape), dtype, device)
 
 
 def _step(
@@ -103,17 +110,6 @@ def _step(
         tracker.start_phase("done")
 
 
-@contextlib.contextmanager
-def _chunks_of(device: str) -> Iterator[None]:
-    """Fake tensors are on the CPU: the head works on them in chunks of another device's size."""
-    own = CHUNK_ELEMENTS["cpu"]
-    CHUNK_ELEMENTS["cpu"] = CHUNK_ELEMENTS[device]
-    try:
-        yield
-    finally:
-        CHUNK_ELEMENTS["cpu"] = own
-
-
 def fake_copy(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     """The same network on fake CPU tensors, ready to train; shared weights stay shared."""
     if not isinstance(model, nn.Module):
@@ -138,7 +134,9 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
 
 
-def _report(network: nn.Module, tracker: LiveStorages, shape: tuple[int, ...], dtype: str) -> MemoryReport:
+def _report(
+    network: nn.Module, tracker: LiveStorages, shape: tuple[int, ...], dtype: str, device: str
+) -> MemoryReport:
     split = dict.fromkeys(KINDS, 0)
     for storage in tracker.at_peak:
         split[storage.label] += storage.nbytes
@@ -146,11 +144,19 @@ def _report(network: nn.Module, tracker: LiveStorages, shape: tuple[int, ...], d
         LiveTensor(s.nbytes, s.label, s.operator, s.phase, s.shape, str(s.dtype).removeprefix("torch."))
         for s in sorted(tracker.at_peak, key=lambda s: s.nbytes, reverse=True)[:20]
     )
+    # A CPU's allocator gives large tensors back at once.
+    plain = expandable = Reserved(tracker.peak, tracker.peak)
+    if device == "cuda":
+        plain, expandable = (tracker.trace.replay(expandable_segments=e) for e in (False, True))
     return MemoryReport(
         model=getattr(network, "name", type(network).__name__),
         shape=shape,
         dtype=dtype,
         peak=tracker.peak,
+        allocated=plain.allocated,
+        reserved=plain.reserved,
+        reserved_expandable=expandable.reserved,
+        workspace=tracker.trace.largest_workspace,
         split=split,
         after_forward=tracker.at_phase_end["forward"],
         operator=tracker.peak_operator,

@@ -15,8 +15,9 @@ KINDS = {
 }
 
 OUTSIDE = (
-    "Counted are tensors. Outside the figure: convolution workspace of cuDNN or oneDNN, the allocator's "
-    "rounding and fragmentation, the CUDA context."
+    "Reserved: what PyTorch's caching allocator takes of a GPU, by its rules with default settings, with a "
+    "workspace for each convolution as large as what it reads and writes, 256 MiB at most. Outside the "
+    "figure: the CUDA context."
 )
 
 
@@ -34,7 +35,13 @@ class LiveTensor:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Peak bytes of tensors in one training step (forward, loss, backward, optimizer step).
+    """Peak bytes of one training step (forward, loss, backward, optimizer step).
+
+    peak: of tensors; allocated: of the caching allocator's blocks in use, so with rounding and convolution
+    workspace; reserved: of what the allocator holds, free blocks too; reserved_expandable: the same with
+    expandable_segments; workspace: the largest that a convolution is taken to need. On a GPU `allocated` is
+    to be compared with torch.cuda.max_memory_allocated, `reserved` with max_memory_reserved; it is what must
+    fit. For a CPU, which caches nothing, all are `peak`, and the workspace is not reckoned with.
 
     split: bytes at the peak by KINDS, their sum is `peak`; after_forward: bytes live once the loss is known;
     phase, operator, node: where the peak is, node being the graph's in the backward phase; voxels: N * D * H
@@ -46,6 +53,10 @@ class MemoryReport:
     shape: tuple[int, ...]
     dtype: str
     peak: int
+    allocated: int
+    reserved: int
+    reserved_expandable: int
+    workspace: int
     split: dict[str, int]
     after_forward: int
     operator: str
@@ -74,7 +85,8 @@ class MemoryReport:
         after = format_bytes(self.after_forward)
         lines = [
             f"{self.model}, {self.parameters / 1e6:.2f} M parameters, one training step on {size} in "
-            f"{self.dtype}: {format_bytes(self.peak)}, {self.bytes_per_voxel:.0f} B/voxel",
+            f"{self.dtype}: {format_bytes(self.reserved)} reserved, {format_bytes(self.peak)} in tensors, "
+            f"{self.bytes_per_voxel:.0f} B/voxel",
             f"  {self.where}; {after} after the forward pass",
             *self.split_lines("  "),
             "  largest:",

@@ -9,16 +9,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from effseg.memory.arithmetic import multiply_accumulates
+from effseg.memory.trace import Trace
 from effseg.slabs import Abridgement
 
 aten = torch.ops.aten
 prim = torch.ops.prim
 
+CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+
 
 class Storage:
     """A live allocation: its bytes, the tensor that it was made for, what made it and when."""
 
-    __slots__ = ("dtype", "grad_mode", "kind", "nbytes", "node", "operator", "phase", "same_node", "shape")
+    __slots__ = (
+        "dtype", "grad_mode", "kind", "nbytes", "node", "operator", "phase", "same_node", "shape", "token",
+    )  # fmt: skip
 
     def __init__(
         self, tensor: torch.Tensor, nbytes: int, kind: str | None, phase: str, operator: str
@@ -31,6 +36,7 @@ class Storage:
         self.operator = operator
         self.grad_mode = torch.is_grad_enabled()
         self.node = _backward_node()
+        self.token: int | None = None  # in the trace
         self.same_node = True  # until an operator of another node of the backward pass finds it alive
 
     @property
@@ -47,13 +53,17 @@ class LiveStorages(TorchDispatchMode):
     """Follows the live storages of all tensors made while it is active, and remembers their peak.
 
     Exact in tensor bytes, since it sees the real order of operators under the real autograd engine and the
-    real ends of life. It does not see what operators allocate inside (convolution workspace). Counts the
-    multiply-accumulates of convolutions and matrix products on the way, for all the slabs that a visited one
-    stands for.
+    real ends of life. What operators allocate inside it does not see. Counts the multiply-accumulates of
+    convolutions and matrix products on the way, for all the slabs that a visited one stands for.
+
+    trace: births and deaths in order, and with `workspaces` the workspace that is reckoned with for each
+    convolution.
     """
 
-    def __init__(self, abridgement: Abridgement | None = None) -> None:
+    def __init__(self, abridgement: Abridgement | None = None, workspaces: bool = False) -> None:
         super().__init__()
+        self.trace = Trace()
+        self.workspaces = workspaces
         self.abridgement = abridgement or Abridgement()
         self.macs = 0
         self.phase = "setup"
@@ -67,6 +77,7 @@ class LiveStorages(TorchDispatchMode):
         self._live: dict[int, Storage] = {}
         self._node: int | None = None
         self._pending: str | None = None
+        self._unrecorded: list[Storage] = []
 
     def add(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
         """Count tensors made before; a storage is counted once."""
@@ -76,6 +87,8 @@ class LiveStorages(TorchDispatchMode):
     def start_phase(self, phase: str) -> None:
         """Close the current phase; what the forward pass leaves behind is what backward has saved."""
         self._settle()
+        if phase == "forward":
+            self.trace.begin_step()
         self.at_phase_end[self.phase] = self.now
         if self.phase == "forward":
             for storage in self._live.values():
@@ -100,6 +113,8 @@ class LiveStorages(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor, None, name)
+        if self.workspaces and func in CONVOLUTIONS:
+            self.trace.workspace(_bytes_of((args, out)))
         if self._pending is None:
             self._mark(name)
         return out
@@ -130,12 +145,19 @@ class LiveStorages(TorchDispatchMode):
             return
         entry = Storage(tensor, storage.nbytes(), kind, self.phase, operator)
         self._live[key] = entry
+        self._unrecorded.append(entry)
+        if self._pending is None:
+            self._record()
         self.now += entry.nbytes
         weakref.finalize(storage, self._free, key).atexit = False
 
     def _free(self, key: int) -> None:
         entry = self._live.pop(key)
         self.now -= entry.nbytes
+        if entry.token is None:
+            self._unrecorded.remove(entry)
+        else:
+            self.trace.free(entry.token)
         entry.same_node = entry.same_node and entry.node == _backward_node()
 
     def _enter_node(self) -> None:
@@ -149,6 +171,12 @@ class LiveStorages(TorchDispatchMode):
         if self._pending is not None:
             self._mark(self._pending)
             self._pending = None
+            self._record()
+
+    def _record(self) -> None:
+        for entry in self._unrecorded:
+            entry.token = self.trace.allocate(entry.nbytes)
+        self._unrecorded.clear()
 
     def _mark(self, operator: str) -> None:
         if self.now > self.peak:
@@ -162,6 +190,11 @@ def _backward_node() -> int | None:
     """The node of the graph whose backward runs now, None outside."""
     node: Any = torch._C._current_autograd_node()
     return None if node is None else node._sequence_nr()
+
+
+def _bytes_of(tree: Any) -> int:
+    """Of all tensors."""
+    return sum(t.nbytes for t in tree_leaves(tree) if isinstance(t, torch.Tensor))
 
 
 def _use_count(tensor: torch.Tensor) -> int:

@@ -1,13 +1,17 @@
 """What every segmentation network of this package can do."""
 
 import os
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from effseg.errors import InputError
 from effseg.losses import dice_cross_entropy
+
+if TYPE_CHECKING:
+    from effseg.data.labels import Labels
+    from effseg.data.preprocessing import Preprocessing
 
 
 class SegmentationModel(nn.Module):
@@ -45,15 +49,41 @@ class SegmentationModel(nn.Module):
         logits = self(image)
         return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
 
-    def save(self, path: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        extra: dict[str, Any] | None = None,
+        *,
+        preprocessing: "Preprocessing | None" = None,
+        labels: "Labels | None" = None,
+        patch_size: tuple[int, int, int] | None = None,
+    ) -> None:
         """Write a checkpoint that `effseg.load` reads: safetensors, whole or not at all.
 
-        extra: replaces ``self.extra``; must be JSON-able.
+        extra: replaces ``self.extra``; must be JSON-able. The others are put into it, and are what `effseg
+        predict` needs to know of a network: preprocessing, an `effseg.data.preprocessing.Preprocessing`;
+        labels, an `effseg.data.labels.LabelMap`, {value in label files: name}, or names of the values 0, 1,
+        ... (the background may be left out); patch_size, where it was trained on patches.
+        Raises InputError for labels whose number is not the network's, TypeError for another preprocessing.
         """
         from effseg.models import checkpoint
 
         if extra is not None:
             self.extra = dict(extra)
+        if preprocessing is not None:
+            from effseg.data.preprocessing import Preprocessing
+
+            if not isinstance(preprocessing, Preprocessing):
+                raise TypeError(
+                    f"preprocessing: expected a Preprocessing, got {type(preprocessing).__name__}"
+                )
+            self.extra["preprocessing"] = preprocessing.to_dict()
+        if labels is not None:
+            from effseg.data.labels import as_label_map
+
+            self.extra["labels"] = as_label_map(labels, self.arguments["num_classes"]).to_dict()
+        if patch_size is not None:
+            self.extra["training"] = self.extra.get("training", {}) | {"patch_size": list(patch_size)}
         checkpoint.save(self, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple, cast
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from effseg import functional
-from effseg.deferred import Deferred
+from effseg.deferred import Deferred, Residual
+from effseg.device import make_room
 from effseg.errors import InputError
 from effseg.models.base import SegmentationModel, check_image, check_sizes
 from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, Triple
+from effseg.nodes import share
 from effseg.normalisation import NORMS
-from effseg.slabs import SHARE
+from effseg.slabs import slabs_of_levels
 
 MEMORY_MODES = ("raw", "stream", "auto")
 AUXILIARY_WEIGHTS = (1.0, 0.5, 0.25)  # of the loss at strides 1, 2 and 4, divided by their sum
@@ -45,8 +48,8 @@ class EffSegNet(SegmentationModel):
         full resolution; the first and the last layer, the head and the loss run slab by slab from the image,
         the labels and half-resolution tensors, in forward and again in backward (``tiny`` has no such
         layers: both are the same). The gradients are the same to rounding. ``auto``: for each image size the
-        mode, the recomputation and the slabs that need the least arithmetic among those whose predicted peak
-        is within the budget; `segment` streams.
+        mode, the recomputation and the slabs that need the least arithmetic among those for which the GPU's
+        allocator is predicted to reserve no more than the budget; `segment` streams.
     memory_budget: of ``auto``, for the whole training step with AdamW: bytes, or a text such as ``"24GB"``;
         None: nine tenths of the GPU's memory.
     recompute: number of levels, from half resolution down, whose residual blocks keep only their output and
@@ -150,8 +153,12 @@ class EffSegNet(SegmentationModel):
         """Dice + cross-entropy without full-size logits: `effseg.functional.segmentation_loss`'s options."""
         if self.arguments["memory"] == "auto":
             self._configure(image)
-        slab = SHARE if self.streams and self.slab_elements is None else self.slab_elements
+        slab = self._slab_elements(image)
         slab_options = {**options, "slab_elements": slab}
+        if self.streams:
+            # Room for the first layer's slabs, and then for the first tensor that is stored.
+            dtype = functional.compute_dtype(image.device, self.head.weight)
+            make_room(image.device, image.shape[0] * self._elements(image)[1] * dtype.itemsize)
         trunk = self._trunk(image, self.streams, slab)
         if self.streams:
             unit = self._level(0).unit
@@ -189,6 +196,20 @@ class EffSegNet(SegmentationModel):
         """Without full-resolution features there is nothing to stream but the logits, which always are."""
         return self.active_memory != "raw" and self.architecture.stem_stride == 1
 
+    def _slab_elements(self, image: Tensor) -> int | None:
+        """Of a training step's slabs: as configured, else by the size of the volume alone."""
+        if self.slab_elements is not None:
+            return self.slab_elements
+        elements, stored = self._elements(image)
+        return slabs_of_levels(elements, stored if self.streams else elements, image.device, self.streams)
+
+    def _elements(self, image: Tensor) -> tuple[int, int]:
+        """Of a sample's tensors, on the finest level and on the next."""
+        stride, widths = self.architecture.stem_stride, self.architecture.widths
+        finest = [-(-size // stride) for size in image.shape[2:]]
+        half = [-(-size // factor) for size, factor in zip(finest, self.first_stride, strict=True)]
+        return widths[0] * math.prod(finest), widths[1] * math.prod(half)
+
     def _configure(self, image: Tensor) -> None:
         """Choose for this size, unless it was the last one's too."""
         from effseg.memory.choice import configure  # which builds networks of this class
@@ -209,7 +230,10 @@ class EffSegNet(SegmentationModel):
                 levels.append(level.enter.streamed(image, slab))
             else:
                 recompute = 0 < i <= self.recompute_levels
-                levels.append(level.deferred(levels[-1] if levels else image, slab, recompute))
+                found = level.deferred(levels[-1] if levels else image, slab, recompute)
+                # Read by the next level and by the decoder, but for the last one.
+                shared = isinstance(found.spec, Residual) and i + 1 < len(self.encoder)
+                levels.append(share(found, slab) if shared else found)
         h = levels.pop()
         auxiliary: list[Deferred] = []
         for i in reversed(range(1, len(self.decoder))):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from effseg.data.augmentation import Augmentation, Spacing, augmentation
+from effseg.data.mirroring import Pairs
 from effseg.data.preprocessing import AIR
 from effseg.training.batches import Batches
 from effseg.training.sampling import Sampler
@@ -55,13 +56,13 @@ def batches(
         yield {"data": image, "target": labels}
 
 
-def augmentation_of(label_names: Sequence[str], transpose_forward: Sequence[int]) -> Augmentation:
+def augmentation_of(mirror: Pairs | None, transpose_forward: Sequence[int]) -> Augmentation:
     """effseg's augmentation of normalised volumes whose axes are in the order of nnU-Net's plans.
 
-    Intensities are moved so that each channel's lowest is what effseg takes for air, and back. Volumes are
-    mirrored along the file's first axis, left to right in most, and only where no label has a side.
+    Intensities are moved so that each channel's lowest is what effseg takes for air, and back. With `mirror`,
+    volumes are mirrored along the file's first axis, left to right in most: see `augmentation`.
     """
-    standard = augmentation(label_names)
+    standard = augmentation(mirror)
     x = list(transpose_forward).index(FILE_X)
 
     def augment(

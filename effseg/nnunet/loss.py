@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -61,18 +60,6 @@ class FusedLoss(nn.Module):
         return torch.stack(losses).sum()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """nnU-Net's Dice loss is -Dice, not 1 - Dice."""
-        dice_of_all = self.options["dice_weight"]
-        if self._ignores_all(labels):  # a cross-entropy of nothing would be 0 / 0
-            options = self.options | {"ignore_index": None}
-            return 0 * dice_cross_entropy(logits, torch.zeros_like(labels), **options) - dice_of_all
-        return dice_cross_entropy(logits, labels, **self.options) - dice_of_all
-
-    def _ignores_all(self, labels: Tensor) -> bool:
-        """Of all processes, so that all of them take the same way."""
-        if self.options["ignore_index"] is None:
-            return False
-        known = (labels != self.options["ignore_index"]).sum()
-        if self.options["process_group"]:
-            dist.all_reduce(known)
-        return not known.item()
+        """nnU-Net's Dice loss is -Dice, not 1 - Dice: of a patch without annotation, where nothing can be
+        wrong, it is -1 without gradient, and both leave the cross-entropy out."""
+        return dice_cross_entropy(logits, labels, **self.options) - self.options["dice_weight"]

@@ -2,14 +2,18 @@
 
 EFFSEG_MEMORY            the network's memory mode; see the trainers
 EFFSEG_MEMORY_BUDGET     for EFFSEG_MEMORY=auto, such as 24GB; default: the GPU's memory
+EFFSEG_MIRROR            none (default) or left-right: mirrors every second volume of whole ones
+EFFSEG_MIRROR_PAIRS      labels that then change places, A:B,C:D or none; default: dataset.json's
 EFFSEG_NNUNET_EPOCHS     number of epochs
 EFFSEG_NNUNET_ITERATIONS training steps of an epoch; validation takes a fifth of that, at least one
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from effseg.data.description import MIRROR_PAIRS
+from effseg.data.mirroring import Pairs, mirror_pairs
 from effseg.errors import InputError
 
 VALIDATION_SHARE = 5  # training steps to one of validation, as in nnU-Net
@@ -22,6 +26,21 @@ def memory(known: Sequence[str], default: str) -> dict[str, Any]:
         raise InputError(f"EFFSEG_MEMORY: expected one of {', '.join(known)}, got {mode!r}")
     budget = os.environ.get("EFFSEG_MEMORY_BUDGET") or None
     return {"memory": mode, "memory_budget": budget if mode == "auto" else None}
+
+
+def mirror(labels: Any, dataset_json: Mapping[str, Any]) -> Pairs | None:
+    """The pairs that a mirrored volume exchanges; None where none is mirrored. labels: nnU-Net's manager.
+
+    Raises InputError for a mode that is none, and as `mirror_pairs`.
+    """
+    mode = os.environ.get("EFFSEG_MIRROR") or "none"
+    if mode not in ("none", "left-right"):
+        raise InputError(f"EFFSEG_MIRROR: expected none or left-right, got {mode!r}")
+    if mode == "none":
+        return None
+    names = {value: name for name, value in labels.label_dict.items() if value != labels.ignore_label}
+    ordered = [names[value] for value in sorted(names)]
+    return mirror_pairs(ordered, os.environ.get("EFFSEG_MIRROR_PAIRS"), dataset_json.get(MIRROR_PAIRS))
 
 
 def set_length(trainer: Any) -> None:

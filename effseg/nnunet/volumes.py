@@ -32,9 +32,10 @@ class nnUNetTrainerEffSegFull(nnUNetTrainer):
     """An EffSegNet that sees every case as a whole, in training, validation and prediction.
 
     EFFSEG_MEMORY is "raw", "stream" or "auto" (default with a GPU), see `effseg.EffSegNet`. A subclass may
-    set `preset`. AdamW, warm-up and cosine, 1/sqrt(frequency) weights in the cross-entropy and augmentation
-    are those of `effseg train`. The default length, 200 epochs of 50 volumes, shows a network about as many
-    voxels of 512 x 512 x 300 scans as nnU-Net's 1000 epochs do.
+    set `preset`. EFFSEG_MIRROR and EFFSEG_MIRROR_PAIRS are `--mirror` and `--mirror-pairs` of `effseg train`;
+    dataset.json may have `mirror_pairs`. AdamW, warm-up and cosine, 1/sqrt(frequency) weights in the
+    cross-entropy and augmentation are those of `effseg train`. The default length, 200 epochs of 50 volumes,
+    shows a network about as many voxels of 512 x 512 x 300 scans as nnU-Net's 1000 epochs do.
     Takes labels, not regions, and no cascade. Predict with `effseg nnunet predict`: nnU-Net's own predictor
     would give the network windows.
     """
@@ -109,8 +110,8 @@ class nnUNetTrainerEffSegFull(nnUNetTrainer):
         names = self.do_split()
         training, validation = map(self._cases, names)
         self.loss_options = self._loss_options(training)
-        organs = list(self.label_manager.label_dict)
-        augment = augmentation_of(organs, self.plans_manager.transpose_forward)
+        mirror = options.mirror(self.label_manager, self.dataset_json)
+        augment = augmentation_of(mirror, self.plans_manager.transpose_forward)
         return (
             self._batches(training, augment, self.num_iterations_per_epoch),
             self._batches(validation, None, self.num_val_iterations_per_epoch),

@@ -12,12 +12,13 @@ from effseg.algorithms.sweeps.conv3d import conv3d_backward, conv3d_forward
 from effseg.deferred import Deferred
 from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
+from effseg.settings import Function
 from effseg.slabs import Window
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-class Conv3dFunction(torch.autograd.Function):
+class Conv3dFunction(Function):
     """y, mean, var = conv(expression).
 
     Saved for backward: the expression's tensors, the weight, mean (tiny) and y. The layer that follows
@@ -27,7 +28,7 @@ class Conv3dFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, spec, window, statistics, slab_elements, known, weight, bias, *tensors
+        ctx: Any, spec, window, statistics, slab_elements, known, trains, weight, bias, *tensors
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.ops = select(weight.device, spec.dtype)
         ctx.device_type = weight.device.type
@@ -35,7 +36,7 @@ class Conv3dFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if known is None:
             y, mean, var = conv3d_forward(
-                ctx.ops, spec, tensors, weight, bias, window, statistics, slab_elements
+                ctx.ops, spec, tensors, weight, bias, window, statistics, slab_elements, trains
             )
         else:
             y, mean, var = known
@@ -49,12 +50,12 @@ class Conv3dFunction(torch.autograd.Function):
     @node_backward
     def backward(ctx: Any, grad_y, grad_mean, grad_var):  # type: ignore[no-untyped-def]
         weight, y, mean, *tensors = ctx.saved_tensors
-        need_weight, need_bias, *needed = ctx.needs_input_grad[5:]
+        need_weight, need_bias, *needed = ctx.needs_input_grad[6:]
         grad_weight, grad_bias, grads = conv3d_backward(
             ctx.ops, ctx.spec, tensors, needed, weight, ctx.window, grad_y if y is None else y, mean,
             grad_y, grad_mean, grad_var, need_weight, need_bias, ctx.slab_elements,
         )  # fmt: skip
-        return None, None, None, None, None, grad_weight, grad_bias, *grads
+        return *[None] * 6, grad_weight, grad_bias, *grads
 
 
 def conv3d(
@@ -71,5 +72,13 @@ def conv3d(
         return compiled.conv3d(x, weight, bias, window, statistics, slab_elements)
     with torch.autocast(x.device.type, enabled=False):
         return Conv3dFunction.apply(
-            x.spec, window, statistics, slab_elements, known, weight, bias, *x.tensors
+            x.spec,
+            window,
+            statistics,
+            slab_elements,
+            known,
+            torch.is_grad_enabled(),
+            weight,
+            bias,
+            *x.tensors,
         )

@@ -18,9 +18,10 @@ from effseg.algorithms.sweeps.head import (
 from effseg.deferred import Deferred
 from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
+from effseg.settings import Function
 
 
-class HeadSumsFunction(torch.autograd.Function):
+class HeadSumsFunction(Function):
     """The sums of Dice and cross-entropy over softmax(head(expression)).
 
     Saved for backward: the expression's tensors, head weight and bias, labels and class weights as given;

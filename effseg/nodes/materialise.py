@@ -12,9 +12,10 @@ from effseg.algorithms.sweeps.materialise import materialise_backward, materiali
 from effseg.deferred import Deferred
 from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
+from effseg.settings import Function
 
 
-class MaterialiseFunction(torch.autograd.Function):
+class MaterialiseFunction(Function):
     """y = the expression's value. Saved for backward: the expression's tensors."""
 
     @staticmethod

@@ -12,9 +12,10 @@ from effseg.algorithms.sweeps.materialise import materialise_backward
 from effseg.composed import Shared
 from effseg.deferred import Deferred
 from effseg.nodes.backward import backward as node_backward
+from effseg.settings import Function
 
 
-class ShareFunction(torch.autograd.Function):
+class ShareFunction(Function):
     """A tensor of the expression's shape without memory, for gradients to come to; they are pulled back once.
 
     Saved for backward: the expression's tensors.
@@ -39,7 +40,10 @@ class ShareFunction(torch.autograd.Function):
 
 def share(x: Deferred, slab_elements: int | None = None) -> Deferred:
     """The same value. Without it every reader makes a gradient of the expression's size for each of its
-    tensors (a residual sum has two); with it each makes one, and autograd adds them."""
+    tensors (a residual sum has two); with it each makes one, and autograd adds them. Without a gradient, and
+    under torch.compile, x as it is."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return x
     with torch.autocast(x.device.type, enabled=False):
         standing = ShareFunction.apply(x.spec, slab_elements, *x.tensors)
     tensors = (standing, *(t.detach() for t in x.tensors))

@@ -12,10 +12,11 @@ from effseg.algorithms.interface import CHANNELS_LAST, Algorithm
 from effseg.algorithms.sweeps.conv3d import through_statistics
 from effseg.algorithms.sweeps.moments import Moments
 from effseg.nodes.backward import backward as node_backward
+from effseg.settings import Function
 from effseg.slabs import rows_per_slab, slabs
 
 
-class StatisticsFunction(torch.autograd.Function):
+class StatisticsFunction(Function):
     """mean, var (N, C) of x. Saved for backward: x, and mean."""
 
     @staticmethod
@@ -42,7 +43,7 @@ class StatisticsFunction(torch.autograd.Function):
 
 
 def _moments(ops: Algorithm, x: Tensor, slab_elements: int | None) -> tuple[Tensor, Tensor]:
-    moments = Moments(ops, x.shape[0])
+    moments = Moments(ops, x.shape[0], x.dtype)
     for sample, lo, hi in _slabs(x, slab_elements):
         part = x[sample : sample + 1, :, lo:hi]
         moments.add(sample, part.contiguous(memory_format=CHANNELS_LAST))
@@ -51,7 +52,7 @@ def _moments(ops: Algorithm, x: Tensor, slab_elements: int | None) -> tuple[Tens
 
 def _slabs(x: Tensor, slab_elements: int | None):  # type: ignore[no-untyped-def]
     n, c, d, h, w = x.shape
-    return slabs(n, d, rows_per_slab(d, c * h * w, slab_elements))
+    return slabs(n, d, rows_per_slab(d, c * h * w, slab_elements, x.device))
 
 
 def statistics(x: Tensor, slab_elements: int | None = None) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,11 @@ from effseg.algorithms import select
 from effseg.algorithms.sweeps.stem_statistics import stem_statistics_backward, stem_statistics_forward
 from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
+from effseg.settings import Function
 from effseg.slabs import Window
 
 
-class StemStatisticsFunction(torch.autograd.Function):
+class StemStatisticsFunction(Function):
     """mean, var of conv(image, weight), differentiable in the weight.
 
     Saved for backward: taps + taps * C numbers per sample (float64), so that backward sweeps nothing. The

@@ -17,10 +17,11 @@ from effseg.deferred import Deferred
 from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
 from effseg.normalisation import Norm, merging, terms
+from effseg.settings import Function
 from effseg.slabs import Window
 
 
-class TailSumsFunction(torch.autograd.Function):
+class TailSumsFunction(Function):
     """The sums of Dice and cross-entropy over softmax(head(leaky_relu(norm(conv(expression))))).
 
     Saved for backward: the expression's tensors, the parameters, the labels as given, mean and variance
@@ -37,8 +38,9 @@ class TailSumsFunction(torch.autograd.Function):
         ctx.arguments = spec, window, slope, slab_elements, ignore_index
         ctx.norm = how, running
         layer = Layer(ctx.ops, spec, tensors, weight, window, slope, slab_elements)
-        mean, var = sweep_statistics(layer)
         head = ctx.ops.make_head(layer, head_weight, head_bias, labels.device, class_weights, ignore_index)
+        layer.make_room(head)
+        mean, var = sweep_statistics(layer)
         sums, collected = tail_sums_forward(layer, terms(how, running, mean, var, gamma, beta), head, labels)
         ctx.save_for_backward(
             labels, class_weights, weight, gamma, beta, head_weight, head_bias, mean, var, collected, *tensors

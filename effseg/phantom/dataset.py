@@ -45,7 +45,7 @@ def write_dataset(
         "description": f"effseg phantoms {'x'.join(map(str, shape))}, seed {seed}",
     }
     with atomic_path(folder / "dataset.json") as temporary:
-        temporary.write_text(json.dumps(description, indent=2) + "\n")
+        temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

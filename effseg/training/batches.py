@@ -1,15 +1,18 @@
 """From prepared cases to a step's tensors, ahead of time in background threads."""
 
+from __future__ import annotations
+
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from effseg.data.augmentation import Augmentation
+from effseg.data.augmentation import Augmentation, Spacing
 from effseg.data.cache import CachedCase
 from effseg.training.sampling import Draw, Sampler
 
@@ -20,6 +23,7 @@ _PATCH = 3  # what the seed sequence is for, beside those of sampling.py
 
 Triple = tuple[int, int, int]
 Region = tuple[slice, ...]
+WHOLE: Region = (slice(None),) * 4
 Volume = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -30,6 +34,8 @@ class Batches:
     normalise: HU (C, D, H, W) -> float32. augment: see `effseg.data.augmentation`; None
     for none.
     patch_size: cut random patches instead of taking whole volumes.
+    augment_on: a device to which volumes are moved first, to be augmented there when their step comes; its
+    batches lie there. None: they are augmented ahead, on the CPU, and stay there.
     """
 
     cases: Sequence[CachedCase]
@@ -38,13 +44,11 @@ class Batches:
     augment: Augmentation | None
     patch_size: Triple | None = None
     pin: bool = False
+    augment_on: torch.device | None = None
 
     def __call__(self, step: int) -> Volume:
         """The batch of `step`: image (N, C, D, H, W) float32 and labels (N, D, H, W)."""
-        images, labels = zip(*map(self._sample, self.sampler.batch(step)), strict=True)
-        image = images[0][None] if len(images) == 1 else torch.stack(images)
-        label = labels[0][None] if len(labels) == 1 else torch.stack(labels)
-        return (image.pin_memory(), label.pin_memory()) if self.pin else (image, label)
+        return self._finished(self._made_ahead(step))
 
     def ahead(self, first: int, last: int, workers: int) -> Iterator[Volume]:
         """The batches of steps `first` to `last` - 1 in order, `workers` of them being made meanwhile."""
@@ -53,31 +57,73 @@ class Batches:
             return
         with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
             steps = iter(range(first, last))
-            pending = deque(pool.submit(self, step) for step in islice(steps, workers))
+            pending = deque(pool.submit(self._made_ahead, step) for step in islice(steps, workers))
             try:
                 while pending:
-                    batch = pending.popleft().result()
-                    pending.extend(pool.submit(self, step) for step in islice(steps, 1))
+                    made = pending.popleft().result()
+                    pending.extend(pool.submit(self._made_ahead, step) for step in islice(steps, 1))
+                    batch = self._finished(made)
+                    del made
                     yield batch
                     del batch
             finally:
                 for future in pending:
                     future.cancel()
 
-    def _sample(self, draw: Draw) -> Volume:
-        case = self.cases[draw.case]
-        if self.patch_size is None:
-            return self._load(case, (slice(None),) * 4, draw.seed)
-        rng = np.random.default_rng((_PATCH, draw.seed))
-        start = patch_start(case.labels, case.counts, self.patch_size, rng)
-        region, inside = with_margin(start, self.patch_size, case.labels.shape)
-        image, labels = self._load(case, region, draw.seed)
-        return image[inside].contiguous(), labels[inside[1:]].contiguous()
+    def _made_ahead(self, step: int) -> list[_Sample] | Volume:
+        """What can be done before the step comes: all of it but for what is left to a device."""
+        samples = list(map(self._sample, self.sampler.batch(step)))
+        if self.augment_on is None:
+            image, labels = _stacked(map(self._augmented, samples))
+            return (image.pin_memory(), labels.pin_memory()) if self.pin else (image, labels)
+        pin = self.pin
+        return (
+            [s._replace(image=s.image.pin_memory(), labels=s.labels.pin_memory()) for s in samples]
+            if pin
+            else samples
+        )
 
-    def _load(self, case: CachedCase, region: Region, seed: int) -> Volume:
+    def _finished(self, made: list[_Sample] | Volume) -> Volume:
+        if isinstance(made, tuple):
+            return made
+        return _stacked(self._augmented(sample.on(self.augment_on)) for sample in made)
+
+    def _sample(self, draw: Draw) -> _Sample:
+        case = self.cases[draw.case]
+        region = inside = WHOLE
+        if self.patch_size is not None:
+            rng = np.random.default_rng((_PATCH, draw.seed))
+            start = patch_start(case.labels, case.counts, self.patch_size, rng)
+            region, inside = with_margin(start, self.patch_size, case.labels.shape)
         image = self.normalise(case.image[region])
         labels = torch.from_numpy(np.array(case.labels[region[1:]]))
-        return (image, labels) if self.augment is None else self.augment(image, labels, seed, case.spacing)
+        return _Sample(image, labels, inside, draw.seed, case.spacing)
+
+    def _augmented(self, sample: _Sample) -> Volume:
+        image, labels = sample.image, sample.labels
+        if self.augment is not None:
+            image, labels = self.augment(image, labels, sample.seed, sample.spacing)
+        return image[sample.inside].contiguous(), labels[sample.inside[1:]].contiguous()
+
+
+class _Sample(NamedTuple):
+    """A volume, or a patch and its surroundings, before it is augmented; inside: what is kept of it then."""
+
+    image: torch.Tensor
+    labels: torch.Tensor
+    inside: Region
+    seed: int
+    spacing: Spacing
+
+    def on(self, device: torch.device | None) -> _Sample:
+        image, labels = (t.to(device, non_blocking=True) for t in (self.image, self.labels))
+        return self._replace(image=image, labels=labels)
+
+
+def _stacked(volumes: Iterable[Volume]) -> Volume:
+    images, labels = zip(*volumes, strict=True)
+    image = images[0][None] if len(images) == 1 else torch.stack(images)
+    return image, labels[0][None] if len(labels) == 1 else torch.stack(labels)
 
 
 def patch_start(labels: np.ndarray, counts: np.ndarray, size: Triple, rng: np.random.Generator) -> Triple:

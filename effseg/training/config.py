@@ -6,10 +6,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from effseg.data.preprocessing import Window, parse_window
 from effseg.errors import InputError
 
-# What may differ between a run and its continuation: nothing here changes a computed number.
-FREE_ON_RESUME = frozenset({"data", "output", "workers", "device", "cache", "checkpoint_interval"})
+# What may differ between a run and its continuation: nothing here changes a computed number,
+FREE_ON_RESUME = frozenset(
+    {"data", "output", "workers", "device", "cache", "checkpoint_interval", "allow_missing"}
+)
+
+# or it is compared as what it comes to: classes, pairs of them, weights to begin with.
+COMPARED_ELSEWHERE = frozenset({"labels", "mirror_pairs", "init"})
 
 
 @dataclass(frozen=True)
@@ -17,6 +25,8 @@ class TrainingConfig:
     """One training run.
 
     data: folder of CT volumes with labels (nnU-Net's layout or flat ``NAME_ct``/``NAME_seg`` pairs).
+    init: weights to begin with, a .safetensors file or a run's folder; a head of another number of classes is
+        made anew. None: random ones.
     output: the run's folder; made when absent, continued when it holds a run of the same configuration.
     model: a name of `effseg.models.MODEL_NAMES`.
     norm: "instance", "batch" or "group" for effseg models (the 3D U-Net always has batch norm).
@@ -28,6 +38,7 @@ class TrainingConfig:
         and never train. Not together with `fold`.
     fold: number of the fold of splits_final.json, else of nnU-Net's five-fold split, that validates; "all"
         trains on every case, without validation. None with no `validation` means fold 0.
+    allow_missing: go on without the cases of which files are missing or unreadable, instead of raising.
     steps: optimiser steps. epochs: passes over the training cases, used instead of `steps` when given.
     batch_size: volumes (or patches) per process and step; above 1 their sizes must agree.
     learning_rate: peak rate of AdamW; None: 4e-3 for effseg models, 1e-3 for the 3D U-Net.
@@ -36,10 +47,16 @@ class TrainingConfig:
     dtype: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on a CPU.
     ema: decay per step of a running mean of the weights which then is validated and saved; 0: none.
     augment: random affine maps, intensities and noise for the training cases.
+    augment_on: where that runs: "cpu", in the threads that prepare batches, "device", where the network is,
+        or "auto": device on CUDA, else cpu. Their noise differs.
+    mirror: "left-right" mirrors every second training volume, too, and needs to be told in mirror_pairs, or
+        in the data's description, which labels then change places: see `effseg.data.mirroring.mirror_pairs`.
     patch_size: train on random patches of that many voxels (R, A, S axes) instead of whole volumes and
         validate by a sliding window; None: whole volumes.
-    window: HU limits of the intensity window. spacing: voxel size in mm (R, A, S) to resample to;
-        None: every scan's own. crop: "body" or "none". margin: mm kept around the body.
+    window: HU limits of the intensity window of all CT channels (those that dataset.json calls otherwise are
+        standardised), or limits for each channel, None to standardise it. spacing: voxel size in mm
+        (R, A, S) to resample to; None: every scan's own. crop: "body" or "none". margin: mm kept around the
+        body.
     validation_interval, checkpoint_interval: in steps.
     seed: with the step number it determines every random choice.
     workers: background threads that prepare batches; 0 prepares them between steps.
@@ -52,6 +69,7 @@ class TrainingConfig:
     data: Path
     output: Path
     model: str = "effseg-base"
+    init: Path | None = None
     norm: Literal["instance", "batch", "group"] = "instance"
     memory: Literal["raw", "stream", "auto"] = "auto"
     memory_budget: str | None = None
@@ -60,6 +78,7 @@ class TrainingConfig:
     cases: str | None = None
     validation: str | None = None
     fold: int | Literal["all"] | None = None
+    allow_missing: bool = False
     steps: int = 2000
     epochs: int | None = None
     batch_size: int = 1
@@ -76,8 +95,11 @@ class TrainingConfig:
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     ema: float = 0.0
     augment: bool = True
+    augment_on: Literal["auto", "cpu", "device"] = "auto"
+    mirror: Literal["none", "left-right"] = "none"
+    mirror_pairs: str | None = None
     patch_size: tuple[int, int, int] | None = None
-    window: tuple[float, float] = (-200.0, 400.0)
+    window: Window | tuple[Window | None, ...] = (-200.0, 400.0)
     spacing: tuple[float, float, float] | None = None
     crop: Literal["body", "none"] = "body"
     margin: float = 5.0
@@ -91,10 +113,13 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", Path(self.data))
         object.__setattr__(self, "output", Path(self.output))
-        object.__setattr__(self, "cache", None if self.cache is None else Path(self.cache))
-        for name, kind in (("patch_size", int), ("window", float), ("spacing", float)):
+        for name in ("cache", "init"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else Path(value))
+        for name, kind in (("patch_size", int), ("spacing", float)):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(map(kind, value)))
+        object.__setattr__(self, "window", parse_window(self.window))
         self._check()
 
     def _check(self) -> None:
@@ -113,10 +138,15 @@ class TrainingConfig:
             _demand(self, name, 0 <= getattr(self, name) < 1, "0 or more and below 1")
         for name, values in _CHOICES.items():
             _demand(self, name, getattr(self, name) in values, f"one of {', '.join(values)}")
+        _demand(self, "mirror", self.mirror == "none" or self.augment, "none without augmentation")
+        good = self.mirror_pairs is None or self.mirror == "left-right"
+        _demand(self, "mirror_pairs", good, "none without mirror left-right")
         baseline = not self.model.startswith("effseg")
         _demand(self, "norm", self.norm == "instance" or not baseline, "a choice for effseg models only")
         chosen = self.memory != "auto" or self.recompute or self.memory_budget is not None
         _demand(self, "memory", not (baseline and chosen), "a choice for effseg models only")
+        inside = self.init is not None and self.output.absolute() in (self.init / "x").absolute().parents
+        _demand(self, "init", not inside, f"weights outside of the output {self.output}")
         _demand(self, "recompute", self.recompute >= 0, "0 or more levels")
         _demand(self, "recompute", self.memory != "auto" or not self.recompute, "0, auto chooses it")
         alone = self.memory == "auto" or self.memory_budget is None
@@ -130,8 +160,6 @@ class TrainingConfig:
         _demand(self, "patch_size", good, "3 sizes in voxels")
         good = spacing is None or (len(spacing) == 3 and 0 < min(spacing) <= max(spacing) < math.inf)
         _demand(self, "spacing", good, "3 sizes in mm above 0")
-        good = len(self.window) == 2 and -math.inf < self.window[0] < self.window[1] < math.inf
-        _demand(self, "window", good, "a lower and a higher limit in HU")
 
     @property
     def peak_rate(self) -> float:
@@ -139,6 +167,11 @@ class TrainingConfig:
         if self.learning_rate is not None:
             return self.learning_rate
         return 4e-3 if self.model.startswith("effseg") else 1e-3
+
+    def augments_on(self, device: torch.device) -> bool:
+        """Whether cases are augmented on `device`, where the network is, and not ahead on the CPU."""
+        on_device = self.augment_on == "device" or (self.augment_on == "auto" and device.type != "cpu")
+        return self.augment and on_device
 
     @property
     def validates(self) -> bool:
@@ -167,7 +200,7 @@ class TrainingConfig:
         """Raise InputError naming the first field in which this configuration departs from `earlier`."""
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(earlier, field.name)
-            if field.name not in FREE_ON_RESUME and mine != theirs:
+            if field.name not in FREE_ON_RESUME | COMPARED_ELSEWHERE and mine != theirs:
                 raise InputError(
                     f"{self.output} holds a run with {field.name} = {theirs}, but now it is {mine}: "
                     "use another output folder, or overwrite the run"
@@ -179,7 +212,9 @@ _CHOICES = {
     "memory": ("raw", "stream", "auto"),
     "class_weights": ("sqrt", "none"),
     "dtype": ("auto", "bf16", "fp32"),
+    "augment_on": ("auto", "cpu", "device"),
     "crop": ("body", "none"),
+    "mirror": ("none", "left-right"),
 }
 
 

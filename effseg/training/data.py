@@ -2,34 +2,55 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from effseg.data.augmentation import Augmentation, augmentation
-from effseg.data.cache import CachedCase, prepare_case
-from effseg.data.cases import Case, find_cases, select_cases, split_cases
+from effseg.data.cache import CachedCase, WholeCase, prepare_case, prepare_whole_case
+from effseg.data.cases import (
+    SPLITS,
+    Case,
+    Found,
+    describe_missing,
+    fold_names,
+    look_for_cases,
+    select_names,
+    selects_by_name,
+    split_cases,
+)
+from effseg.data.description import same_text
+from effseg.data.identity import case_identity
+from effseg.data.intensities import channel_names, is_ct, listed
 from effseg.data.labels import LabelMap, load_label_map
+from effseg.data.mirroring import Pairs, described_pairs, mirror_pairs
 from effseg.data.preprocessing import Preprocessing
-from effseg.errors import InputError
+from effseg.errors import DamagedFile, InputError
 from effseg.training.config import TrainingConfig
 from effseg.training.distributed import World
+from effseg.training.runs import RunRecord, check_labels, read_record, recorded_split, twins
 
 SAY_EVERY = 10.0  # seconds
+MOST_NOTES = 10
+
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
-    """What a run learns from. augment is None where the configuration wants no augmentation."""
+    """What a run learns from. augment is None where the configuration wants no augmentation. record: what
+    the run's folder is to say of it, resumed: what it says already, None for a run that begins."""
 
     label_map: LabelMap
     preprocessing: Preprocessing
     training: list[CachedCase]
-    validation: list[CachedCase]
+    validation: list[WholeCase]
     augment: Augmentation | None
+    record: RunRecord
+    resumed: RunRecord | None = None
 
     @property
     def channels(self) -> int:
@@ -70,42 +91,106 @@ def class_weights(counts: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(weights / (frequency * weights).sum()).float()
 
 
-def load_training_data(config: TrainingConfig, world: World, say: Callable[[str], None]) -> TrainingData:
+def load_training_data(
+    config: TrainingConfig, world: World, say: Callable[[str], None], anew: bool = False
+) -> TrainingData:
     """Find, check and prepare the cases of `config`; the processes of `world` share the work.
 
-    say: is told how far a long preparation is.
+    A run that is continued keeps the cases and the split that its folder records, unless it begins `anew`.
+    say: is told how far a long preparation is, and of what is left out.
     Raises InputError for data that cannot be trained on: no cases, a label map without an organ, files that
-    do not fit together, sizes that do not agree in a batch, a patch larger than a volume.
+    are missing or do not fit together, sizes that do not agree in a batch, a patch larger than a volume; and
+    for data that has changed since the run began.
     """
     label_map = load_label_map(config.data, config.labels)
-    training, validation = split(config)
-    preprocessing = Preprocessing(
-        window=config.window, spacing=config.spacing, crop=config.crop, margin=config.margin
-    )
-    folder = config.cache or config.output / "cache"
-    prepared = _prepare(training + validation, preprocessing, label_map, folder, world, say)
+    mirror = _mirror(config, label_map)
+    resumed = None if anew else world.from_main(lambda: read_record(config.output))
+    if resumed is not None:
+        check_labels(resumed, label_map, mirror, config)
+    parts = world.from_main(lambda: split(config, say, anew))
+    preprocessing = _preprocessing(config, say)
+    how: dict[str, Any] = {
+        "preprocessing": preprocessing,
+        "label_map": label_map,
+        "folder": config.cache or config.output / "cache",
+    }
+    training = _prepare(parts[0], partial(prepare_case, **how), config, world, say)
+    validation = _prepare(parts[1], partial(prepare_whole_case, **how), config, world, say)
+    if not training:
+        raise InputError(f"{config.data}: no case is left to train on")
+    cases: list[CachedCase | WholeCase] = [*training, *validation]
+    _tell([note for case in cases for note in case.notes], say)
     data = TrainingData(
         label_map,
         preprocessing,
-        prepared[: len(training)],
-        prepared[len(training) :],
-        augmentation(label_map.names) if config.augment else None,
+        training,
+        validation,
+        augmentation(mirror, on_device=config.augments_on(world.device)) if config.augment else None,
+        resumed or world.from_main(lambda: _record(label_map, mirror, parts, (training, validation))),
+        resumed,
     )
     _check(data, config)
+    for one, other in twins(data.record):
+        say(f"validation case {one} is the same scan as training case {other}: its score is no proof")
     return data
 
 
-def split(config: TrainingConfig) -> tuple[list[Case], list[Case]]:
-    """The training and the validation cases that `config` names. Raises InputError where one is empty."""
-    known = find_cases(config.data, labelled=True)
-    cases = select_cases(known, config.cases)
+def _record(
+    label_map: LabelMap,
+    mirror: Pairs | None,
+    parts: tuple[list[Case], list[Case]],
+    prepared: tuple[list[CachedCase], list[WholeCase]],
+) -> RunRecord:
+    """Of the cases that could be prepared."""
+    training, validation = (tuple(case.name for case in part) for part in prepared)
+    used = {*training, *validation}
+    files = {case.name: case_identity(case) for part in parts for case in part if case.name in used}
+    return RunRecord(label_map, training, validation, files, mirror)
+
+
+def _mirror(config: TrainingConfig, label_map: LabelMap) -> Pairs | None:
+    """The pairs of classes that mirrored volumes exchange; None where none is mirrored."""
+    if config.mirror == "none":
+        return None
+    described = described_pairs(config.data) if config.mirror_pairs is None else None
+    return mirror_pairs(label_map.names, config.mirror_pairs, described)
+
+
+def split(
+    config: TrainingConfig, say: Callable[[str], None] = lambda text: None, anew: bool = False
+) -> tuple[list[Case], list[Case]]:
+    """The training and the validation cases: those of the run that `config.output` holds, unless another one
+    begins `anew`, or else those that `config` names.
+
+    say: is told of what is left out. Raises InputError where a part is empty, a case of the run is gone or
+    has changed, or something is missing of what belongs to a new one's cases, unless `config.allow_missing`.
+    """
+    record = None if anew else read_record(config.output)
+    return _deal(config, say) if record is None else recorded_split(record, config, say)
+
+
+def _deal(config: TrainingConfig, say: Callable[[str], None]) -> tuple[list[Case], list[Case]]:
+    """The cases of a new run."""
+    found = look_for_cases(config.data, labelled=True)
+    cases, missing = {case.name: case for case in found.cases}, _with_gone(config, found)
+    names = [*cases, *missing]
+    chosen = select_names(names, config.cases)
+    held_out = [] if config.validation is None else select_names(names, config.validation)
+    lacking = {name: missing[name] for name in dict.fromkeys([*chosen, *held_out]) if name in missing}
+    if found.fewer and not selects_by_name(names, config.cases):
+        lacking[""] = found.fewer
+    if lacking and not config.allow_missing:
+        raise InputError(f"{describe_missing(lacking)} (--allow-missing goes on without)")
+    if lacking:
+        say(f"goes on without: {describe_missing(lacking)}")
+    usable = [cases[name] for name in chosen if name in cases]
+    validation = [cases[name] for name in held_out if name in cases]
     if config.validation is not None:
-        validation = select_cases(known, config.validation)
-        training = [case for case in cases if case not in validation]
+        training = [case for case in usable if case not in validation]
     elif config.fold == "all":
-        training, validation = cases, []
+        training = usable
     else:
-        training, validation = split_cases(config.data, cases, config.fold or 0)
+        training, validation = split_cases(config.data, usable, config.fold or 0)
     if not training:
         raise InputError(f"{config.data}: no case is left to train on, {len(validation)} validate")
     if not validation and config.fold != "all":
@@ -113,19 +198,49 @@ def split(config: TrainingConfig) -> tuple[list[Case], list[Case]]:
     return training, validation
 
 
+def _with_gone(config: TrainingConfig, found: Found) -> dict[str, str]:
+    """What is missing, with the cases that only splits_final.json knows."""
+    uses_folds = config.validation is None and config.fold != "all"
+    parts = fold_names(config.data, config.fold or 0) if uses_folds else None
+    missing = found.missing | found.unpaired
+    known = {same_text(name) for name in (*missing, *(case.name for case in found.cases))}
+    gone = [name for part in parts or () for name in part if same_text(name) not in known]
+    return missing | {name: f"{SPLITS}: case {name!r} of the fold is not there" for name in gone}
+
+
+def _preprocessing(config: TrainingConfig, say: Callable[[str], None]) -> Preprocessing:
+    """What `config` says; one window is that of the CT channels, others by name are standardised."""
+    preprocessing = Preprocessing(
+        window=config.window, spacing=config.spacing, crop=config.crop, margin=config.margin
+    )
+    names = channel_names(config.data)
+    if names is None:
+        return preprocessing
+    windows = preprocessing.windows(len(names))
+    if preprocessing.window == windows[0]:  # one for all
+        windows = tuple(windows[0] if is_ct(name) else None for name in names)
+    if None not in windows:
+        return preprocessing
+    say(f"channels {', '.join(names)}: {listed(windows)}")
+    return replace(preprocessing, window=windows)
+
+
 def _prepare(
     cases: list[Case],
-    preprocessing: Preprocessing,
-    label_map: LabelMap,
-    folder: Path,
+    prepare: Callable[[Case], Prepared],
+    config: TrainingConfig,
     world: World,
     say: Callable[[str], None],
-) -> list[CachedCase]:
+) -> list[Prepared]:
+    """What `prepare` makes of the cases; without the damaged ones where `config.allow_missing`."""
     mine, errors = world.share(cases), []
+    damaged: list[tuple[str, str]] = []
     said = time.monotonic()
     for number, case in enumerate(mine, start=1):
         try:
-            prepare_case(case, preprocessing, label_map, folder)
+            prepare(case)
+        except DamagedFile as error:
+            damaged.append((case.name, str(error)))
         except InputError as error:
             errors.append(str(error))
             break
@@ -133,18 +248,30 @@ def _prepare(
             said = time.monotonic()
             say(f"prepared {number} of {len(mine)} cases")
     world.fail_together(errors)
-    return [prepare_case(case, preprocessing, label_map, folder) for case in cases]
+    lost = dict(world.gather(damaged))
+    if lost and not config.allow_missing:
+        raise InputError(f"{describe_missing(lost)} (--allow-missing goes on without)")
+    if lost:
+        say(f"goes on without: {describe_missing(lost)}")
+    return [prepare(case) for case in cases if case.name not in lost]
+
+
+def _tell(notes: Sequence[str], say: Callable[[str], None]) -> None:
+    for note in notes[:MOST_NOTES]:
+        say(f"warning: {note}")
+    if len(notes) > MOST_NOTES:
+        say(f"warning: ... and {len(notes) - MOST_NOTES} more such notes on the cases")
 
 
 def _check(data: TrainingData, config: TrainingConfig) -> None:
-    cases = data.training + data.validation
+    cases: list[CachedCase | WholeCase] = [*data.training, *data.validation]
     for case in cases:
         if case.image.shape[0] != data.channels:
             raise InputError(
                 f"case {case.name}: expected {data.channels} channels like {cases[0].name}, "
                 f"got {case.image.shape[0]}"
             )
-        patch, size = config.patch_size, case.labels.shape
+        patch, size = config.patch_size, case.image.shape[1:]
         if patch is not None and any(wanted > extent for wanted, extent in zip(patch, size, strict=True)):
             raise InputError(
                 f"patch_size: expected at most {_size(size)}, the prepared size of case {case.name}, "

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -64,6 +64,13 @@ class World:
             except InputError as error:
                 errors.append(str(error))
         self.fail_together(errors)
+
+    def from_main(self, action: Callable[[], Value]) -> Value:
+        """What the first process's `action` returns, in every process; its InputError is raised in all."""
+        found: list[Any] = [None]
+        self.on_main(lambda: found.insert(0, action()))
+        value: Value = self.gather(found[:1])[0]
+        return value
 
     def barrier(self) -> None:
         if self.several:

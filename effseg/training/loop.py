@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from effseg.data.cache import CachedCase
+from effseg.data.cache import WholeCase
 from effseg.device import trim_freed_memory
+from effseg.errors import InputError
 from effseg.inference import segment
 from effseg.models import build_model
 from effseg.models.base import SegmentationModel
+from effseg.models.checkpoint import load
 from effseg.models.effsegnet import EffSegNet
 from effseg.training.average import WeightAverage
 from effseg.training.batches import Batches
@@ -23,13 +27,18 @@ from effseg.training.config import FREE_ON_RESUME, TrainingConfig
 from effseg.training.data import TrainingData, load_training_data
 from effseg.training.display import Display, duration, peak_memory
 from effseg.training.distributed import World, join_world
-from effseg.training.folder import open_run, write_config
+from effseg.training.folder import open_run, remove_run, write_config
+from effseg.training.initial import check_same_weights, describe_file, initial_weights, take_weights
+from effseg.training.lock import locked
 from effseg.training.optimizer import Stepper, uses_bf16
 from effseg.training.records import Records, mean_dice, read_rows
 from effseg.training.result import TrainingResult
+from effseg.training.runs import RunRecord, renamed
 from effseg.training.sampling import Sampler
 from effseg.training.state import RunState
 from effseg.training.validation import validate
+
+DEVIATIONS = (-2.0, 2.0)  # drawn black and white where a channel is standardised
 
 
 def train(
@@ -42,14 +51,19 @@ def train(
     Raises InputError for a configuration, data or run folder that cannot be used, and for a diverged run.
     """
     with join_world(config.device) as world:
-        world.on_main(lambda: open_run(config, overwrite))
-        return _Run(config, world, console if world.is_main else None).go()
+        say = _printer(console if world.is_main else None)
+        with locked(config.output, world, say):
+            world.on_main(lambda: open_run(config, overwrite))
+            return _Run(config, world, console if world.is_main else None, overwrite).go()
 
 
 class _Run:
-    def __init__(self, config: TrainingConfig, world: World, console: Console | None) -> None:
+    def __init__(
+        self, config: TrainingConfig, world: World, console: Console | None, overwrite: bool
+    ) -> None:
         self.config, self.world, self.console = config, world, console
-        self.data = load_training_data(config, world, self._say)
+        self._say = _printer(console)
+        self.data = load_training_data(config, world, self._say, anew=overwrite)
         torch.manual_seed(config.seed)
         self.model = _network(config, self.data, world.device)
         self.model.to(world.device)
@@ -57,12 +71,16 @@ class _Run:
             len(self.data.training), config.seed, config.batch_size, world.rank, world.size
         )
         self.steps = self.sampler.steps(config.epochs) if config.epochs else config.steps
+        self.checkpoints = Checkpoints(config.output / "checkpoints")
+        newest = None if overwrite else world.from_main(self._newest_checkpoint)
+        self.record = self._begin(newest)
         self.stepper = Stepper(self.model, config, self.steps, world, self._loss_options())
         self.average = WeightAverage(self.model, config.ema) if config.ema else None
-        self.checkpoints = Checkpoints(config.output / "checkpoints")
-        self.state = self._restore()
+        self.state = self._restore(newest)
         if world.is_main:
-            write_config(config)
+            if overwrite:  # not before, or a mistake in the data would cost the earlier run
+                remove_run(config.output)
+            self._write_down()
 
     def go(self) -> TrainingResult:
         first = self.state.step
@@ -94,6 +112,7 @@ class _Run:
             self.data.augment,
             config.patch_size,
             pin=device.type == "cuda",
+            augment_on=device if config.augments_on(device) else None,
         )
         ahead = batches.ahead(state.step, self.steps, config.workers)
         spent, before = 0.0, state.seconds
@@ -139,6 +158,7 @@ class _Run:
             dice = validate(
                 self.data.validation,
                 self._segment,
+                self.data.preprocessing,
                 labels.num_classes,
                 self.data.ignore,
                 self.world,
@@ -153,26 +173,24 @@ class _Run:
         display.validation(state.step, self.data.organs, dice)
         return dice
 
-    def _say(self, text: str) -> None:
-        if self.console is not None:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _segment(self, case: CachedCase) -> np.ndarray:
+    def _segment(self, case: WholeCase) -> np.ndarray:
         image = self.data.preprocessing.normalise(case.image)[None]
         bf16 = uses_bf16(self.config, self.world.device)
         return segment(self.model, image, bf16=bf16, patch_size=self.config.patch_size)[0].numpy()
 
-    def _overlay(self, case: CachedCase, prediction: np.ndarray) -> None:
+    def _overlay(self, case: WholeCase, prediction: np.ndarray) -> None:
         from effseg.figures import draw_overlay
 
+        preprocessing = self.data.preprocessing
+        reference = preprocessing.prepare_labels(np.asarray(case.labels), case.prepared)
         draw_overlay(
             np.asarray(case.image[0]),
             prediction,
             self.data.label_map.names,
             self.config.output / "overlays" / f"step-{self.state.step:08d}_{case.name}.png",
-            reference=np.where(case.labels == self.data.ignore, 0, case.labels),
+            reference=np.where(reference == self.data.ignore, 0, reference),
             spacing=case.spacing,
-            window=self.config.window,
+            window=preprocessing.windows(self.data.channels)[0] or DEVIATIONS,
         )
 
     def _draw_curves(self) -> None:
@@ -188,10 +206,31 @@ class _Run:
         }
         self.checkpoints.save(self.state.step, self.model, state, self._extra(self.state.last_dice))
 
-    def _restore(self) -> RunState:
-        if self.world.is_main:
-            self.checkpoints.clean()
-        newest = self.world.gather([self.checkpoints.newest()])[0]
+    def _newest_checkpoint(self) -> Path | None:
+        self.checkpoints.clean()
+        return self.checkpoints.newest()
+
+    def _begin(self, newest: Path | None) -> RunRecord:
+        """Put the weights to begin with into the model, unless it is further on; returns the run's record."""
+        given, resumed = self.config.init, self.data.resumed
+        record = replace(self.data.record, label_map=self.data.label_map)
+        if resumed is not None and given is not None:
+            self.world.on_main(lambda: check_same_weights(given, resumed.init, self.config.output))
+        if newest is not None:
+            return record
+        if record.init is not None:  # begun, and stopped before its first checkpoint
+            file = Path(record.init["path"])
+            if not file.is_file() or describe_file(file) != record.init:
+                raise InputError(f"{file}: the weights with which this run began are gone or have changed")
+        elif given is not None:
+            file = initial_weights(given)
+            record = replace(record, init=describe_file(file))
+        else:
+            return record
+        self._say(take_weights(self.model, file, self.data.label_map.names))
+        return record
+
+    def _restore(self, newest: Path | None) -> RunState:
         if newest is None:
             return RunState()
         saved = load_checkpoint(newest, self.model)
@@ -200,18 +239,33 @@ class _Run:
             self.average.load_state(saved["average"])
         return RunState.from_dict(saved["run"])
 
+    def _write_down(self) -> None:
+        """The run's record, then its configuration: from then on the folder is this run's."""
+        resumed, names = self.data.resumed, {}
+        if resumed is not None:
+            names = renamed(resumed, self.data.label_map)
+        for before, now in names.items():
+            self._say(f"{before} is called {now} now")
+        best = self.config.output / "best.safetensors"
+        if names and best.is_file():  # it may stay the best one
+            model = load(best)
+            with writing(best):
+                model.save(best, extra=model.extra | self._extra(self.state.best_dice, self.state.best_step))
+        self.record.write(self.config.output)
+        write_config(self.config)
+
     def _save(self, path: Path, dice: list[float]) -> None:
         with writing(path):
             self.model.save(path, extra=self._extra(dice))
 
-    def _extra(self, dice: list[float]) -> dict[str, Any]:
+    def _extra(self, dice: list[float], step: int | None = None) -> dict[str, Any]:
         return {
             "preprocessing": self.data.preprocessing.to_dict(),
             "labels": self.data.label_map.to_dict(),
             # without the folders and the device of one machine: weights travel
-            "training": {k: v for k, v in self.config.to_dict().items() if k not in FREE_ON_RESUME}
+            "training": {k: v for k, v in self.config.to_dict().items() if k not in (*FREE_ON_RESUME, "init")}
             | {
-                "step": self.state.step,
+                "step": self.state.step if step is None else step,
                 "dice": {
                     organ: None if math.isnan(value) else value
                     for organ, value in zip(self.data.organs, dice, strict=False)
@@ -262,6 +316,14 @@ class _Run:
             peak_memory=peak_memory(self.world.device),
             skipped=state.skipped,
         )
+
+
+def _printer(console: Console | None) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        if console is not None:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    return say
 
 
 def _network(config: TrainingConfig, data: TrainingData, device: torch.device) -> SegmentationModel:

@@ -26,7 +26,7 @@ class Records:
         self.columns = (*COLUMNS, "dice_mean", *(f"dice_{organ}" for organ in organs))
         self.path = folder / "progress.csv"
         self._cut(step)
-        self._file = self.path.open("a", newline="")
+        self._file = self.path.open("a", encoding="utf-8", newline="")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=30)
 
     def add(
@@ -60,17 +60,19 @@ class Records:
         self._board.close()
 
     def _cut(self, step: int) -> None:
-        rows = [row for row in read_rows(self.path) if int(row["step"]) <= step] if step else []
+        """Columns are taken by their place: an organ may have got a new name since."""
+        rows = read_rows(self.path) if step else []
+        kept = [[row[name] for name in row] for row in rows if int(row["step"]) <= step]
         with atomic_path(self.path) as temporary:
-            lines = [_line(self.columns), *(_line([row[name] for name in self.columns]) for row in rows)]
-            temporary.write_text("".join(lines), newline="")
+            lines = [_line(self.columns), *map(_line, kept)]
+            temporary.write_text("".join(lines), encoding="utf-8", newline="")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The whole rows of a progress.csv; a last line without its end, cut by a kill, is left out."""
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 

@@ -1,31 +1,35 @@
-"""Dice of the validation cases while training, on the grid on which the network works."""
+"""Dice of the validation cases while training, on the scans' own grids, as `effseg evaluate` scores files."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from effseg.data.cache import CachedCase
+from effseg.data.cache import WholeCase
+from effseg.data.preprocessing import Preprocessing
 from effseg.evaluation import dice_per_class
 from effseg.training.distributed import World
 
 
 def validate(
-    cases: Sequence[CachedCase],
-    segment: Callable[[CachedCase], np.ndarray],
+    cases: Sequence[WholeCase],
+    segment: Callable[[WholeCase], np.ndarray],
+    preprocessing: Preprocessing,
     num_classes: int,
     ignore: int | None,
     world: World,
-    look: Callable[[CachedCase, np.ndarray], None],
+    look: Callable[[WholeCase, np.ndarray], None],
 ) -> list[float]:
     """Mean Dice of every organ over `cases`, NaN for an organ that is in no case; the same on all processes.
 
-    segment: a case -> its classes (D, H, W). ignore: class whose voxels do not count.
+    segment: a case -> its classes (D, H, W) on the prepared grid; preprocessing: brings them back to the
+    scan's. Organs outside of the crop count as missed. ignore: class whose voxels do not count.
     look: is shown the first case's segmentation. Every process of `world` segments its share of the cases.
     """
     mine: list[np.ndarray] = []
     for case in world.share(list(cases)):
         prediction = segment(case)
-        mine.append(dice_per_class(prediction, np.asarray(case.labels), num_classes, ignore)[1:])
+        whole = preprocessing.restore(prediction, case.prepared)
+        mine.append(dice_per_class(whole, np.asarray(case.labels), num_classes, ignore)[1:])
         if case is cases[0]:
             look(case, prediction)
     every: list[np.ndarray] = world.gather(mine)

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from convolution_cases import assert_moments
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_exact, assert_no_worse_than_torch, relative_error
+from tolerances import assert_exact, assert_no_worse_than_torch, assert_rounded, relative_error, slack
 
 from effseg.algorithms.aten import ops
 from effseg.slabs import Window
@@ -42,12 +43,20 @@ def test_upsampling_in_low_precision(dtype):
     torch.manual_seed(0)
     x, grad = features(1, 16, 9, 10, 11, dtype=dtype), features(1, 16, 18, 20, 22, dtype=dtype)
     results = []
-    for function, like in ((_upsample, dtype), (_interpolate, dtype), (_interpolate, torch.float64)):
-        leaf = x.to(like).requires_grad_()
+    for function, like, sign in (
+        (_upsample, dtype, torch.positive),
+        (_interpolate, dtype, torch.positive),
+        (_interpolate, torch.float64, torch.positive),
+        (_interpolate, torch.float64, torch.abs),
+    ):
+        leaf = sign(x.to(like)).requires_grad_()
         y = function(leaf)
-        results.append((y.detach(), torch.autograd.grad(y, leaf, grad.to(like))[0]))
-    for ours, torchs, exact in zip(*results, strict=True):
-        assert_no_worse_than_torch(ours, torchs, exact)
+        results.append((y.detach(), torch.autograd.grad(y, leaf, sign(grad.to(like)))[0]))
+    for ours, torchs, exact, size in zip(*results, strict=True):
+        if dtype == torch.float32:
+            assert_rounded(ours, exact, slack(size))
+        else:
+            assert_no_worse_than_torch(ours, torchs, exact, dtype)
 
 
 def _upsample(x):
@@ -65,19 +74,22 @@ def _interpolate(x):
 def test_gradients_of_a_slab_of_few_rows(window, pad):
     """Few rows of wide float32 planes reach oneDNN with the rows last."""
     torch.manual_seed(0)
-    results = []
     x = features(1, 16, 3, 40, 40, dtype=torch.float32).to(memory_format=torch.channels_last_3d)
     weight = torch.randn(24, 16, *window.kernel)
-    for dtype in (torch.float32, torch.float64):
-        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+    results = []
+    for dtype, sign in (
+        (torch.float32, torch.positive),
+        (torch.float64, torch.positive),
+        (torch.float64, torch.abs),
+    ):
+        leaves = [sign(t.to(dtype)).requires_grad_() for t in (x, weight)]
         y = ops.convolution(*leaves, None, window, pad)
         assert y.shape[3:].numel() * 16 > ops.ONEDNN_ELEMENTS or window.stride[1] > 1
         torch.manual_seed(1)
-        grad = torch.randn(y.shape).to(dtype)
+        grad = sign(torch.randn(y.shape).to(dtype))
         results.append((y, *torch.autograd.grad(y, leaves, grad)))
-    for got, expected in zip(*results, strict=True):
-        assert got.shape == expected.shape
-        assert relative_error(got, expected) <= 1e-6
+    for got, exact, size in zip(*results, strict=True):
+        assert_rounded(got, exact, slack(size.detach()))
 
 
 @pytest.mark.parametrize("slope", [0.01, 0.0, 1.0, 0.3])
@@ -105,22 +117,26 @@ def test_norm_act_gradients(slope, with_addend):
         assert_exact(a, b)
 
 
-@pytest.mark.parametrize("terms", [ops.norm_terms_backward, ops.norm_terms_backward_cpu])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_gradients_of_the_terms_on_every_device(terms, dtype):
+def test_gradients_of_the_terms(dtype):
     torch.manual_seed(0)
     dz, y = features(1, 16, 8, 30, 20, dtype=dtype), features(1, 16, 8, 30, 20, dtype=dtype)
     mean, scale = (torch.randn(1, 16, dtype=ops.accumulation_dtype(dtype)) for _ in range(2))
     wide = [t.double()[..., None, None, None] for t in (mean, scale)]
-    exact = (dz * wide[1], (dz * (y - wide[0])).sum((2, 3, 4)), dz.double().sum((2, 3, 4)))
-    got = terms(dz, y, mean, scale, True, True)
+    exact = (
+        dz.double() * wide[1],
+        (dz.double() * (y.double() - wide[0])).sum((2, 3, 4)),
+        dz.double().sum((2, 3, 4)),
+    )
+    got = ops.norm_terms_backward(dz, y, mean, scale, True, True)
     assert got[0].dtype == dtype
     assert relative_error(got[0], exact[0]) <= torch.finfo(dtype).eps
-    for a, b in zip(got[1:], exact[1:], strict=True):
+    sizes = [(dz.double() * part).abs().sum((2, 3, 4)) for part in (y.double().abs() + wide[0].abs(), 1)]
+    for a, b, size in zip(got[1:], exact[1:], sizes, strict=True):
         assert a.dtype == mean.dtype
-        assert relative_error(a, b) <= (1e-12 if dtype == torch.float64 else 1e-5)
-    assert terms(dz, y, mean, scale, False, True)[0] is None
-    assert terms(dz, y, mean, scale, True, False)[1:] == (None, None)
+        assert_rounded(a, b, 1e-12 * size if dtype == torch.float64 else slack(size))
+    assert ops.norm_terms_backward(dz, y, mean, scale, False, True)[0] is None
+    assert ops.norm_terms_backward(dz, y, mean, scale, True, False)[1:] == (None, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -129,10 +145,8 @@ def test_statistics_do_not_cancel(dtype):
     torch.manual_seed(0)
     y = (features(1, 5, 11, 40, 40) + 100).to(dtype).contiguous(memory_format=LAST)
     mean, var = ops.mean_var(y)
-    exact_var, exact_mean = torch.var_mean(y.double(), (0, 2, 3, 4), correction=0)
     assert mean.dtype == var.dtype == torch.float32
-    assert relative_error(mean, exact_mean) < 1e-6
-    assert relative_error(var, exact_var) < 1e-4
+    assert_moments(mean[None], var[None], y)
 
 
 THIN = """
@@ -149,6 +163,7 @@ for dtype in (torch.bfloat16, torch.float16):
     ):
         for size in (
             (1, 1, 1), (2, 2, 2), (2, 16, 16), (3, 1, 16), (5, 16, 1), (7, 1, 16), (8, 9, 10), (4, 5, 6),
+            (5, 16, 2),
         ):
             for pad in pads:
                 if size[0] + sum(pad) < kernel:
@@ -169,10 +184,10 @@ print(count)
 
 
 def test_convolutions_of_thin_volumes_in_low_precision():
-    """oneDNN's own weight gradient is wrong on some of these shapes and corrupts memory on others, so they
+    """oneDNN's own kernels are wrong on some of these shapes and corrupt memory on others, so they
     run in a process of their own, which must also end well."""
     done = subprocess.run(
         [sys.executable, "-c", THIN], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) == 154
+    assert int(done.stdout) == 176

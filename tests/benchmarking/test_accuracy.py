@@ -69,6 +69,19 @@ def test_both_have_the_same_time(trained, tmp_path, monkeypatch):
     assert found["networks"][WHOLE]["mean_dice"] == 0.5
 
 
+def test_what_is_complete_is_not_trained_again(trained, tmp_path, capsys):
+    accuracy.compare(tmp_path, minutes=0.1, device="cpu", plan=TINY)
+    del trained[:]
+    before = (tmp_path / "accuracy.json").read_text()
+    assert accuracy.main(["--output", str(tmp_path), "--resume"]) == 0
+    assert (trained, (tmp_path / "accuracy.json").read_text()) == ([], before)
+    half = json.loads(before)
+    del half["networks"][PATCHES]
+    (tmp_path / "accuracy.json").write_text(json.dumps(half))
+    assert not accuracy._is_complete(tmp_path / "accuracy.json")
+    assert capsys.readouterr().out == f"{tmp_path / 'accuracy.json'} has both\n"
+
+
 def test_nobody_trains_on_what_is_scored(trained, tmp_path):
     accuracy.compare(tmp_path, minutes=0.1, device="cpu", plan=TINY)
     assert {(config.cases, config.validation) for config in trained} == {(None, "phantom_002")}

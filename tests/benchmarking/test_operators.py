@@ -8,7 +8,7 @@ import torch
 
 from effseg.benchmarking import traffic
 from effseg.benchmarking.failure import Failure
-from effseg.benchmarking.registry import NO_GPU, ONLY_FULL, Workload
+from effseg.benchmarking.registry import NO_GPU, ONLY_COMPILED, Workload
 from effseg.kernels.config import LOOPS, Problem
 
 pytest.importorskip("triton")
@@ -42,7 +42,7 @@ def test_every_operator_has_a_row_for_each_contender(rows):
 def test_without_a_gpu_kernels_are_skipped_and_aten_is_timed(rows):
     for name, row in rows.items():
         contender = name.rpartition("/")[2]
-        expected = {"triton": ("skipped", NO_GPU), "compile": ("skipped", ONLY_FULL)}.get(
+        expected = {"triton": ("skipped", NO_GPU), "compile": ("skipped", ONLY_COMPILED)}.get(
             contender, ("ok", "")
         )
         assert (row.status, row.reason) == expected
@@ -115,7 +115,7 @@ def test_of_a_strided_convolution_the_size_is_the_output_but_for_dgrad():
 @pytest.mark.parametrize("op", LOOPS)
 def test_no_less_is_counted_than_the_operands_of_a_run(op):
     """Against the tensors that the operator's trial really gives."""
-    problem = Problem(op, "interpreter", "fp32", 16, 16, (4, 4, 4), prologue=op.startswith("head"))
+    problem = Problem(op, "interpreter", "fp32", 16, 16, (4, 4, 4))
     results = trials.trial(problem, CPU).aten()
     written = sum(t.nbytes for t in results if t.dim() >= 3)
     assert traffic.bytes_moved(problem) >= written

@@ -1,12 +1,14 @@
 """The committed predictions: what is predicted, and that it can be made anew."""
 
+from pathlib import Path
+
 import pytest
 from benchmark_records import predicted
 
-from effseg.benchmarking import auto, predictions, tabulation
+from effseg.benchmarking import auto, memory, predictions, tabulation
 from effseg.benchmarking.auto import Cell
 from effseg.benchmarking.record import read
-from effseg.benchmarking.registry import DTYPES
+from effseg.benchmarking.registry import DTYPES, Case, contenders, workloads
 from effseg.benchmarking.results import FOLDER
 
 
@@ -46,3 +48,37 @@ def test_the_committed_ones_are_those_that_would_be_made():
 
 def case_names(case):
     return case.contender.name, case.workload.name
+
+
+@pytest.mark.parametrize(
+    "name", ["effseg-base/raw/auto", pytest.param("effseg-base/stream/auto", marks=pytest.mark.slow)]
+)
+def test_the_committed_figures_are_not_of_other_networks(name):
+    """Of a small volume, which takes seconds; what has changed it has changed the others."""
+    case = Case(contenders()[name], workloads()["64x64x64, 15 classes"])
+    (committed,) = (row for row in read(FOLDER / predictions.FILE).rows if is_of(row, case, "bf16"))
+    assert committed == predictions.memory.predicted(case, "bf16")
+
+
+def is_of(row, case, dtype):
+    return (row.contender, row.workload, row.dtype) == (*case_names(case), dtype)
+
+
+def test_what_is_committed_needs_no_time_on_a_gpu(monkeypatch):
+    """Of ours by ATen it is what was predicted of the algorithm that a CPU takes, which is ATen."""
+    monkeypatch.setattr(memory, "predict", None)
+    whole = workloads()["512x512x512, 15 classes"]
+    rows = {row.contender: row for row in read(FOLDER / predictions.FILE).rows if is_whole(row, whole)}
+    auto, aten = (f"effseg-base/raw/{how}" for how in ("auto", "aten"))
+    found = memory.known(Case(contenders()[aten], whole), "bf16")
+    assert (found.contender, found.bytes_predicted) == (aten, rows[auto].bytes_predicted)
+    assert memory.known(Case(contenders()[auto], whole), "bf16") == rows[auto]
+    assert memory.known(Case(contenders()["unet3d/compile"], whole), "bf16").bytes_predicted is None
+    monkeypatch.setattr(memory.results, "FOLDER", Path("nowhere"))
+    memory._committed.cache_clear()
+    assert memory.known(Case(contenders()[auto], whole), "bf16").bytes_predicted is None
+    memory._committed.cache_clear()
+
+
+def is_whole(row, workload):
+    return (row.workload, row.dtype) == (workload.name, "bf16")

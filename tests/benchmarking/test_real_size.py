@@ -10,9 +10,12 @@ pytest.importorskip("triton")
 
 from effseg.benchmarking import kernel_checks, real_size
 from effseg.benchmarking.kernel_checks import Check
+from effseg.common.isolation import Loss
 from effseg.kernels import autotune, config, trials
+from effseg.kernels.choose import answering
 from effseg.kernels.config import INTERPRETER, LOOPS, Config, Problem
 from effseg.kernels.trials import Trial
+from effseg.tuning.problem_lists import Listed, write
 
 CPU = torch.device("cpu")
 CUBE = (3, 3, 3)
@@ -123,11 +126,24 @@ def test_of_problems_of_one_kernel_the_largest_is_run(monkeypatch):
     assert len(extra) == 3 * 3 * 2
 
 
+def test_what_a_file_lists_is_not_listed_again(tmp_path, monkeypatch):
+    path, volume = tmp_path / "problems.json", (16, 8, 8)
+    listed = Listed(kernel_checks.MODEL, volume, "bf16", kernel_checks.CLASSES, "sm_90")
+    slab = Problem("fold", "sm_90", "bf16", 16, 16, (2, 8, 8))
+    write({listed: [slab]}, path)
+    asked = []
+    monkeypatch.setattr(autotune, "problems", lambda *arguments: asked.append(arguments) or [])
+    machine = real_size.Machine(CPU, "sm_90", "")
+    found = real_size._needed(machine, [volume, (4, 4, 4)], ["bf16"], path)
+    assert slab in found
+    assert [arguments[1] for arguments in asked] == [(4, 4, 4)]
+
+
 def test_what_was_tuned_is_run_but_not_aten(monkeypatch):
     tuned = Config("tile", block_w=8, block_n=16, splits=2)
-    with config.answering(lambda _: tuned):
+    with answering(lambda _: tuned):
         assert kernel_checks.configuration(FOLD) == tuned
-    with config.answering(lambda _: Config(config.ATEN)):
+    with answering(lambda _: Config(config.ATEN)):
         assert kernel_checks.configuration(FOLD) == config.heuristic(FOLD)
 
 
@@ -161,21 +177,61 @@ def test_one_wrong_kernel_is_exit_code_1(tmp_path, monkeypatch, capsys):
 @pytest.mark.usefixtures("gpu")
 def test_after_the_time_limit_nothing_is_begun(monkeypatch, capsys):
     times = iter([0.0, 1.0, 61.0])
-    monkeypatch.setattr(real_size.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(kernel_checks.time, "monotonic", lambda: next(times))
     assert real_size.main(["--minutes", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 ok, 3 not run"
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_lost_gpu_ends_it(monkeypatch, capsys):
-    def check(problem, device):
-        raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+def test_a_kernel_that_takes_the_gpu_along_costs_no_other(monkeypatch, capsys):
+    """The second of four; what is told of the process is this one's."""
+    names = iter("abcd")
+    monkeypatch.setattr(kernel_checks, "needed", lambda *_: [FOLD])
+    processes = []
 
+    def check(problem, device):
+        name = next(names)
+        if name == "b":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return Check(name, problem.size, "tile", error=0.0, aten_error=0.0)
+
+    def isolated(run, tell, *, silence, seconds):
+        processes.append((silence, seconds))
+        try:
+            run(tell)
+        except RuntimeError as error:
+            return Loss(str(error))
+
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(real_size, "this_machine", lambda: real_size.Machine(cuda, INTERPRETER, ""))
     monkeypatch.setattr(kernel_checks, "check", check)
-    assert real_size.main([]) == 1
-    line, summary = capsys.readouterr().out.splitlines()
-    assert line.endswith("wrong: the GPU is lost: CUDA error: an illegal memory access was encountered")
-    assert summary == "1 wrong, 3 not run"
+    monkeypatch.setattr(kernel_checks, "isolated", isolated)
+    assert real_size.main(["--minutes", "1"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in lines[:4]] == ["ok", "failed", "ok", "ok"]
+    assert lines[1].endswith("failed: CUDA error: an illegal memory access was encountered")
+    assert lines[4] == "3 ok, 1 failed"
+    assert len(processes) == 2
+    assert all(silence == kernel_checks.SILENCE < seconds for silence, seconds in processes)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_was_checked_is_not_checked_again(tmp_path, monkeypatch, capsys):
+    path, checked = tmp_path / "kernels.json", []
+    made = kernel_checks.check
+    monkeypatch.setattr(kernel_checks, "check", lambda *a: checked.append(a) or made(*a))
+    options = ["--json", str(path), "--resume", "--volume", "8x8x8", "--dtype", "bf16"]
+    assert real_size.main(options) == 0
+    before = path.read_text()
+    assert real_size.main(options) == 0
+    assert len(checked) == 1
+    assert json.loads(path.read_text())["kernels"] == json.loads(before)["kernels"]
+    document = json.loads(before)
+    document["versions"]["triton"] = "1.0"
+    path.write_text(json.dumps(document))
+    assert real_size.main(options) == 0
+    assert len(checked) == 2
+    assert f"{path} is of another machine, or of other versions" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_is_one_line(monkeypatch, capsys):

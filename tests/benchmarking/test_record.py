@@ -82,7 +82,10 @@ def changed(**changes) -> dict:
         ({"surprise": 1}, "surprise differ"),
         ({"rows": [1]}, r"rows\[0\]: expected an object, got int"),
         (changed(suite="speed"), r"rows\[0\].suite: expected one of memory, throughput, kernels"),
-        (changed(status="slow"), r"rows\[0\].status: expected one of ok, skipped, out of memory, wrong"),
+        (
+            changed(status="slow"),
+            r"rows\[0\].status: expected one of ok, skipped, out of memory, failed",
+        ),
         (changed(status="skipped"), r"rows\[0\].reason: expected one"),
         (changed(macs=-1), r"rows\[0\].macs: expected a number of 0 or more, or null, got -1"),
         (changed(macs=True), r"rows\[0\].macs: expected a number"),

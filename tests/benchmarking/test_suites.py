@@ -3,13 +3,23 @@
 import pytest
 import torch
 
-from effseg.benchmarking import memory, record, suites, throughput
+from effseg.benchmarking import groups, memory, record, suites, throughput
+from effseg.benchmarking.journal import Journal
 from effseg.benchmarking.record import Row
-from effseg.benchmarking.registry import DTYPES, NO_GPU, ONLY_FULL, contenders, select
+from effseg.benchmarking.registry import (
+    COMPILED,
+    DTYPES,
+    NO_GPU,
+    ONLY_COMPILED,
+    ONLY_FULL,
+    contenders,
+    select,
+)
 from effseg.benchmarking.timing import Times, filled
 from effseg.errors import InputError
 
 CPU = torch.device("cpu")
+NOT_SELECTED = (ONLY_FULL, ONLY_COMPILED, "not in this suite's selection")
 
 
 @pytest.fixture(autouse=True)
@@ -17,16 +27,13 @@ def nothing_runs(monkeypatch):
     """Measurements of one second, noted; predictions of one byte."""
     noted = []
 
-    def raced(cases, dtype, device, *, seconds, measure, show):
+    def raced(cases, dtype, device, *, tasks, seconds, measure, show):
         noted.append((cases[0].workload.name, dtype, seconds))
         rows = [
-            filled(throughput.blank(case, dtype, task), Times((1.0,)))
-            for task in suites.TASKS
-            for case in cases
+            filled(throughput.blank(case, dtype, task), Times((1.0,))) for task in tasks for case in cases
         ]
         for row in rows:
             show(row)
-        return rows
 
     monkeypatch.setattr(throughput, "rows", raced)
     monkeypatch.setattr(memory, "predicted", lambda case, dtype: memory.blank(case, dtype))
@@ -47,9 +54,21 @@ def test_every_contender_has_a_row(suite, full):
     ran = {row.contender for row in found.rows if row.status == "ok" and row.workload != suites.SMALL.name}
     assert ran == selected
     assert {row.reason for row in found.rows if row.status == "skipped"} <= {
-        ONLY_FULL, "not in this suite's selection",
+        ONLY_FULL, ONLY_COMPILED, "not in this suite's selection",
     }  # fmt: skip
     assert any(row.reason == ONLY_FULL for row in found.rows) != full
+
+
+def test_nothing_is_compiled_unless_asked():
+    rows = run("throughput", full=True).rows
+    compiled = {name for name, contender in contenders().items() if contender.implementation in COMPILED}
+    left_out = {row.contender for row in rows if row.reason == ONLY_COMPILED}
+    assert left_out
+    assert left_out <= compiled
+    assert not compiled & {row.contender for row in rows if row.status == "ok"}
+    asked = run("throughput", full=True, compiled=True).rows
+    assert {row.contender for row in asked if row.status == "ok"} >= left_out
+    assert all(row.reason != ONLY_COMPILED for row in asked)
 
 
 def test_a_record_can_be_written(tmp_path):
@@ -76,10 +95,10 @@ def test_on_a_cpu_memory_is_predicted_and_some_measured():
 
 def test_time_is_shared_and_what_has_not_begun_is_skipped(nothing_runs, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(suites.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(groups.time, "monotonic", lambda: now[0])
 
     def show(row):
-        now[0] += 10 / 9  # a race of nine contenders takes 20 s
+        now[0] += 1  # a race takes about a minute
 
     found = run("throughput", full=True, seconds=100, show=show)
     shares = [seconds for _, _, seconds in nothing_runs]
@@ -102,7 +121,9 @@ def test_an_interrupted_run_keeps_what_it_has(nothing_runs, tmp_path):
     assert len(nothing_runs) == 1
     assert found.rows[:3] == tuple(shown[:3])
     assert [row.status for row in found.rows[:4]] == ["ok"] * 3 + ["skipped"]
-    assert {row.reason for row in found.rows[3:]} == {record.INTERRUPTED, "not in this suite's selection"}
+    assert {row.reason for row in found.rows[3:]} == {
+        record.INTERRUPTED, ONLY_COMPILED, "not in this suite's selection",
+    }  # fmt: skip
     identities = [(row.contender, row.workload, row.dtype, row.task) for row in found.rows]
     assert len(set(identities)) == len(identities)
     record.write(found, tmp_path / "record.json")
@@ -148,20 +169,79 @@ def test_the_reason_of_a_kernel_is_the_registrys():
 def test_a_long_suite_leaves_the_next_its_share(monkeypatch):
     """Time stands still but for what groups take. Of 60 seconds the first suite gets 30."""
     now = [0.0]
-    monkeypatch.setattr(suites.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(groups.time, "monotonic", lambda: now[0])
     given = []
 
     def group(name, takes):
         row = Row("memory", name, "x", "fp32")
 
-        def run(seconds, show):
+        def run(wanted, seconds, show):
             given.append((name, seconds))
             now[0] += takes
-            return [row]
+            show(row)
 
-        return suites.Group((row,), run)
+        return groups.Group((row,), run)
 
     first, second = [group(f"a{i}", 20) for i in range(3)], [group(f"b{i}", 5) for i in range(2)]
-    rows = suites._measured([first, second], 60, lambda row: None)
-    assert [row.status for row in rows] == ["ok", "ok", "skipped", "ok", "ok"]
+    journal = Journal(record.begin())
+    groups.measure([first, second], 60, journal, lambda row: None)
+    assert [row.status for row in journal.close().rows] == ["ok", "ok", "skipped", "ok", "ok"]
     assert given == [("a0", 10), ("a1", 5), ("b0", 10), ("b1", 15)]
+
+
+# What a GPU runs
+
+
+def test_on_a_gpu_low_precision_and_ours_come_first_each_in_its_own_process():
+    found = list(suites._groups("throughput", True, False, torch.device("cuda"), None))
+    assert all(group.isolated for group in found)
+    assert {len({row.contender for row in group.rows}) for group in found} == {1}
+    rows = [group.rows[0] for group in found]
+    assert [row.dtype for row in rows] == sorted(row.dtype for row in rows)  # bf16, then fp32
+    for workload in dict.fromkeys(row.workload for row in rows):
+        names = [row.contender for row in rows if (row.workload, row.dtype) == (workload, "bf16")]
+        ours = [contenders()[name].is_ours for name in names]
+        assert ours == sorted(ours, reverse=True)
+        assert any(ours)
+
+
+def test_on_a_gpu_every_operator_has_a_process():
+    pytest.importorskip("triton")
+    found = list(suites._groups("kernels", False, False, torch.device("cuda"), ["bf16"]))
+    names = [{row.contender.rpartition("/")[0] for row in group.rows} for group in found]
+    assert {len(name) for name in names} == {1}
+    assert all(group.isolated for group in found)
+
+
+# Files
+
+
+def test_a_record_is_on_disk_after_every_row(tmp_path):
+    path, seen = tmp_path / "record.json", []
+
+    def show(row):
+        seen.append(row)
+        assert list(record.read(path).rows) == seen
+
+    run("throughput", path=path, show=show)
+    assert len(seen) > 10
+
+
+def test_a_run_goes_on_from_its_record(nothing_runs, tmp_path):
+    path, shown = tmp_path / "record.json", []
+
+    def show(row):
+        shown.append(row)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+
+    run("throughput", full=True, path=path, show=show)
+    assert len(nothing_runs) == 1
+    found = run("throughput", full=True, path=path, resume=True)
+    assert len(nothing_runs) == 1 + 5  # a race is run together, or not at all
+    assert {row.status for row in found.rows if row.reason not in NOT_SELECTED} == {"ok"}
+    assert record.read(path).rows == found.rows
+    assert run("throughput", full=True, path=path, resume=True).rows == found.rows
+    assert len(nothing_runs) == 6
+    run("throughput", full=True, path=path)
+    assert len(nothing_runs) == 6 + 5  # unless asked it begins anew

@@ -41,15 +41,18 @@ def test_contenders_are_called_as_people_call_them(contender, text):
 
 
 def test_memory_is_told_beside_the_baselines_and_what_is_missing_is_said():
-    gpu = record(predicted("effseg-base/raw/auto", 200, bytes_allocated=210 * 512**3), gpu="NVIDIA H200")
+    peaks = {"bytes_allocated": 210 * 512**3, "bytes_predicted_reserved": 204 * 512**3}
+    gpu = record(predicted("effseg-base/raw/auto", 200, **peaks), gpu="NVIDIA H200")
     table = tabulation.memory([record(predicted("unet3d/eager", 2000), predicted("nnunet/eager", 1000)), gpu])
     assert table.title == "One training step on 512x512x512, 15 classes, bf16: peak memory"
     by_name = {row[0]: row[1:] for row in table.rows}
-    assert by_name["3D U-Net (Cicek 2016)"] == ("250.00 GiB", "100.0 %", "2000", "not measured", "1.76 M")
-    assert by_name["EffSegNet base, raw"] == (
-        "25.00 GiB", "10.0 %", "200", "26.25 GiB (NVIDIA H200)", "1.76 M"
+    assert by_name["3D U-Net (Cicek 2016)"] == (
+        "250.00 GiB", "100.0 %", "2000", "not predicted", "not measured", "1.76 M"
     )  # fmt: skip
-    assert by_name["EffSegNet base, stream"] == (*["not predicted"] * 3, "not measured", "not counted")
+    assert by_name["EffSegNet base, raw"] == (
+        "25.00 GiB", "10.0 %", "200", "25.50 GiB", "26.25 GiB (NVIDIA H200)", "1.76 M"
+    )  # fmt: skip
+    assert by_name["EffSegNet base, stream"] == (*["not predicted"] * 4, "not measured", "not counted")
     assert "| **EffSegNet base, raw** |" in table.markdown()
 
 
@@ -234,3 +237,31 @@ def test_what_cannot_be_made_is_one_line(readme, capsys, text, named):
     assert line.startswith("tables: error: ")
     assert named in line
     assert readme.read_text() == text
+
+
+# Records of runs that ended early
+
+
+def test_partial_records_fill_what_they_have(readme):
+    """A GPU that has timed two of its steps, each with what it took, and has run out of memory in a third."""
+    names = ("effseg-base/raw/aten", "effseg-base/stream/triton", "unet3d/eager")
+    whole = {"workload": "512x512x512, 15 classes", "dtype": "bf16", "voxels": 512**3}
+    rows = [
+        timed(names[0], 1.0, bytes_allocated=24 * 2**30, bytes_reserved=25 * 2**30, **whole),
+        timed(names[1], 0.5, bytes_allocated=9 * 2**30, bytes_reserved=10 * 2**30, **whole),
+        Row("throughput", names[2], whole["workload"], "bf16", status="out of memory", reason="1 TiB"),
+        Row("throughput", "nnunet/eager", whole["workload"], "bf16", status="failed", reason="SIGABRT"),
+        Row("checks", "doctor", "every device", "all", "doctor", reason="gpu: ok"),
+    ]
+    folder = readme.parent / "results"
+    write(record(*rows, gpu="NVIDIA H200", begun={"x": 1}), folder / "nvidia-h200.json")
+    write(record(*rows[:1], gpu="NVIDIA H200", tuned=True), folder / "nvidia-h200-tuned.json")
+    cells = {line.split(" | ")[0]: line for line in tables.memory_block(folder).splitlines()}
+    assert "| 24.00 GiB, 25.00 GiB reserved (NVIDIA H200) |" in cells["| **EffSegNet base, raw**"]
+    assert "| not measured |" in cells["| **EffSegNet base, stream**"]  # by Triton alone
+    assert "| out of memory (NVIDIA H200) |" in cells["| 3D U-Net (Cicek 2016)"]
+    steps = tables.gpu_block(folder)
+    assert "| **EffSegNet base, raw, ATen** | 1 (0.99 to 1.01) |" in steps
+    assert "| **EffSegNet base, stream, Triton** | 0.5 (" in steps
+    assert "| nnU-Net PlainConvUNet | failed |" in steps
+    assert steps.count("NVIDIA H200, torch 2.13.0, tuned kernels:") == 1

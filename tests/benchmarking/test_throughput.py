@@ -164,7 +164,7 @@ def test_what_the_host_cannot_hold_is_not_tried(monkeypatch):
     monkeypatch.setattr(
         throughput.memory,
         "predict",
-        lambda case, dtype: asked.append(case.contender.name) or SimpleNamespace(peak=2**30),
+        lambda case, *_: asked.append(case.contender.name) or SimpleNamespace(peak=2**30),
     )
     for row in rows("unet3d/eager", "unet3d/compile", tasks=["train"]):
         assert row.status == "out of memory"

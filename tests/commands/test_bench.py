@@ -1,6 +1,7 @@
 """`effseg bench`'s frame: arguments, the file, what it prints, exit codes."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from benchmark_records import predicted, record, timed
 
 from effseg import benchmarking, cli
-from effseg.benchmarking.record import Row, read, write
+from effseg.benchmarking.record import Row, write
 
 ROWS = (
     predicted("unet3d/eager", 2000),
@@ -26,8 +27,9 @@ def asked(monkeypatch):
     """What the suites were run with; they give ROWS, or what is put in `rows`."""
     calls = SimpleNamespace(rows=ROWS)
 
-    def run(suites, *, full, device, dtypes, seconds, show):
+    def run(suites, *, full, compiled, device, dtypes, seconds, path, resume, show):
         calls.suites, calls.options = suites, (full, device, dtypes, seconds)
+        calls.written = (compiled, path, resume)
         for row in calls.rows:
             show(row)
         return record(*calls.rows)
@@ -39,13 +41,11 @@ def asked(monkeypatch):
     return calls
 
 
-def test_it_measures_writes_and_prints(asked, tmp_path, capsys):
-    path = tmp_path / "new" / "record.json"
-    assert cli.main(["bench", "--device", "cpu", "--output", str(path)]) == 0
+def test_it_measures_and_prints(asked, capsys):
+    assert cli.main(["bench", "--device", "cpu"]) == 0
     assert asked.suites == ("memory", "throughput", "kernels")
     assert asked.options == (False, torch.device("cpu"), None, None)
-    assert read(path).rows == ROWS
-    assert [file.name for file in path.parent.iterdir()] == ["record.json"]
+    assert asked.written == (False, None, False)
     out, err = capsys.readouterr()
     assert err.splitlines()[0] == "memory: unet3d/eager, 512x512x512, 15 classes, bf16: ok"
     assert "One training step on 512x512x512, 15 classes, bf16: peak memory" in out
@@ -61,19 +61,25 @@ def test_options_are_passed_on(asked):
     assert asked.options == (True, torch.device("cpu"), ["fp32"], 120)
 
 
-def test_an_interrupted_run_is_written(asked, tmp_path, capsys):
+def test_the_record_is_written_where_it_is_measured(asked, tmp_path):
+    path = tmp_path / "new" / "record.json"
+    options = ["--device", "cpu", "--compiled", "--resume", "--output", str(path)]
+    assert cli.main(["bench", *options]) == 0
+    assert asked.written == (True, path, True)
+
+
+def test_an_interrupted_run_is_exit_code_130(asked, capsys):
     asked.rows = (*ROWS, Row("memory", "unet3d/eager", "x", "bf16", status="skipped", reason="interrupted"))
-    assert cli.main(["bench", "--device", "cpu", "--output", str(tmp_path / "record.json")]) == 130
-    assert read(tmp_path / "record.json").rows == asked.rows
+    assert cli.main(["bench", "--device", "cpu"]) == 130
     assert capsys.readouterr().err.endswith("effseg: interrupted\n")
 
 
-def test_a_wrong_contender_is_exit_code_1(asked, tmp_path, capsys):
-    asked.rows = (*ROWS, WRONG)
-    assert cli.main(["bench", "--device", "cpu", "--output", str(tmp_path / "record.json")]) == 1
+@pytest.mark.parametrize("status", ["wrong", "failed"])
+def test_a_wrong_contender_is_exit_code_1(asked, capsys, status):
+    asked.rows = (*ROWS, replace(WRONG, status=status))
+    assert cli.main(["bench", "--device", "cpu"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "wrong: throughput: nnunet/eager, 96x96x96, 15 classes, fp32: loss 1, not 2"
-    assert read(tmp_path / "record.json").rows[-1] == WRONG
+    assert last == f"{status}: throughput: nnunet/eager, 96x96x96, 15 classes, fp32: loss 1, not 2"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +92,7 @@ def test_a_wrong_contender_is_exit_code_1(asked, tmp_path, capsys):
         (["--output", "record.txt"], "record.txt"),
         (["--output", "."], "."),
         (["--force"], "--force"),
+        (["--resume"], "--resume"),
         (["--compare", "a.json"], "--compare"),
         (["--compare", "no-such-a.json", "no-such-b.json"], "no-such-a.json"),
     ],

@@ -16,8 +16,11 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def found(dataset, tmp_path):
-    """Segmentations: the labels themselves, moved by a voxel in the last case."""
+    """Segmentations: the labels, moved by a voxel in the last case."""
     folder = shutil.copytree(dataset / "labelsTr", tmp_path / "found")
+    for path in folder.iterdir():
+        volume = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(volume.dataobj), volume.affine), path)
     path = folder / "phantom_002.nii.gz"
     labels = nib.load(path)
     nib.save(nib.Nifti1Image(np.roll(np.asarray(labels.dataobj), 1, 2), labels.affine), path)
@@ -34,6 +37,8 @@ def test_table_and_json(dataset, found, tmp_path, capsys):
     printed = capsys.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert "NSD 2.5 mm" in printed
+    first = "phantom_000.nii.gz"
+    assert f"{found / first} against {dataset / 'labelsTr' / first}" in printed
     rows = {line.split("│")[1].strip(): line for line in printed.splitlines() if line.count("│") > 3}
     for value, name in summary["names"].items():
         assert f"{summary['mean'][value]['Dice']:.3f}" in rows[name]

@@ -70,6 +70,34 @@ def test_options(dataset: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert predict(checkpoint, source, output, "--overwrite") == 0
 
 
+def test_continues(
+    dataset: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(checkpoint, dataset / "imagesTs", tmp_path / "out") == 0
+    capsys.readouterr()
+    assert predict(checkpoint, dataset / "imagesTs", tmp_path / "out", "--continue") == 0
+    assert capsys.readouterr().out == "2 of 2 scans were segmented before\n"
+
+
+def test_a_network_saved_in_python(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = next((dataset / "imagesTs").iterdir())
+    effseg.EffSegNet(1, 3, preset="tiny").save(tmp_path / "x.safetensors")
+    told = ["--window", "-200", "400", "--spacing", "20", "--labels", "2:liver,7:Milz"]
+    assert predict(tmp_path / "x.safetensors", source, tmp_path / "out.nii", *told) == 0
+    assert set(np.unique(np.asarray(nib.load(tmp_path / "out.nii").dataobj))) <= {0, 2, 7}
+    capsys.readouterr()
+    for more, message in (
+        (told[3:], "window: expected two HU values"),
+        (told[:5], "--labels"),
+        ([*told[:-1], "liver"], "labels: expected 3 classes"),
+        ([*told[:4], "1", "2", *told[5:]], "spacing: expected one number or three, got 2"),
+    ):
+        assert predict(tmp_path / "x.safetensors", source, tmp_path / "other.nii", *more) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
 def _truncated(folder: Path, scan: bytes) -> Path:
     path = folder / "scan.nii.gz"
     path.write_bytes(scan[: len(scan) // 2])

@@ -8,6 +8,7 @@ from effseg.errors import InputError
 from effseg.kernels import autotune, config, search
 from effseg.kernels.config import ATEN, Config, Problem, key
 from effseg.kernels.trials import Trial
+from effseg.tuning.problem_lists import Listed, write
 
 PROBLEM = Problem("fold", "sm_90", "bf16", 32, 32, (8, 8, 8))
 OTHER = Problem("conv3d_fwd", "sm_90", "bf16", 32, 32, (8, 8, 8))
@@ -95,3 +96,25 @@ def test_what_is_dropped_is_listed_and_nothing_right_is_exit_code_1(asked, capsy
     assert f"dropped: {key(OTHER)}: tap " in out
     path = config.cache_folder() / "nvidia-some-gpu.json"
     assert config.parse_tuned(path.read_text()) == {key(OTHER): Config(ATEN)}
+
+
+def test_what_a_file_lists_is_not_listed_again(asked, tmp_path, capsys):
+    path, volume = tmp_path / "problems.json", (64, 32, 16)
+    write({Listed("effseg-base", volume, "bf16", 15, "sm_90"): [PROBLEM, OTHER]}, path)
+    arguments = ["tune", "--volume", "64x32x16", "--problems", str(path)]
+    assert cli.main([*arguments, "--dtype", "bf16"]) == 0
+    assert asked == []
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 measured, 0 known already, 0 left")
+    assert cli.main(arguments) == 0  # fp32, too, which it does not have
+    assert len(asked) == 1
+    assert cli.main(["tune", "--problems", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_a_lost_problem_is_listed_and_exit_code_1(asked, monkeypatch, capsys):
+    def lost(needed, machine, path, **options):
+        return autotune.Outcome(autotune.TunedFile(path, machine.gpu), lost={needed[0]: "SIGABRT"})
+
+    monkeypatch.setattr(autotune, "tune_isolated", lost)
+    assert cli.main(["tune"]) == 1
+    assert capsys.readouterr().out.splitlines()[0] == f"lost: {key(PROBLEM)}: SIGABRT"

@@ -73,10 +73,10 @@ def test_auto_takes_what_fits_for_every_size(monkeypatch):
         return mode
 
     assert chosen("1GB") == "raw"
-    raw = peaks["raw"].peak
+    raw = peaks["raw"].reserved
     assert chosen(raw) == "raw"
     assert chosen(raw - 1) == "block"
-    block = peaks["block"].peak
+    block = peaks["block"].reserved
     assert chosen(block) == "block"
     message = r"training PlainConvUNet on 2x1x16x20x24 in fp32 needs .* the budget is"
     with pytest.raises(effseg.InputError, match=message):

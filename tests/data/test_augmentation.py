@@ -1,4 +1,4 @@
-"""Random changes: a function of the seed, right in space, careful with sides and memory."""
+"""Random changes: a function of the seed, right in space, careful with memory."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from effseg.data import augmentation as module
-from effseg.data.augmentation import RandomPoseD, augmentation, has_side
+from effseg.data import device_augmentation
+from effseg.data.augmentation import RandomPoseD, augmentation
+from effseg.data.mirroring import Pairs
 from effseg.data.preprocessing import AIR
-
-NAMES = ("background", "liver")
-SIDED = ("background", "kidney_left", "kidney_right")
 
 
 def sample(shape: tuple[int, int, int] = (20, 18, 16)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,66 +18,20 @@ def sample(shape: tuple[int, int, int] = (20, 18, 16)) -> tuple[torch.Tensor, to
     return image, torch.randint(0, 5, shape, generator=generator, dtype=torch.uint8)
 
 
-class TestSides:
-    @pytest.mark.parametrize(
-        "name",
-        [
-            "kidney_left",
-            "RightParotid",
-            "Lens-Lt",
-            "Cochlea-Rt",
-            "iliac_vena_left",
-            "Parotid_L",
-            "Eye.R",
-            "L Lung",
-            "lung_right (threshold)",
-            "leftkidney",
-            "OpticNerveL",
-            "rib_left_6",
-            "lung LUL",
-            "heart_LV",
-        ],
-    )
-    def test_sided(self, name: str) -> None:
-        assert has_side(name)
-
-    @pytest.mark.parametrize(
-        "name",
-        [
-            "liver",
-            "Brainstem",
-            "SpinalCord",
-            "vertebrae_L5",
-            "Larynx",
-            "urinary_bladder",
-            "gallbladder",
-            "rectum",
-            "background",
-            "Esophagus",
-            "portal_vein_and_splenic_vein",
-            "T12",
-            "costal_cartilages",
-            "aorta",
-        ],
-    )
-    def test_no_side(self, name: str) -> None:
-        assert not has_side(name)
-
-
 class TestSeed:
     def test_the_same_seed_gives_the_same_bits(self) -> None:
-        augment = augmentation(NAMES)
+        augment = augmentation()
         image, labels = sample()
         seen = []
         for seed in range(12):
-            first, second = augment(image, labels, seed), augmentation(NAMES)(image, labels, seed)
+            first, second = augment(image, labels, seed), augmentation()(image, labels, seed)
             assert torch.equal(first[0], second[0])
             assert torch.equal(first[1], second[1])
             seen.append(first[0])
         assert not any(torch.equal(seen[0], other) for other in seen[1:])
 
     def test_threads_do_not_disturb_each_other(self) -> None:
-        augment = augmentation(NAMES)
+        augment = augmentation()
         image, labels = sample()
         alone = [augment(image, labels, seed) for seed in range(16)]
         with ThreadPoolExecutor(4) as pool:
@@ -92,7 +44,7 @@ class TestSeed:
         np.random.seed(3)
         torch.manual_seed(3)
         before = np.random.get_state()[1].copy(), torch.get_rng_state()
-        augmentation(NAMES)(*sample(), 5)
+        augmentation()(*sample(), 5)
         np.testing.assert_array_equal(np.random.get_state()[1], before[0])
         assert torch.equal(torch.get_rng_state(), before[1])
 
@@ -105,7 +57,7 @@ class TestTensors:
         labels[3:9, 4:9, 4:9] = 255
         kept = image.clone(), labels.clone()
         for seed in range(6):
-            new_image, new_labels = augmentation(NAMES)(image, labels, seed)
+            new_image, new_labels = augmentation()(image, labels, seed)
             assert type(new_image) is torch.Tensor
             assert type(new_labels) is torch.Tensor
             assert (new_image.dtype, new_labels.dtype) == (torch.float32, dtype)
@@ -118,7 +70,7 @@ class TestTensors:
 
     def test_several_channels_move_together(self) -> None:
         image, labels = sample()
-        new, _ = augmentation(SIDED, strength=1.0)(torch.cat([image, image]), labels, 1)
+        new, _ = augmentation(strength=1.0)(torch.cat([image, image]), labels, 1)
         assert new.shape == (2, 20, 18, 16)
         assert torch.corrcoef(new.flatten(1))[0, 1] > 0.99
 
@@ -126,23 +78,34 @@ class TestTensors:
     def test_thin_volumes(self, shape: tuple[int, int, int]) -> None:
         image, labels = sample(shape)
         for seed in range(4):
-            assert augmentation(NAMES)(image, labels, seed)[0].shape == (1, *shape)
+            assert augmentation()(image, labels, seed)[0].shape == (1, *shape)
 
 
 class TestMirror:
-    def test_only_left_to_right_and_only_without_sides(self) -> None:
+    @pytest.mark.parametrize(
+        ("mirror", "exchanged", "expected"),
+        [
+            (None, [0, 1, 2, 3, 4], {False}),
+            ((), [0, 1, 2, 3, 4], {True, False}),
+            (((1, 3), (4, 2)), [0, 3, 4, 1, 2], {True, False}),
+        ],
+    )
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+    def test_left_to_right_where_asked_for(self, mirror, exchanged, expected, dtype) -> None:  # type: ignore[no-untyped-def]
         image, labels = sample()
-        mirrored = image.flip(1), labels.flip(0)
-        for names, expected in ((NAMES, {True, False}), (SIDED, {False})):
-            augment = augmentation(names, strength=0.0)
-            seen = set()
-            for seed in range(12):
-                new_image, new_labels = augment(image, labels, seed)
-                flipped = not torch.equal(new_labels, labels)
-                seen.add(flipped)
-                assert torch.equal(new_labels, mirrored[1] if flipped else labels)
-                torch.testing.assert_close(new_image, mirrored[0] if flipped else image)
-            assert seen == expected
+        labels = labels.to(dtype)
+        labels[3:5, 4:7] = 255  # ignored
+        table = torch.tensor([*exchanged, *range(5, 256)])
+        mirrored = image.flip(1), table[labels.flip(0).long()].to(dtype)
+        augment = augmentation(mirror, strength=0.0)
+        seen = set()
+        for seed in range(12):
+            new_image, new_labels = augment(image, labels, seed)
+            flipped = not torch.equal(new_labels, labels)
+            seen.add(flipped)
+            assert torch.equal(new_labels, mirrored[1] if flipped else labels)
+            torch.testing.assert_close(new_image, mirrored[0] if flipped else image)
+        assert seen == expected
 
 
 class TestPose:
@@ -161,7 +124,7 @@ class TestPose:
     def test_a_shift_by_whole_voxels_brings_in_air(
         self, slab_voxels: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "_SLAB_VOXELS", slab_voxels)
+        monkeypatch.setattr(device_augmentation, "SLAB_VOXELS", slab_voxels)
         image, labels = sample()
         matrix = np.eye(4)
         matrix[:3, 3] = 3, -2, 0
@@ -177,7 +140,7 @@ class TestPose:
         matrix = RandomPoseD(1.0, (3.0, 1.0, 2.0)).set_random_state(5).randomize((20, 18, 16))
         assert matrix is not None
         whole = self.pose(matrix, image, labels)
-        monkeypatch.setattr(module, "_SLAB_VOXELS", 18 * 16 * 3)
+        monkeypatch.setattr(device_augmentation, "SLAB_VOXELS", 18 * 16 * 3)
         slabs = self.pose(matrix, image, labels)
         torch.testing.assert_close(whole["image"], slabs["image"], atol=1e-4, rtol=0)
         assert (whole["labels"] == slabs["labels"]).float().mean() > 0.999
@@ -205,7 +168,73 @@ class TestPose:
 
     def test_strength_scales(self) -> None:
         image, labels = sample()
-        weak = [augmentation(SIDED, 0.1)(image, labels, seed)[0] for seed in range(8)]
-        strong = [augmentation(SIDED, 1.0)(image, labels, seed)[0] for seed in range(8)]
+        weak = [augmentation(strength=0.1)(image, labels, seed)[0] for seed in range(8)]
+        strong = [augmentation(strength=1.0)(image, labels, seed)[0] for seed in range(8)]
         for less, more in zip(weak, strong, strict=True):
             assert (less - image).abs().mean() < (more - image).abs().mean()
+
+
+class TestOnDevice:
+    """The path of a GPU, on the CPU's tensors."""
+
+    @pytest.mark.parametrize("slab_voxels", [1, 18 * 16 * 3, 1 << 21])
+    @pytest.mark.parametrize("mirror", [None, (), ((1, 2), (3, 4))])
+    def test_as_on_the_cpu_but_for_the_noise(
+        self, mirror: Pairs | None, slab_voxels: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(device_augmentation, "SLAB_VOXELS", slab_voxels)
+        image, labels = sample()
+        image = torch.cat([image, image.flip(1)])
+        here, there = augmentation(mirror), augmentation(mirror, on_device=True)
+        noisy = 0
+        for seed in range(24):
+            expected = here(image, labels, seed, (1.0, 2.0, 3.0))
+            given = there(image.clone(), labels, seed, (1.0, 2.0, 3.0))
+            assert torch.equal(given[1], expected[1])
+            assert given[1].dtype == labels.dtype
+            assert type(given[0]) is torch.Tensor
+            difference = (given[0] - expected[0]).abs()
+            # Rounding of values of up to 1.5 * 1.1 + 0.1, in a few operations; noise is far above it.
+            if difference.max() > 16 * torch.finfo(torch.float32).eps:
+                noisy += 1
+                assert difference.std() > 1e-4
+        assert 2 <= noisy <= 14  # 3 in 10
+
+    def test_noise_of_the_deviation_that_is_drawn(self) -> None:
+        clean = device_augmentation.Changes()
+        noisy = device_augmentation.Changes(noise=0.05)
+        image, labels = torch.zeros(2, 40, 40, 40), torch.zeros(40, 40, 40, dtype=torch.uint8)
+        found = device_augmentation.change(image.clone(), labels, noisy, 7)[0]
+        again = device_augmentation.change(image.clone(), labels, noisy, 7)[0]
+        other = device_augmentation.change(image.clone(), labels, noisy, 8)[0]
+        assert torch.equal(found, again)
+        assert torch.equal(device_augmentation.change(image.clone(), labels, clean, 7)[0], image)
+        # Of 128,000 independent numbers: five standard errors of mean, deviation and correlation.
+        standard_error = 0.05 / found.numel() ** 0.5
+        assert abs(found.mean()) < 5 * standard_error
+        assert abs(found.std() - 0.05) < 5 * standard_error / 2**0.5
+        pairs = torch.stack([found.flatten(), other.flatten()]), found.flatten(1), found[0].flatten(1)
+        for rows in pairs:  # seeds, channels, planes
+            correlation = torch.corrcoef(rows[:2])[0, 1]
+            assert abs(correlation) < 5 / rows.shape[1] ** 0.5
+
+    def test_the_noise_is_as_strong_as_on_the_cpu(self) -> None:
+        """A seed draws one deviation for both."""
+        image, labels = torch.zeros(1, 40, 40, 40), torch.zeros(40, 40, 40, dtype=torch.uint8)
+        seen = 0
+        for seed in range(40):
+            spreads = [
+                augmentation(on_device=on_device)(image.clone(), labels, seed)[0][:, 18:22, 18:22].std()
+                for on_device in (False, True)
+            ]
+            if max(spreads) > 1e-3:
+                seen += 1
+                assert 0.7 < spreads[0] / spreads[1] < 1.4  # of 640 numbers each: 2.8 %
+        assert seen > 3
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 5), (3, 1, 2)])
+    def test_thin_volumes(self, shape: tuple[int, int, int]) -> None:
+        for seed in range(6):
+            image, labels = sample(shape)
+            expected = augmentation(())(image, labels, seed)[1]
+            assert torch.equal(augmentation((), on_device=True)(image, labels, seed)[1], expected)

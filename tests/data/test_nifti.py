@@ -15,7 +15,7 @@ from nibabel.orientations import inv_ornt_aff, ornt2axcodes, ornt_transform
 
 from effseg.data import nifti
 from effseg.data.nifti import read_image, read_labels, write_labels
-from effseg.errors import InputError
+from effseg.errors import InputError, InputWarning
 
 SHAPE = (3, 4, 5)
 ORIENTATIONS = [
@@ -69,6 +69,7 @@ class TestOrientation:
         np.testing.assert_allclose(scan.grid.ras_affine, affine)
         np.testing.assert_allclose(scan.spacing, (1.5, 2.0, 3.0))
 
+    @pytest.mark.filterwarnings("ignore:.*does not say how the patient lies")
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         orientation=st.sampled_from(ORIENTATIONS),
@@ -194,7 +195,7 @@ class TestLabels:
     @pytest.mark.parametrize(
         ("array", "message"),
         [
-            (np.full(SHAPE, -1, np.int16), "labels must lie from 0 to 65535, found -1 to -1"),
+            (np.full(SHAPE, -1, np.int16), r"labels must lie from 0 to 65535, found -1 at voxel \(0, 0, 0\)"),
             (np.full(SHAPE, 1.5, np.float32), "labels must be whole numbers"),
             (np.full(SHAPE, 1e6, np.float32), "labels must lie from 0 to 65535"),
         ],
@@ -221,6 +222,121 @@ class TestLabels:
         image = image.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
         nib.save(image, tmp_path / "labels.nii")
         np.testing.assert_array_equal(read_labels(tmp_path / "labels.nii", scan), labels)
+
+
+class TestHeaders:
+    """What the standard says of headers that are at its edge."""
+
+    def qform(self, path: Path, affine: np.ndarray) -> Path:
+        image = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(SHAPE), affine)
+        image.set_sform(None, 0)
+        image.set_qform(affine, 1)
+        nib.save(image, path)
+        return path
+
+    @pytest.mark.parametrize("excess", [3e-7, 1e-6, 5e-5])
+    def test_a_quaternion_longer_than_1_by_rounding(self, tmp_path: Path, excess: float) -> None:
+        affine = np.diag([2.0, -3.0, -4.0, 1.0])
+        path = self.qform(tmp_path / "scan.nii", affine)
+        patch_header(path, quatern_b=np.sqrt(1 + excess), quatern_c=0, quatern_d=0)
+        scan = read_image(path)
+        np.testing.assert_allclose(scan.grid.affine, affine, atol=1e-5)
+        write_labels(tmp_path / "labels.nii", np.ones(SHAPE, np.uint8), scan.grid)
+        np.testing.assert_allclose(nib.load(tmp_path / "labels.nii").affine, affine, atol=1e-5)
+
+    @pytest.mark.parametrize("length", [1.01, 3.0, np.nan, np.inf])
+    def test_a_quaternion_that_is_none(self, tmp_path: Path, length: float) -> None:
+        path = self.qform(tmp_path / "scan.nii", np.diag([2.0, -3.0, -4.0, 1.0]))
+        patch_header(path, quatern_b=length)
+        with pytest.raises(InputError, match=r"expected a qform quaternion \(b, c, d\) no longer than 1"):
+            read_image(path)
+
+    @pytest.mark.parametrize(("stored", "sign"), [(0, 1), (1, 1), (-1, -1)])
+    def test_the_qforms_direction(self, tmp_path: Path, stored: float, sign: int) -> None:
+        path = self.qform(tmp_path / "scan.nii", np.diag([2.0, 3.0, 4.0, 1.0]))
+        patch_header(path, pixdim=[stored, 2, 3, 4, 1, 1, 1, 1])
+        np.testing.assert_allclose(read_image(path).grid.affine, np.diag([2.0, 3.0, sign * 4.0, 1.0]))
+
+    def test_another_direction(self, tmp_path: Path) -> None:
+        path = self.qform(tmp_path / "scan.nii", np.diag([2.0, 3.0, 4.0, 1.0]))
+        patch_header(path, pixdim=[-0.5, 2, 3, 4, 1, 1, 1, 1])
+        with pytest.raises(InputError, match=r"expected 1, -1 or 0 as pixdim\[0\], found -0\.5"):
+            read_image(path)
+
+    def test_voxel_sizes_have_no_sign(self, tmp_path: Path) -> None:
+        path = self.qform(tmp_path / "scan.nii", np.diag([2.0, 3.0, 4.0, 1.0]))
+        patch_header(path, pixdim=[1, -2, 3, -4, 1, 1, 1, 1])
+        np.testing.assert_allclose(read_image(path).grid.affine, np.diag([2.0, 3.0, 4.0, 1.0]))
+
+    @pytest.mark.parametrize("code", [0, -1, -32768])
+    def test_without_an_orientation_nibabels_is_taken_and_said(self, tmp_path: Path, code: int) -> None:
+        path = self.qform(tmp_path / "scan.nii", np.diag([2.0, 3.0, 4.0, 1.0]))
+        patch_header(path, qform_code=code, sform_code=code)
+        with pytest.warns(InputWarning, match=r"scan\.nii: its header does not say how the patient lies"):
+            scan = read_image(path)
+        patch_header(path, qform_code=0, sform_code=0)
+        np.testing.assert_allclose(scan.grid.affine, nib.load(path).affine)
+        assert scan.spacing == (2.0, 3.0, 4.0)
+        read_labels(path, scan)  # says nothing again
+
+    def test_an_unknown_code(self, tmp_path: Path) -> None:
+        path = self.qform(tmp_path / "scan.nii", np.eye(4))
+        patch_header(path, sform_code=9)
+        with pytest.raises(InputError, match="expected a sform_code from 0 to 5, found 9"):
+            read_image(path)
+
+    def test_an_unknown_datatype(self, tmp_path: Path) -> None:
+        path = self.qform(tmp_path / "scan.nii", np.eye(4))
+        patch_header(path, datatype=32767)
+        with pytest.raises(InputError, match="found the unknown datatype 32767"):
+            read_image(path)
+
+    @pytest.mark.parametrize(("slope", "inter"), [(0, 7), (np.nan, 7), (np.inf, 7), (0, np.nan)])
+    def test_no_scaling(self, tmp_path: Path, slope: float, inter: float) -> None:
+        path = self.qform(tmp_path / "scan.nii", np.eye(4))
+        patch_header(path, scl_slope=slope, scl_inter=inter)
+        np.testing.assert_array_equal(read_image(path).array[0], np.arange(60).reshape(SHAPE))
+
+
+class TestLabelsFromFloats:
+    @pytest.mark.parametrize("stored", [np.uint8, np.uint16, np.int16])
+    @pytest.mark.parametrize("highest", [1, 7, 61, 117])
+    def test_whole_within_the_steps_of_the_file(self, tmp_path: Path, stored: type, highest: int) -> None:
+        labels = np.arange(60).reshape(SHAPE) % (highest + 1)
+        labels[0, 0, 0] = highest
+        image = nib.Nifti1Image(labels.astype(np.float64), np.eye(4))
+        image.set_data_dtype(stored)
+        nib.save(image, tmp_path / "labels.nii.gz")
+        found = read_labels(tmp_path / "labels.nii.gz")
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, labels)
+
+    @pytest.mark.parametrize(
+        ("value", "good"), [(3.0009, True), (2.9991, True), (3.002, False), (2.5, False)]
+    )
+    def test_of_floats(self, tmp_path: Path, value: float, good: bool) -> None:
+        labels = np.zeros(SHAPE, np.float32)
+        labels[2, 1, 4] = value
+        path = save(tmp_path / "labels.nii", labels)
+        if good:
+            assert read_labels(path)[2, 1, 4] == 3
+        else:
+            with pytest.raises(InputError, match=rf"whole numbers, found {value} at voxel \(2, 1, 4\)"):
+                read_labels(path)
+
+    def test_probabilities_in_8_bits_are_no_labels(self, tmp_path: Path) -> None:
+        image = nib.Nifti1Image(np.linspace(0, 1, 60).reshape(SHAPE), np.eye(4))
+        image.set_data_dtype(np.uint8)
+        nib.save(image, tmp_path / "labels.nii")
+        with pytest.raises(InputError, match=r"whole numbers, found 0\.0862745 at voxel \(0, 1, 0\)"):
+            read_labels(tmp_path / "labels.nii")
+
+    def test_where_in_the_files_own_order(self, tmp_path: Path) -> None:
+        labels = np.zeros(SHAPE, np.float32)
+        labels[2, 3, 1] = np.nan
+        path = save(tmp_path / "labels.nii", labels, np.diag([-1.0, -1.0, 1.0, 1.0]))
+        with pytest.raises(InputError, match=r"found nan at voxel \(2, 3, 1\)"):
+            read_labels(path)
 
 
 class TestBadFiles:
@@ -326,7 +442,7 @@ class TestDiskFull:
         program = f"""
 import resource, numpy as np
 from effseg.data.nifti import read_image, write_labels
-from effseg.errors import InputError
+from effseg.errors import InputError, InputWarning
 scan = read_image({str(tmp_path / "scan.nii")!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 noise = np.random.default_rng(0).integers(0, 200, {shape}).astype(np.uint8)

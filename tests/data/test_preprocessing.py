@@ -14,8 +14,8 @@ from effseg.data.cases import find_cases
 from effseg.data.grid import Grid
 from effseg.data.nifti import Scan, read_image, read_labels
 from effseg.data.preprocessing import AIR, Preprocessing
-from effseg.data.resampling import nearest_indices, resample_linear
-from effseg.errors import InputError
+from effseg.data.resampling import resample_linear
+from effseg.errors import InputError, InputWarning
 
 SPACING = (1.0, 2.0, 3.0)
 
@@ -94,6 +94,19 @@ class TestCrop:
         assert restored.sum() == 8 * 7 * 11
         assert restored[6:14, 5:12, 2:13].all()
 
+    def test_wanted_voxels_are_never_cut(self) -> None:
+        wanted = np.zeros((20, 18, 16), bool)
+        wanted[18, 9, 15] = wanted[8, 8, 8] = True
+        prepared = Preprocessing(margin=0).prepare(scan_of(torso()), wanted)
+        assert prepared.box == (slice(6, 19), slice(5, 12), slice(2, 16))
+        assert prepared.rescued == 1
+        assert Preprocessing(crop="none").prepare(scan_of(torso()), wanted).rescued == 0
+
+    def test_absurd_voxel_sizes_are_refused(self) -> None:
+        scan = scan_of(torso(), (1e6, 1e6, 1e6))
+        with pytest.raises(InputError, match=r"voxels of 1e\+06 x .* would become .* voxels of 1 x 1 x 1 mm"):
+            Preprocessing(spacing=(1.0, 1.0, 1.0)).prepare(scan)
+
     def test_wrong_shapes(self) -> None:
         preprocessing = Preprocessing()
         prepared = preprocessing.prepare(scan_of(torso()))
@@ -132,13 +145,6 @@ class TestResampling:
         turned = resample_linear(np.ascontiguousarray(image.transpose(0, 3, 1, 2)), (8, 9, 5))
         np.testing.assert_allclose(first, turned.transpose(0, 2, 3, 1), atol=1e-6)
 
-    @given(extent=st.integers(1, 40), factor=st.integers(1, 5))
-    def test_nearest_up_and_down_again_is_exact(self, extent: int, factor: int) -> None:
-        up = nearest_indices(extent, extent * factor)
-        np.testing.assert_array_equal(up, np.repeat(np.arange(extent), factor))
-        down = nearest_indices(extent * factor, extent)
-        np.testing.assert_array_equal(up[down], np.arange(extent))
-
     def test_labels_land_where_the_image_does(self) -> None:
         array = np.full((12, 12, 12), -1000, np.int16)
         array[4:8, 2:10, 3:9] = 1000
@@ -165,6 +171,47 @@ class TestNormalise:
         assert image.tolist() == [0.0, 1000.0]
 
 
+class TestChannels:
+    def scan(self, gain: float = 1.0) -> Scan:
+        rng = np.random.default_rng(1)
+        ct = scan_of(torso())
+        other = (gain * rng.gamma(2, 50, ct.array.shape)).astype(np.float32)
+        return Scan(np.concatenate([ct.array.astype(np.float32), other]), ct.grid, ct.paths * 2)
+
+    def test_a_window_a_channel(self) -> None:
+        preprocessing = Preprocessing(window=((-200.0, 400.0), (0.0, 300.0)), crop="none")
+        image = preprocessing.normalise(preprocessing.prepare(self.scan()).image)
+        for channel, window in enumerate(preprocessing.window):
+            expected = Preprocessing(window=window).normalise(self.scan().array[channel])
+            assert torch.equal(image[channel], expected)
+
+    @pytest.mark.parametrize("crop", ["none", "body"])
+    def test_a_channel_that_is_no_ct_is_standardised_in_each_scan(self, crop: str) -> None:
+        preprocessing = Preprocessing(window=((-200.0, 400.0), None), crop=crop)
+        image = preprocessing.normalise(preprocessing.prepare(self.scan()).image)
+        assert image[1].mean().item() == pytest.approx(0, abs=1e-4)
+        assert image[1].std(correction=0).item() == pytest.approx(1, abs=1e-4)
+        louder = preprocessing.normalise(preprocessing.prepare(self.scan(gain=40.0)).image)
+        torch.testing.assert_close(louder, image, rtol=1e-4, atol=1e-4)
+
+    def test_the_body_is_looked_for_in_the_ct(self) -> None:
+        scan = self.scan()
+        swapped = Scan(scan.array[::-1], scan.grid, scan.paths)
+        expected = Preprocessing(window=((-200.0, 400.0), None)).prepare(scan).box
+        assert Preprocessing(window=(None, (-200.0, 400.0))).prepare(swapped).box == expected
+        whole = Preprocessing(window=(None, None)).prepare(swapped).box
+        assert [side.stop for side in whole] == list(torso().shape)
+
+    def test_another_number_of_channels(self) -> None:
+        with pytest.raises(InputError, match="window: expected one a channel, 2, got 3"):
+            Preprocessing(window=((0.0, 1.0),) * 3).prepare(self.scan())
+
+    def test_what_cannot_be_hu_is_told(self) -> None:
+        raw = scan_of((torso() + 1024).astype(np.int16))
+        with pytest.warns(InputWarning, match=r"scan\.nii\.gz: cannot be CT in HU: .*1024 had not been"):
+            Preprocessing().prepare(raw)
+
+
 class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -173,6 +220,8 @@ class TestSettings:
             ({"window": (float("nan"), 1.0)}, "window: expected"),
             ({"spacing": (1.0, 0.0, 1.0)}, "spacing: expected three positive distances"),
             ({"spacing": (1.0, 1.0)}, "spacing: expected three distances in mm, got 2"),
+            ({"window": ()}, "window: expected two HU values"),
+            ({"window": ((1.0, 2.0), (3.0,))}, "window: expected two HU values, or two for each channel"),
             ({"crop": "head"}, "crop: expected one of body, none, got 'head'"),
             ({"margin": -1.0}, "margin: expected a distance of at least 0 mm"),
             ({"threshold": float("inf")}, "threshold: expected a HU value"),
@@ -185,6 +234,11 @@ class TestSettings:
     @pytest.mark.parametrize("spacing", [None, (1.0, 1.5, 2.0)])
     def test_through_json(self, spacing: tuple[float, float, float] | None) -> None:
         preprocessing = Preprocessing((-100.0, 300.0), spacing, "none", 3.0, -400.0)
+        assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
+
+    @pytest.mark.parametrize("window", [((-1.0, 2.0),), ((-200.0, 400.0), None, (0.0, 1.0)), (None, None)])
+    def test_windows_through_json(self, window: tuple) -> None:
+        preprocessing = Preprocessing(window)
         assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
 
     @pytest.mark.parametrize("change", [{"window": 3}, {"spacing": [1, 2]}, {"margin": "x"}, {"extra": 1}])

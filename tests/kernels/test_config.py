@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from effseg.kernels import config
-from effseg.kernels.config import ATEN, INTERPRETER, LOOPS, Config, Problem, choose, uses_aten
+from effseg.kernels.choose import choose
+from effseg.kernels.config import ATEN, INTERPRETER, LOOPS, Config, Problem, uses_aten
 
 CONVOLUTIONS = ("conv3d_fwd", "conv3d_dgrad", "conv3d_wgrad")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", INTERPRETER)

@@ -2,12 +2,14 @@
 
 from typing import NamedTuple
 
+import faults
 import pytest
 import torch
 import torch.nn.functional as F
+from convolution_cases import norm, norm_size, on, operand
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import ATOL, assert_no_worse_than_torch, relative_error
+from tolerances import assert_rounded, slack, stored
 from torch import Tensor
 
 from effseg.kernels import conv3d_wgrad as family
@@ -48,45 +50,37 @@ def make(channels: tuple[int, int], size: tuple[int, int, int], window: Window, 
     return Case(x, grad, window, window.padding[0] if front is None else front, prologue, fold)
 
 
-def reference(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(grad_weight, folded gradient) by torch in `dtype`, all of it on the CPU."""
-
-    def wide(t: Tensor) -> Tensor:
-        return t.cpu().to(dtype)[..., None, None, None]
-
-    x, grad = case.x.cpu().to(dtype), case.grad.cpu().to(dtype)
-    if case.prologue is not None:
-        mean, scale, beta, slope = case.prologue
-        z = (x - wide(mean)) * wide(scale) + wide(beta)
-        x = torch.where(z > 0, z, z * slope)
-    if case.fold is not None:
-        grad = (
-            grad
-            + (case.fold.y.cpu().to(dtype) - wide(case.fold.mean)) * wide(case.fold.scale)
-            + wide(case.fold.shift)
-        )
+def contracted(case: Case, x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a weight that x was convolved with, by torch in float64."""
     kd, kh, kw = case.window.kernel
     needed = case.window.stride[0] * (grad.shape[2] - 1) + kd
     # Rows -front, 1 - front, ... of x, zeros where it has none.
     rows = [r - case.front for r in range(needed)]
     zeros = torch.zeros_like(x[:, :, 0])
     x = torch.stack([x[:, :, r] if 0 <= r < x.shape[2] else zeros for r in rows], 2)
-    weight = torch.zeros(grad.shape[1], x.shape[1], kd, kh, kw, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(grad.shape[1], x.shape[1], kd, kh, kw, dtype=x.dtype, requires_grad=True)
     y = F.conv3d(x, weight, stride=case.window.stride, padding=(0, kh // 2, kw // 2))
-    return torch.autograd.grad(y, weight, grad)[0], grad
+    return torch.autograd.grad(y, weight, grad)[0]
 
 
 def check(case: Case, config: Config) -> Tensor:
     got = conv3d_wgrad(**case._asdict(), config=config)
     assert got.dtype == torch.float32
-    exact, exact_grad = reference(case, torch.float64)
-    theirs, their_grad = reference(case, case.grad.dtype)
-    assert got.shape == exact.shape
-    assert_no_worse_than_torch(got.cpu(), theirs.float(), exact, "grad_weight")
-    if case.prologue is None and case.fold is None:  # nothing is rounded before the products
-        assert relative_error(got.cpu(), exact) <= ATOL[torch.float32]
+    dtype = case.grad.dtype
+    prologue = None if case.prologue is None else on(case.prologue, torch.device("cpu"))
+    a, a_size, a_open = operand(case.x, prologue, dtype)
+    grad = case.grad.cpu().double()
+    grad_size, grad_open = grad.abs(), torch.zeros_like(grad)
     if case.fold is not None:
-        assert_no_worse_than_torch(case.fold.out.cpu(), their_grad, exact_grad, "folded gradient")
+        y = case.fold.y.cpu().double()
+        mean, scale, shift = (t.cpu() for t in case.fold[1:4])
+        terms = NormAct(mean, scale, shift, 1.0)
+        grad, grad_size = grad + norm(y, terms), grad_size + norm_size(y, terms)
+        assert_rounded(case.fold.out, grad, slack(grad_size), "folded gradient")
+        grad, grad_open = stored(grad, slack(grad_size), dtype)
+    allowed = slack(contracted(case, a_size, grad_size))
+    allowed += contracted(case, a_open, grad.abs()) + contracted(case, a.abs(), grad_open)
+    assert_rounded(got, contracted(case, a, grad), allowed, "grad_weight")
     return got
 
 
@@ -101,6 +95,24 @@ TAPS = Config("tap", block_h=4, block_w=8, block_n=16, block_k=64, splits=2)
 def test_tiles_inside_and_on_the_border(loop, channels, kernel_device):
     """Three tiles along H and W, the middle one unmasked; odd sizes; two marches along D."""
     check(make(channels, (1, 5, 17), CUBE, kernel_device), marching(loop, block_d=2))
+
+
+FAULTS = {
+    "tap": lambda f: faults.result(f, faults.tap),
+    "weight": lambda f: faults.result(f, faults.weight),
+    "input": lambda f: faults.before(f, "x", faults.border),
+    "row": lambda f: faults.before(f, "x", faults.row),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "loop"), [*((fault, "pair3") for fault in FAULTS), ("input", "kw"), ("input", "tap")]
+)
+def test_a_fault_is_seen(fault, loop, kernel_device, monkeypatch):
+    monkeypatch.setitem(globals(), "conv3d_wgrad", FAULTS[fault](conv3d_wgrad))
+    case = make((16, 16), (2, 3, 9), CUBE, kernel_device)
+    with pytest.raises(AssertionError, match="elements wrong"):
+        check(case, TAPS if loop == "tap" else marching(loop))
 
 
 @pytest.mark.parametrize("loop", ["pair3", "pair", "kw"])

@@ -1,11 +1,12 @@
 """Trilinear upsampling of slabs, and its transpose."""
 
+import faults
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_no_worse_than_torch
+from tolerances import assert_rounded, slack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effseg.kernels.config import Config
@@ -44,7 +45,7 @@ def reference(x, rows, height, width, factors):
 
 
 def check(dtype, samples_channels, size, factors, cut, rows, config, device, seed=0):
-    """Both directions, with an addend, against torch."""
+    """Both directions, with an addend, against torch in float64."""
     x = values((*samples_channels, *size), dtype, device, seed)
     height, width = (s * f - c for s, f, c in zip(size[1:], factors[1:], cut, strict=True))
     window = (rows, height, width, factors)
@@ -52,21 +53,30 @@ def check(dtype, samples_channels, size, factors, cut, rows, config, device, see
     addend, grad = (values(fine, dtype, device, seed + i) for i in (1, 2))
     out = nans(addend)
     upsample_x2(x, out, rows=rows, factors=factors, addend=addend, config=config)
-    torchs = reference(x, *window) + addend
-    assert_no_worse_than_torch(out, torchs, reference(x.double(), *window) + addend.double(), "upsample")
+    exact, size = (reference(sign(x.cpu().double()), *window) for sign in (torch.positive, torch.abs))
+    addend = addend.cpu().double()
+    assert_rounded(out, exact + addend, slack(size + addend.abs()), "upsample")
 
     coarse = nans(x)
     upsample_x2_transpose(grad, coarse, rows=rows, factors=factors, config=config)
-    torchs, exact = (
-        torch.autograd.grad(reference(t, *window), t, grad.to(t.dtype))[0]
-        for t in (x.clone().requires_grad_(), x.double().requires_grad_())
-    )
-    assert_no_worse_than_torch(coarse, torchs, exact, "transpose")
+    leaf = x.detach().cpu().double().requires_grad_()
+    fine, grad = reference(leaf, *window), grad.cpu().double()
+    exact, size = (torch.autograd.grad(fine, leaf, g, retain_graph=True)[0] for g in (grad, grad.abs()))
+    assert_rounded(coarse, exact, slack(size), "transpose")
 
 
 @pytest.mark.parametrize(("dtype", "samples_channels", "size", "factors", "cut", "rows"), CASES)
 def test_against_torch(dtype, samples_channels, size, factors, cut, rows, kernel_device):
     check(dtype, samples_channels, size, factors, cut, rows, CONFIG, kernel_device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", [faults.border, faults.row])
+@pytest.mark.parametrize("name", ["upsample_x2", "upsample_x2_transpose"])
+def test_a_fault_is_seen(name, fault, dtype, kernel_device, monkeypatch):
+    monkeypatch.setitem(globals(), name, faults.after(globals()[name], 1, fault))
+    with pytest.raises(AssertionError, match="elements wrong"):
+        check(dtype, (1, 5), (2, 2, 3), (2, 2, 2), (0, 1), (0, 3), CONFIG, kernel_device)
 
 
 def test_small_tiles(kernel_device):

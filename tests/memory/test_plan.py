@@ -43,7 +43,7 @@ def curve(fixed, per_voxel, bend):
         voxels = math.prod(volume)
         split = {"parameters": fixed, "optimizer": 2 * fixed}
         peak = int(3 * fixed + voxels * per_voxel + bend * voxels**0.7)
-        return SimpleNamespace(peak=peak, split=split, voxels=voxels, shape=(1, 1, *volume))
+        return SimpleNamespace(reserved=peak, split=split, voxels=voxels, shape=(1, 1, *volume))
 
     return predict
 
@@ -60,8 +60,8 @@ def test_largest_sizes_fit_and_the_next_do_not(usable, fixed, per_voxel, bend, z
     for volume in (lambda s: (s, s, s), lambda s: (128, 96, s)):
         size = largest(predict, predict((128, 96, z)), usable, volume)
         assert size % STEP == 0
-        assert size == 0 or predict(volume(size)).peak <= usable
-        assert predict(volume(size + STEP)).peak > usable
+        assert size == 0 or predict(volume(size)).reserved <= usable
+        assert predict(volume(size + STEP)).reserved > usable
 
 
 @pytest.fixture
@@ -73,9 +73,9 @@ def no_search(monkeypatch):
 @pytest.mark.usefixtures("no_search")
 def test_headroom_is_kept_free():
     request = Request((32, 32, 24), classes=4, model="unet3d", dtype="fp32")
-    peak = planner.plan(request, 10**9).report.peak
-    assert planner.plan(request, peak, headroom=0).fits
-    assert not planner.plan(request, int(1.05 * peak), headroom=0.1).fits
+    reserved = planner.plan(request, 10**9).report.reserved
+    assert planner.plan(request, reserved, headroom=0).fits
+    assert not planner.plan(request, int(1.05 * reserved), headroom=0.1).fits
 
 
 @pytest.mark.parametrize(("memory", "headroom"), [(0, 0.1), (10**9, 1.0), (10**9, -0.1)])

@@ -175,3 +175,36 @@ def test_cuda_autocast_rules():
         again = nn.functional.conv3d(torch.randn(1, 1, 2, 2, 2), weight)
         assert len(rules._weights) == 1
     assert again.grad_fn is not None
+
+
+class Strided(nn.Module):
+    """Reads one voxel in 512, so that its step needs next to nothing beside the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(1, 2, 1, stride=8)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(("batch", "bytes_per_voxel"), [(1, 5 + 5 + 0.9), (2, 5 + 5 + 5)])
+def test_augmentation_on_the_device_is_counted(batch, bytes_per_voxel):
+    """Image, labels and the results of both, and slabs; results are stacked where there are several."""
+    options = {"loss": lambda logits, labels: logits.sum(), "label_dtype": torch.uint8, "dtype": "fp32"}
+    shape = (batch, 1, 512, 512, 256)
+    alone = peak_training_memory(Strided, shape, **options)
+    assert alone.bytes_per_voxel == pytest.approx(5, rel=0.02)
+    augmented = peak_training_memory(Strided, shape, augmented=True, **options)
+    assert augmented.bytes_per_voxel == pytest.approx(bytes_per_voxel, rel=0.01)
+    assert augmented.phase == "augmentation"
+    assert augmented.after_forward == alone.after_forward
+
+
+def test_augmentation_never_decides_which_mode_fits():
+    """A step of the leanest mode needs several times as much."""
+    model = EffSegNet(1, 3, memory="stream", recompute=2)
+    model.slab_elements = 1
+    shape = (1, 1, 64, 48, 32)
+    peaks = [peak_training_memory(model, shape, augmented=augmented).peak for augmented in (False, True)]
+    assert peaks[0] == peaks[1]

@@ -6,14 +6,14 @@ import statistics
 import pytest
 import torch
 from kept import bytes_kept_for_backward
-from tolerances import ATOL, EXACT, relative_error
+from tolerances import EXACT, joined, moved_by_rounding, relative_error
 
 import effseg
 from effseg import EffSegNet, UNet3D
 from effseg.models.levels import PRESETS
 from effseg.models.stock import StockEffSegNet
 
-ODD = (2, 1, 33, 47, 38)
+ODD = (2, 1, 17, 47, 22)
 
 
 def pair(preset="base", norm="instance", channels=1, classes=5, dtype=torch.float64, seed=0):
@@ -76,7 +76,7 @@ def test_auxiliary_heads_and_thick_slices(preset, options, memory):
     ours = EffSegNet(1, 5, preset, memory=memory, **options).double()
     ours.load_state_dict(stock.state_dict())
     ours.slab_elements = 4000
-    image, labels = batch((1, 1, 19, 41, 38))
+    image, labels = batch((1, 1, 19, 41, 18))
     assert_same_step(ours, stock, image, labels)
     assert torch.equal(ours.segment(image), stock.segment(image))
 
@@ -155,22 +155,29 @@ def test_two_runs_give_the_same_bits():
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_step_in_low_precision(autocast):
-    """All gradients of the network together: no worse than twice torch's own error against float64.
+    """All gradients of the network together.
 
     The sign of a value near the kink of a leaky ReLU is a matter of rounding, and one that flips costs two
-    digits of the gradient, torch's or ours; so the median over several networks is compared.
+    digits of the gradient, whoever rounds; so the median over several networks is compared.
     """
     errors = []
     for seed in range(3):
         ours, stock = pair(dtype=torch.float32, seed=seed)
         image, labels = batch((1, 1, 34, 32, 36), dtype=torch.float32)
-        exact = gradients(copy.deepcopy(stock).double(), image.double(), labels)
+        wide, wide_image = copy.deepcopy(stock).double(), image.double()
+
+        def step(model, image, labels=labels):
+            return joined(gradients(model, image, labels))
+
+        exact = step(wide, wide_image)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            got, torchs = (gradients(m, image, labels) for m in (ours, stock))
-        ours, torchs, exact = (torch.cat([g.flatten() for g in grads]) for grads in (got, torchs, exact))
-        errors.append((relative_error(ours, exact), relative_error(torchs, exact)))
-    own, theirs = (statistics.median(e) for e in zip(*errors, strict=True))
-    assert own <= 2 * theirs + ATOL[torch.float32]
+            got = step(ours, image)
+            torchs = step(stock, image) if autocast else None
+        if not autocast:
+            torchs = moved_by_rounding(lambda: step(wide, wide_image), seed)  # noqa: B023
+        errors.append((relative_error(got, exact), relative_error(torchs, exact)))
+    own, allowed = (statistics.median(e) for e in zip(*errors, strict=True))
+    assert own <= 2 * allowed, f"ours {own:.2e}, allowed twice {allowed:.2e}"
 
 
 def test_small_deepest_levels_train_in_bf16():

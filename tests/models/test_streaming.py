@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from kept import bytes_kept_for_backward
-from tolerances import ATOL, EXACT, relative_error
+from tolerances import EXACT, joined, moved_by_rounding, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -87,7 +87,7 @@ def assert_same(got, expected):
 
 
 def assert_same_step(stream, others, image, labels, **options):
-    """Loss, gradients and running statistics."""
+    """Loss, gradients and running statistics. (That raw equals stock is test_effsegnet.py's.)"""
     got = step(stream, image, labels, **options)
     for other in others:
         assert_same(got, step(other, image, labels, **options))
@@ -103,30 +103,30 @@ def rows(count, shape, channels=WIDTH):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("norm", ["instance", "batch", "group"])
 def test_every_norm_on_odd_sizes(norm, mode, poison):
-    stream, raw, stock = trio(norm=norm)
+    stream, _, stock = trio(norm=norm)
     image, labels = batch(ODD)
     if mode == "eval":
-        for model in (stream, raw, stock):
+        for model in (stream, stock):
             model.loss(image, labels)  # running statistics that are no longer 0 and 1
             model.eval()
-    assert_same_step(stream, (raw, stock), image, labels, class_weights=torch.rand(5).double() + 0.5)
+    assert_same_step(stream, (stock,), image, labels, class_weights=torch.rand(5).double() + 0.5)
 
 
 @pytest.mark.parametrize("thickness", [0, 1, 5, 20, 67, 1000])
 def test_slabs_that_divide_the_axis_and_that_do_not(thickness, poison):
     """From a slab_elements below one row (one row is taken) to more rows than there are."""
-    stream, raw, stock = trio()
+    stream, _, stock = trio()
     stream.slab_elements = rows(thickness, SMALL) or 1
-    assert_same_step(stream, (raw, stock), *batch(SMALL))
+    assert_same_step(stream, (stock,), *batch(SMALL))
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("levels", [1, 2, 4, 9])
 def test_recomputed_levels(levels, norm):
     """More levels than there are blocks is all of them."""
-    stream, raw, stock = trio(norm=norm)
+    stream, _, stock = trio(norm=norm)
     stream.recompute_levels = levels
-    assert_same_step(stream, (raw, stock), *batch(PAIR))
+    assert_same_step(stream, (stock,), *batch(PAIR))
 
 
 @pytest.mark.parametrize("levels", [0, 1, 4])
@@ -141,18 +141,18 @@ def test_a_step_updates_running_statistics_once(levels):
 
 @pytest.mark.parametrize(("classes", "collected"), [(2, True), (36, True), (37, False), (45, False)])
 def test_normalisation_sums_collected_and_swept(classes, collected):
-    stream, raw, stock = trio(classes=classes)
+    stream, _, stock = trio(classes=classes)
     assert NormSums.pays(stream.decoder[0].unit.conv.weight, classes) == collected
     stream.slab_elements = rows(5, SMALL)
     options = {"class_weights": torch.rand(classes).double() + 0.5, "label_smoothing": 0.1}
-    assert_same_step(stream, (raw, stock), *batch(SMALL, classes), **options)
+    assert_same_step(stream, (stock,), *batch(SMALL, classes), **options)
 
 
 @pytest.mark.parametrize("preset", ["base", "large", "large-w32"])
 def test_presets_and_several_channels(preset):
-    stream, raw, stock = trio(preset, channels=2)
+    stream, _, stock = trio(preset, channels=2)
     stream.recompute_levels = 1
-    assert_same_step(stream, (raw, stock), *batch((1, 2, 67, 7, 6)))
+    assert_same_step(stream, (stock,), *batch((1, 2, 67, 7, 6)))
 
 
 def test_tiny_has_nothing_to_stream():
@@ -185,12 +185,12 @@ def test_tiny_has_nothing_to_stream():
 )
 def test_options_of_the_loss(options, collected, monkeypatch):
     monkeypatch.setattr(NormSums, "pays", staticmethod(lambda weight, classes: collected))
-    stream, raw, stock = trio()
+    stream, _, stock = trio()
     image, labels = batch(PAIR)
     if options.get("ignore_index") == 255:
         labels[torch.rand(labels.shape) < 0.3] = 255
     stream.slab_elements = rows(8, image.shape)
-    assert_same_step(stream, (raw, stock), image, labels, **options)
+    assert_same_step(stream, (stock,), image, labels, **options)
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (1, 7, 33), (40, 1, 2), (5, 64, 3)])
@@ -222,7 +222,7 @@ def test_frozen_parameters(frozen, norm):
     for model in models:
         for name, p in model.named_parameters():
             p.requires_grad_(not (name.startswith(frozen) or f".{frozen}." in name))
-    assert_same_step(models[0], models[1:], *batch(SMALL))
+    assert_same_step(models[0], models[2:], *batch(SMALL))
     assert any(p.grad is None for p in models[0].parameters())
     assert any(p.grad is not None for p in models[0].parameters())
 
@@ -333,21 +333,27 @@ def test_copies_stream_as_well(how, tmp_path):
     ids=["fp32", "bf16", "bf16-recomputed-swept"],
 )
 def test_step_in_low_precision(autocast, levels, classes):
-    """All gradients together: no worse than twice torch's own error against float64, in the median over
-    several networks (a sign that flips at a leaky ReLU's kink costs two digits, torch's or ours)."""
+    """All gradients together, in the median over several networks: a sign that flips at a leaky ReLU's kink
+    costs two digits, whoever rounds."""
     errors = []
     for seed in range(3):
         stream, _, stock = trio(classes=classes, dtype=torch.float32, seed=seed)
         stream.recompute_levels = levels
         image, labels = batch((1, 1, 34, 32, 36), classes, torch.float32)
-        exact = step(copy.deepcopy(stock).double(), image.double(), labels)
+        wide, wide_image = copy.deepcopy(stock).double(), image.double()
+
+        def joined_step(model, image, labels=labels):
+            return joined(step(model, image, labels))
+
+        exact = joined_step(wide, wide_image)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            found = [step(m, image, labels) for m in (stream, stock)]
-        got, torchs, exact = (torch.cat([g.flatten() for g in grads.values()]) for grads in (*found, exact))
-        assert bool(torch.isfinite(got).all())
+            got = joined_step(stream, image)
+            torchs = joined_step(stock, image) if autocast else None
+        if not autocast:
+            torchs = moved_by_rounding(lambda: joined_step(wide, wide_image), seed)  # noqa: B023
         errors.append((relative_error(got, exact), relative_error(torchs, exact)))
-    own, theirs = (statistics.median(e) for e in zip(*errors, strict=True))
-    assert own <= 2 * theirs + ATOL[torch.float32], f"ours {own:.2e}, torch's {theirs:.2e}"
+    own, allowed = (statistics.median(e) for e in zip(*errors, strict=True))
+    assert own <= 2 * allowed, f"ours {own:.2e}, allowed twice {allowed:.2e}"
 
 
 # ---------------------------------------------------------------- memory

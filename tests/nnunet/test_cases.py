@@ -44,8 +44,8 @@ def test_augmentation_sees_left_to_right_first_and_air_as_air(monkeypatch):
         seen.update(shape=tuple(image.shape), lowest=float(image.min()), spacing=spacing)
         return image, labels
 
-    monkeypatch.setattr(cases, "augmentation", lambda names: standard)
-    augment = cases.augmentation_of(["liver"], [1, 2, 0])
+    monkeypatch.setattr(cases, "augmentation", lambda mirror: standard)
+    augment = cases.augmentation_of(None, [1, 2, 0])
     image, labels = torch.from_numpy(IMAGE), torch.from_numpy(LABELS[0])
     found, found_labels = augment(image, labels, 0, (3.0, 1.0, 2.0))
     assert seen["shape"] == (1, 5, 4, 6)
@@ -56,7 +56,7 @@ def test_augmentation_sees_left_to_right_first_and_air_as_air(monkeypatch):
 
 
 def test_augmentation_depends_on_the_seed_alone():
-    augment = cases.augmentation_of(["kidney_left"], [0, 1, 2])
+    augment = cases.augmentation_of(None, [0, 1, 2])
     image, labels = torch.from_numpy(IMAGE), torch.from_numpy(LABELS[0].clip(0))
     once, again, other = (augment(image, labels, seed, (3.0, 1.0, 2.0)) for seed in (1, 1, 2))
     torch.testing.assert_close(once, again, rtol=0, atol=0)

@@ -61,7 +61,11 @@ def test_deep_supervision():
 def test_a_patch_without_annotation():
     """Sparse labels: nnU-Net leaves the cross-entropy out."""
     logits, labels = sample((4, 4, 4))
-    assert_same(nnunets(CLASSES), logits, torch.full_like(labels, CLASSES))
+    nothing = torch.full_like(labels, CLASSES)
+    assert_same(nnunets(CLASSES), logits, nothing)
+    value, (gradient,) = value_and_gradients(fused(nnunets(CLASSES)), logits, nothing)
+    assert value == -1  # nnU-Net's loss of a patch without a mistake
+    assert torch.equal(gradient, torch.zeros_like(logits))
 
 
 @pytest.mark.filterwarnings("ignore:size_average")  # nnU-Net's top-k

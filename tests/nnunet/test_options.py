@@ -19,6 +19,24 @@ def test_memory(monkeypatch):
         options.memory(("raw", "auto"), "raw")
 
 
+def test_mirror(monkeypatch):
+    labels = SimpleNamespace(
+        label_dict={"background": 0, "ignore": 3, "Niere li": 1, "Niere re": 2}, ignore_label=3
+    )
+    for name in ("EFFSEG_MIRROR", "EFFSEG_MIRROR_PAIRS"):
+        monkeypatch.delenv(name, raising=False)
+    assert options.mirror(labels, {"mirror_pairs": [["Niere li", "Niere re"]]}) is None
+    monkeypatch.setenv("EFFSEG_MIRROR", "left-right")
+    assert options.mirror(labels, {"mirror_pairs": [["Niere li", "Niere re"]]}) == ((1, 2),)
+    with pytest.raises(InputError, match="which labels then change places"):
+        options.mirror(labels, {})
+    monkeypatch.setenv("EFFSEG_MIRROR_PAIRS", "Niere re:Niere li")
+    assert options.mirror(labels, {}) == ((2, 1),)
+    monkeypatch.setenv("EFFSEG_MIRROR", "both")
+    with pytest.raises(InputError, match="EFFSEG_MIRROR: expected none or left-right, got 'both'"):
+        options.mirror(labels, {})
+
+
 def test_length(monkeypatch):
     trainer = SimpleNamespace(num_epochs=1000, num_iterations_per_epoch=250, num_val_iterations_per_epoch=50)
     monkeypatch.delenv("EFFSEG_NNUNET_ITERATIONS", raising=False)

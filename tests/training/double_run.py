@@ -14,7 +14,7 @@ from effseg.training import TrainingConfig, train
 
 def main() -> None:
     loop.build_model = lambda *arguments: build_model(*arguments).double()
-    train(TrainingConfig.from_dict(json.loads(Path(sys.argv[1]).read_text())))
+    train(TrainingConfig.from_dict(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

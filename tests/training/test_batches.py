@@ -116,3 +116,31 @@ def test_margins_end_at_the_volume():
     region, inside = with_margin((0, 5, 10), (10, 10, 10), (20, 20, 20))
     assert region == (slice(None), slice(0, 12), slice(3, 17), slice(8, 20))
     assert inside == (slice(None), slice(0, 10), slice(2, 12), slice(2, 12))
+
+
+@pytest.mark.parametrize("patch_size", [None, (4, 5, 6)])
+def test_augmentation_on_a_device(patch_size):
+    """The same volumes as ahead on the CPU where the augmentation is the same, whatever step is first."""
+    cases = make_cases([(8, 9, 10)] * 3)
+    sampler = Sampler(3, seed=5, batch_size=2)
+    ahead = Batches(cases, sampler, scale, jitter, patch_size)
+    on_device = Batches(cases, sampler, scale, jitter, patch_size, augment_on=torch.device("cpu"))
+    expected = [ahead(step) for step in range(6)]
+    for workers in (0, 2):
+        assert all(map(equal, expected, on_device.ahead(0, 6, workers)))
+        assert all(map(equal, expected[4:], on_device.ahead(4, 6, workers)))
+
+
+def test_a_device_is_where_augmentation_runs():
+    seen = []
+
+    def augment(image, labels, seed, spacing):
+        seen.append((image.device.type, labels.device.type))
+        return image, labels
+
+    cases = make_cases([(8, 9, 10)])
+    batches = Batches(cases, Sampler(1, 0), scale, augment, (4, 4, 4), augment_on=torch.device("meta"))
+    (image, labels), *_ = batches.ahead(0, 1, 1)
+    assert seen == [("meta", "meta")]
+    assert (image.device.type, labels.device.type) == ("meta", "meta")
+    assert (image.shape, labels.shape) == ((1, 1, 4, 4, 4), (1, 4, 4, 4))

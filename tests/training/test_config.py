@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from effseg.errors import InputError
 from effseg.training import TrainingConfig
@@ -46,6 +47,7 @@ def test_unknown_and_missing_fields_are_named():
         ("window", (400.0, -200.0)),
         ("spacing", (1.0, 0.0, 1.0)),
         ("crop", "head"),
+        ("augment_on", "gpu"),
         ("seed", -1),
         ("workers", -1),
         ("validation_interval", 0),
@@ -77,3 +79,13 @@ def test_a_continuation_may_only_differ_where_no_number_changes():
     make(steps=10, workers=4, checkpoint_interval=7).check_continues(run)
     with pytest.raises(InputError, match="seed = 0, but now it is 1"):
         make(steps=10, seed=1).check_continues(run)
+
+
+def test_where_volumes_are_augmented():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:1")
+    assert [make().augments_on(device) for device in (cpu, gpu)] == [False, True]
+    assert [make(augment_on="cpu").augments_on(device) for device in (cpu, gpu)] == [False, False]
+    assert [make(augment_on="device").augments_on(device) for device in (cpu, gpu)] == [True, True]
+    assert not make(augment=False, augment_on="device").augments_on(gpu)
+    with pytest.raises(InputError, match="augment_on = auto, but now it is cpu"):
+        make(augment_on="cpu").check_continues(make())

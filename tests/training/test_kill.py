@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import random
 import signal
@@ -38,7 +39,7 @@ def start(context, data, run, steps):
 
 
 def finish(process):
-    process.join(timeout=300)
+    process.join(timeout=1500)
     assert process.exitcode == 0
 
 
@@ -75,7 +76,10 @@ def check_kills(context, tmp_path, kills, steps, seed):
         assert state["run"]["step"] == int(newest.name.removeprefix("step-"))
         load_file(newest / "model.safetensors")
     finish(start(context, data, killed, steps))
+    assert_same_runs(whole, killed, steps)
 
+
+def assert_same_runs(whole, killed, steps):
     expected, got = (read_rows(run / "progress.csv") for run in (whole, killed))
     for row in expected + got:
         del row["seconds"]
@@ -96,3 +100,31 @@ def test_killed_and_continued_runs_end_like_an_uninterrupted_one(context, tmp_pa
 @pytest.mark.slow
 def test_twenty_kills(context, tmp_path):
     check_kills(context, tmp_path, kills=20, steps=160, seed=1)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_any_moment(context, tmp_path):
+    """From the first file on: whatever a kill leaves is readable, and the same command goes on with it."""
+    steps = 12
+    data = phantom.write_dataset(tmp_path / "data", cases=4, shape=(20, 16, 12), seed=0)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    began = time.monotonic()
+    finish(start(context, data, whole, steps))
+    longest = (time.monotonic() - began) / 3
+    rng = random.Random(2)
+    for _ in range(20):
+        process = start(context, data, killed, steps)
+        process.join(timeout=rng.uniform(0.0, longest))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        for name in ("config.json", "data.json"):
+            if (killed / name).exists():
+                json.loads((killed / name).read_text(encoding="utf-8"))
+        assert (killed / "data.json").exists() or not (killed / "config.json").exists()
+        newest = Checkpoints(killed / "checkpoints").newest()
+        if newest is not None:
+            torch.load(newest / "state.pt", weights_only=True)
+            load_file(newest / "model.safetensors")
+    finish(start(context, data, killed, steps))
+    assert_same_runs(whole, killed, steps)

@@ -100,7 +100,9 @@ def test_the_validation_is_that_of_the_saved_network(config):
         np.testing.assert_allclose(dice[1:], list(expected.values()))
 
 
-@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "workers": 2}, {"patch_size": (12, 12, 8)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"ema": 0.9, "workers": 2, "augment_on": "device"}, {"patch_size": (12, 12, 8)}]
+)
 @pytest.mark.usefixtures("no_pictures")
 def test_a_stopped_run_continues_bit_for_bit(config, monkeypatch, options):
     config = config.replace(validation_interval=3, **options)

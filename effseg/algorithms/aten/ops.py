@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from effseg.algorithms.aten.head import Head
 from effseg.algorithms.interface import CHANNELS_LAST, FusedConv3d, NormActGradients, accumulation_dtype
+from effseg.settings import Function
 from effseg.slabs import Window
 
 aten = torch.ops.aten
@@ -29,6 +30,13 @@ def _wgrad_is_broken(x: Tensor, window: Window) -> bool:
     rare and small, so they take float32."""
     thin = any(size < max(3, kernel) for size, kernel in zip(x.shape[2:], window.kernel, strict=True))
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and thin
+
+
+def _forward_is_broken(x: Tensor, window: Window) -> bool:
+    """oneDNN's bfloat16 convolution on AMX is wrong where a stride leaves a width of one voxel; what is as
+    narrow as that takes float32 on every CPU."""
+    narrow = window.kernel[2] > 1 and window.stride[2] >= x.shape[4]
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and window.stride[2] > 1 and narrow
 
 
 def _pad_rows(x: Tensor, window: Window, pad: tuple[int, int]) -> tuple[Tensor, list[int]]:
@@ -50,6 +58,9 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int]) -> Tensor:
+    if _forward_is_broken(x, window):
+        bias = None if bias is None else bias.float()
+        return _convolve(x.float(), weight.float(), bias, window, pad).to(x.dtype)
     padded, padding = _pad_rows(x, window, pad)
     weight = weight.contiguous(memory_format=CHANNELS_LAST)
     if _avoids_onednn(padded):
@@ -111,7 +122,7 @@ def convolution_backward(
     return (gx.to(dtype) if need_input else None), (gw if need_weight else None)
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(Function):
     """Saved: the slab and the weight."""
 
     @staticmethod
@@ -148,17 +159,23 @@ def _columns(y: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 4, 1).reshape(d * h, w * c, 1)
 
 
+def partial_moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and (biased) variances of a slab's stored values, (W, C) each, in the accumulation type."""
+    _, c, _, _, w = y.shape
+    # The running statistics are not used (momentum 0), but on the CPU their type makes the result float32.
+    dtype = accumulation_dtype(y.dtype)
+    unused = torch.zeros(2, w * c, dtype=dtype) if y.device.type == "cpu" else (None, None)
+    means, variances = aten.batch_norm_update_stats(_columns(y), unused[0], unused[1], 0.0)
+    return means.view(w, c), variances.view(w, c)
+
+
 def mean_var(y: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean and (biased) variance of a slab's stored values, (C,) each, in the accumulation type.
 
     Two passes over `_columns`, whose moments are merged by Chan's formula.
     """
-    _, c, _, _, w = y.shape
-    # The running statistics are not used (momentum 0); their type makes the result float32.
     dtype = accumulation_dtype(y.dtype)
-    unused = torch.zeros(2, w * c, dtype=dtype, device=y.device)
-    means, variances = aten.batch_norm_update_stats(_columns(y), unused[0], unused[1], 0.0)
-    means, variances = means.double().view(w, c), variances.double().view(w, c)
+    means, variances = (t.double() for t in partial_moments(y))
     mean = means.mean(0)
     return mean.to(dtype), (variances + (means - mean).square()).mean(0).to(dtype)
 
@@ -179,41 +196,24 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def norm_terms_backward(
     dz: Tensor, y: Tensor, mean: Tensor, scale: Tensor, need_y: bool, need_terms: bool
 ) -> Gradients:
-    """(dz * scale, sum dz (y - mean), sum dz): the gradients of y, scale and beta, sums over the slab."""
-    dy = dscale = dbeta = None
-    if need_y:
-        dy = torch.mul(dz, scale[..., None, None, None], out=torch.empty_like(dz))
-    if need_terms:
-        dbeta = dz.sum((2, 3, 4), dtype=mean.dtype)
-        # plane by plane: y - mean is wide
-        planes = zip(y.unbind(2), dz.unbind(2), strict=True)
-        dscale = torch.stack([(a - mean[..., None, None]).mul_(b).sum((2, 3)) for a, b in planes]).sum(0)
-    return dy, dscale, dbeta
+    """(dz * scale, sum dz (y - mean), sum dz): the gradients of y, scale and beta, sums over the slab.
 
-
-def norm_terms_backward_cpu(
-    dz: Tensor, y: Tensor, mean: Tensor, scale: Tensor, need_y: bool, need_terms: bool
-) -> Gradients:
-    """`norm_terms_backward` in two passes, by batch normalisation's backward at unit variance."""
+    Two passes over `_columns`, by batch normalisation's backward at unit variance. On a GPU too it reads y
+    and dz once for both sums, centres in float32 and adds in a tree whose shape the sizes alone decide.
+    """
     _, c, d, h, w = y.shape
-    wide_mean, wide_scale, one = mean[0].repeat(w), scale[0].repeat(w), torch.ones_like(mean[0]).repeat(w)
-    dy, dscale, dbeta = aten.native_batch_norm_backward(
+    if not need_terms:
+        dy = torch.mul(dz, scale[..., None, None, None], out=torch.empty_like(dz)) if need_y else None
+        return dy, None, None
+    wide_mean, wide_scale, one = torch.stack((mean[0], scale[0], torch.ones_like(mean[0]))).repeat(1, w)
+    dy, *sums = aten.native_batch_norm_backward(
         _columns(dz), _columns(y), wide_scale, wide_mean, one, wide_mean, one, False, 0.0,
-        [need_y, need_terms, need_terms],
+        [need_y, True, True],
     )  # fmt: skip
     if need_y:
         dy = dy.view(1, d, h, w, c).permute(0, 4, 1, 2, 3)
-    if need_terms:
-        dscale, dbeta = (t.double().view(w, c).sum(0, keepdim=True).to(mean.dtype) for t in (dscale, dbeta))
-    return dy, dscale, dbeta
-
-
-def norm_terms_gradients(
-    dz: Tensor, y: Tensor, mean: Tensor, scale: Tensor, need_y: bool, need_terms: bool
-) -> Gradients:
-    """`norm_terms_backward` by what suits the device."""
-    function = norm_terms_backward_cpu if y.device.type == "cpu" else norm_terms_backward
-    return function(dz, y, mean, scale, need_y, need_terms)
+    dscale, dbeta = torch.stack(sums).view(2, 1, w, c).sum(2, dtype=torch.float64).to(mean.dtype)
+    return dy if need_y else None, dscale, dbeta
 
 
 def norm_act_backward(
@@ -229,7 +229,7 @@ def norm_act_backward(
 ) -> NormActGradients:
     """The activation's sign is that of the activated value."""
     dz = grad if slope == 1.0 else aten.leaky_relu_backward(grad, a, slope, True)
-    dy, dscale, dbeta = norm_terms_gradients(dz, y, mean, scale, need_dy, need_terms)
+    dy, dscale, dbeta = norm_terms_backward(dz, y, mean, scale, need_dy, need_terms)
     return NormActGradients(dz if need_dz else None, dy, dscale, dbeta)
 
 
@@ -239,7 +239,7 @@ def fold(grad: Tensor | None, y: Tensor, mean: Tensor, scale: Tensor, shift: Ten
     return found if grad is None else found.add_(grad)
 
 
-class _NormAct(torch.autograd.Function):
+class _NormAct(Function):
     """a = leaky_relu((y - mean) * scale + beta [+ addend]).
 
     Saved: y, mean, scale, a (of one slab). With dz = g * act'(z), read off the sign of a:
@@ -310,7 +310,7 @@ def _halve(g: Tensor, dim: int) -> Tensor:
     return out
 
 
-class _UpsampleX2(torch.autograd.Function):
+class _UpsampleX2(Function):
     """Linear x2 along one axis after the other (D first). Saved: nothing."""
 
     @staticmethod

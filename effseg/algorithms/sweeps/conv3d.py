@@ -9,16 +9,19 @@ from torch import Tensor
 
 from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, StatisticsGradient, accumulation_dtype
 from effseg.algorithms.sweeps.moments import Moments
-from effseg.algorithms.sweeps.pullback import Pullback, rows
-from effseg.deferred import Spec
+from effseg.algorithms.sweeps.pullback import Pullback, added, rows
+from effseg.deferred import Spec, in_compute_type
+from effseg.device import make_room
 from effseg.slabs import Window, rows_per_slab, slabs
 
 
-def thickness(spec: Spec, out_shape: Sequence[int], window: Window, slab_elements: int | None) -> int:
+def thickness(
+    spec: Spec, out_shape: Sequence[int], window: Window, slab_elements: int | None, device: torch.device
+) -> int:
     """Output rows of a slab: the larger of its input and its output sets the size."""
     _, c, _, h, w = spec.shape
     _, co, d, ho, wo = out_shape
-    return rows_per_slab(d, max(c * h * w * window.stride[0], co * ho * wo), slab_elements)
+    return rows_per_slab(d, max(c * h * w * window.stride[0], co * ho * wo), slab_elements, device)
 
 
 def conv3d_forward(
@@ -30,25 +33,36 @@ def conv3d_forward(
     window: Window,
     statistics: bool,
     slab_elements: int | None,
+    trains: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = conv(expression, weight) + bias in the expression's type, and the mean and biased variance (N, Co)
-    of the stored y."""
+    of the stored y. trains: y is kept for a backward pass, so that more tensors of its size will follow."""
     if ops.fused is not None and ops.fused.takes(spec, weight, window):
         return ops.fused.forward(spec, tensors, weight, bias, window, statistics)
     n, _, *size = spec.shape
     d, h, w = size
     shape = (n, weight.shape[0], *window.output_size((d, h, w)))
-    y = torch.empty(shape, dtype=spec.dtype, device=weight.device, memory_format=CHANNELS_LAST)
-    weight = weight.to(spec.dtype)
+    rows_of_slab = thickness(spec, shape, window, slab_elements, weight.device)
+    y = None  # the only slab's
+    if n > 1 or rows_of_slab < shape[2]:
+        y = torch.empty(shape, dtype=spec.dtype, device=weight.device, memory_format=CHANNELS_LAST)
+    weight = weight.to(spec.dtype, memory_format=CHANNELS_LAST)
     bias = None if bias is None else bias.to(spec.dtype)
-    moments = Moments(ops, n)
-    for sample, lo, hi in slabs(n, shape[2], thickness(spec, shape, window, slab_elements)):
+    tensors = in_compute_type(spec, tensors)
+    moments = Moments(ops, n, spec.dtype)
+    if trains and y is not None:
+        make_room(y.device, y.nbytes)
+    for sample, lo, hi in slabs(n, shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, d)
         part = ops.convolution(rows(ops, spec, tensors, sample, first, last), weight, bias, window, pad)
-        y[sample : sample + 1, :, lo:hi] = part
         if statistics:
             moments.add(sample, part)
+        if y is None:
+            y = part.contiguous(memory_format=CHANNELS_LAST)
+        else:
+            y[sample : sample + 1, :, lo:hi] = part
         del part
+    assert y is not None
     return (y, *moments.merge()) if statistics else (y, None, None)
 
 
@@ -74,19 +88,19 @@ def conv3d_backward(
     g = grad_y + grad_mean / M + 2 grad_var (y - mean) / M.
     """
     folded = through_statistics(y, mean, grad_mean, grad_var)
-    rows_of_slab = thickness(spec, y.shape, window, slab_elements)
+    rows_of_slab = thickness(spec, y.shape, window, slab_elements, weight.device)
     if ops.fused is not None and ops.fused.takes(spec, weight, window) and not need_bias:
         grad_weight, grads = ops.fused.backward(
             spec, tensors, needed, weight, window, y, folded, grad_y, need_weight, rows_of_slab
         )
         return None if grad_weight is None else grad_weight.to(weight.dtype), None, grads
     accumulate = accumulation_dtype(weight.dtype)
-    grad_weight = torch.zeros_like(weight, dtype=accumulate) if need_weight else None
-    grad_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=weight.device) if need_bias else None
-    low = weight.to(spec.dtype)
+    grad_weight = grad_bias = None
+    low = weight.to(spec.dtype, memory_format=CHANNELS_LAST)
     pullback = Pullback(ops, spec, tensors, needed)
     for sample, lo, hi in slabs(y.shape[0], y.shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, spec.shape[2])
+        a = pullback.rows(sample, first, last)
         direct = None if grad_y is None else grad_y[sample : sample + 1, :, lo:hi].to(spec.dtype)
         if folded is None:
             assert direct is not None
@@ -95,12 +109,11 @@ def conv3d_backward(
             part = y[sample : sample + 1, :, lo:hi]
             grad = ops.fold(direct, part, *(t[sample] for t in folded))
         del direct
-        a = pullback.rows(sample, first, last)
         grad_a, grad_w = ops.convolution_backward(grad, a, low, window, pad, pullback.any, need_weight)
-        if grad_weight is not None and grad_w is not None:
-            grad_weight += grad_w
-        if grad_bias is not None:
-            grad_bias += grad.sum((0, 2, 3, 4), dtype=accumulate)
+        if grad_w is not None:
+            grad_weight = added(grad_weight, grad_w, accumulate)
+        if need_bias:
+            grad_bias = added(grad_bias, grad.sum((0, 2, 3, 4), dtype=accumulate), accumulate)
         del a, grad, grad_w
         if grad_a is not None:
             pullback.pull(grad_a)

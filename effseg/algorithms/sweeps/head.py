@@ -10,7 +10,7 @@ from torch import Tensor
 from effseg.algorithms.interface import Algorithm, Head, Sums
 from effseg.algorithms.sweeps.materialise import thickness
 from effseg.algorithms.sweeps.pullback import Pullback, rows
-from effseg.deferred import Spec
+from effseg.deferred import Spec, in_compute_type
 from effseg.slabs import slabs
 
 
@@ -24,8 +24,9 @@ def head_sums_forward(
 ) -> Sums:
     """The sums of softmax(head(expression)) against labels (N, D, H, W)."""
     n, d = spec.shape[0], spec.shape[2]
+    tensors = in_compute_type(spec, tensors)
     sums = Sums.zeros(n, head.classes, tensors[0].device)
-    for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements)):
+    for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements, labels.device)):
         head.add_sums(sums, sample, rows(ops, spec, tensors, sample, lo, hi), labels[sample, lo:hi])
     return sums
 
@@ -42,7 +43,7 @@ def head_sums_backward(
 ) -> list[Tensor | None]:
     """Gradients of the expression's tensors from those of the sums; the head's add up in `head`."""
     pullback = Pullback(ops, spec, tensors, needed)
-    for sample, lo, hi in slabs(spec.shape[0], spec.shape[2], thickness(spec, slab_elements)):
+    for sample, lo, hi in slabs(spec.shape[0], spec.shape[2], thickness(spec, slab_elements, labels.device)):
         a = pullback.rows(sample, lo, hi)
         g = head.pull(grads, sample, a, labels[sample, lo:hi])
         del a
@@ -72,7 +73,8 @@ def head_segment(
 ) -> Tensor:
     """argmax over classes, (N, D, H, W) uint8, or int16 for more than 256 classes."""
     n, _, d, h, w = spec.shape
+    tensors = in_compute_type(spec, tensors)
     out = torch.empty(n, d, h, w, dtype=label_dtype(head.classes), device=tensors[0].device)
-    for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements)):
+    for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements, tensors[0].device)):
         out[sample, lo:hi] = head.segment(rows(ops, spec, tensors, sample, lo, hi))
     return out

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from effseg.algorithms.interface import CHANNELS_LAST, Algorithm
 from effseg.algorithms.sweeps.pullback import Pullback, rows
-from effseg.deferred import Spec
+from effseg.deferred import Spec, in_compute_type
 from effseg.slabs import rows_per_slab, slabs
 
 
-def thickness(spec: Spec, slab_elements: int | None) -> int:
+def thickness(spec: Spec, slab_elements: int | None, device: torch.device) -> int:
     _, c, d, h, w = spec.shape
-    return rows_per_slab(d, c * h * w, slab_elements)
+    return rows_per_slab(d, c * h * w, slab_elements, device)
 
 
 def materialise_forward(
@@ -23,7 +23,10 @@ def materialise_forward(
 ) -> Tensor:
     device = tensors[0].device
     y = torch.empty(spec.shape, dtype=spec.dtype, device=device, memory_format=CHANNELS_LAST)
-    for sample, lo, hi in slabs(spec.shape[0], spec.shape[2], thickness(spec, slab_elements)):
+    tensors = in_compute_type(spec, tensors)
+    for sample, lo, hi in slabs(
+        spec.shape[0], spec.shape[2], thickness(spec, slab_elements, tensors[0].device)
+    ):
         y[sample : sample + 1, :, lo:hi] = rows(ops, spec, tensors, sample, lo, hi)
     return y
 
@@ -37,7 +40,9 @@ def materialise_backward(
     slab_elements: int | None,
 ) -> list[Tensor | None]:
     pullback = Pullback(ops, spec, tensors, needed)
-    for sample, lo, hi in slabs(spec.shape[0], spec.shape[2], thickness(spec, slab_elements)):
+    for sample, lo, hi in slabs(
+        spec.shape[0], spec.shape[2], thickness(spec, slab_elements, tensors[0].device)
+    ):
         pullback.rows(sample, lo, hi)
         pullback.pull(grad[sample : sample + 1, :, lo:hi])
     return pullback.gradients()

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import Algorithm
+from effseg.algorithms.interface import Algorithm, accumulation_dtype
+
+# Slabs whose moments are kept until they are merged in one go: a few short operators, and little memory.
+MERGED_AT_ONCE = 16
+
+
+class _Moments(NamedTuple):
+    """Of so many voxels: means and biased variances (P, C) of P equal parts of them."""
+
+    voxels: int
+    means: Tensor
+    variances: Tensor
 
 
 class Moments:
@@ -16,25 +29,43 @@ class Moments:
     w_i the share of the voxels. Never E[y^2] - E[y]^2.
     """
 
-    def __init__(self, ops: Algorithm, samples: int) -> None:
-        self.ops = ops
-        self.parts: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(samples)]
+    def __init__(self, ops: Algorithm, samples: int, dtype: torch.dtype) -> None:
+        """dtype: of the values."""
+        self.ops, self.dtype = ops, accumulation_dtype(dtype)
+        self.slabs: list[list[_Moments]] = [[] for _ in range(samples)]
+        self.merged: list[list[_Moments]] = [[] for _ in range(samples)]
 
     def add(self, sample: int, y: Tensor) -> None:
-        self.parts[sample].append((y[0, 0].numel(), *self.ops.mean_var(y)))
+        slabs = self.slabs[sample]
+        slabs.append(_Moments(y[0, 0].numel(), *self.ops.partial_moments(y)))
+        if len(slabs) == MERGED_AT_ONCE:
+            self._merge_slabs(sample)
 
     def merge(self) -> tuple[Tensor, Tensor]:
         """(mean, biased variance), (N, C) each, in the accumulation type."""
-        merged = [self._merge(parts) for parts in self.parts]
-        mean, var = (torch.stack(values) for values in zip(*merged, strict=True))
-        dtype = self.parts[0][0][1].dtype
-        return mean.to(dtype), var.to(dtype)
+        for sample, slabs in enumerate(self.slabs):
+            if slabs:
+                self._merge_slabs(sample)
+        samples = [found[0] if len(found) == 1 else _merge(found) for found in self.merged]
+        mean, var = (torch.cat(values).to(self.dtype) for values in list(zip(*samples, strict=True))[1:])
+        return mean, var
 
-    @staticmethod
-    def _merge(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        voxels = torch.tensor([p[0] for p in parts], dtype=torch.float64)
-        means = torch.stack([p[1] for p in parts]).double()
-        variances = torch.stack([p[2] for p in parts]).double()
-        share = (voxels / voxels.sum()).to(means.device)[:, None]
-        mean = (share * means).sum(0)
-        return mean, (share * (variances + (means - mean).square())).sum(0)
+    def _merge_slabs(self, sample: int) -> None:
+        self.merged[sample].append(_merge(self.slabs[sample]))
+        self.slabs[sample] = []
+
+
+def _merge(found: list[_Moments]) -> _Moments:
+    """Those of all voxels in one part, float64; without a number that the host would have to send."""
+    total, parts = sum(one.voxels for one in found), found[0].means.shape[0]
+    both = torch.stack([t for one in found for t in (one.means, one.variances)]).double()
+    means, variances = both[0::2], both[1::2]
+    usual = found[0].voxels
+    share = torch.full((len(found), 1, 1), usual / total / parts, dtype=both.dtype, device=both.device)
+    for i, one in enumerate(found):
+        if one.voxels != usual:
+            share[i].fill_(one.voxels / total / parts)
+    mean = (share * means).sum((0, 1))
+    centred = means - mean
+    var = (share * variances.addcmul_(centred, centred)).sum((0, 1))
+    return _Moments(total, mean[None], var[None])

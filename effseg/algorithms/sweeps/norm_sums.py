@@ -17,8 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effseg.algorithms.aten.head import matrix
+from effseg.algorithms.aten.head import ARRAYS, CHUNK_ELEMENTS, matrix
 from effseg.algorithms.interface import Head, Sums, VoxelSums
+from effseg.device import kind_of
 
 
 class NormSums:
@@ -35,6 +36,12 @@ class NormSums:
         """Whether 12 K C multiplications a voxel are fewer than the convolution's."""
         return 12 * classes <= weight[0].numel()
 
+    @staticmethod
+    def nbytes(weight: Tensor, classes: int, voxels: int) -> int:
+        """Of the arrays for a part of a slab of so many voxels, and of two that the head holds meanwhile."""
+        part = min(voxels, CHUNK_ELEMENTS[kind_of(weight.device)] // (ARRAYS * classes))
+        return 4 * part * ((2 + 3) * classes + 4 * weight.shape[0])
+
     def slab(self, sample: int, y: Tensor, a: Tensor, mean: Tensor, slope: float) -> VoxelSums:
         """What to show a slab's probabilities and one-hot labels to; y: (1, C, d, h, w), a = act(norm(y))."""
 
@@ -50,7 +57,8 @@ class NormSums:
             torch.mul(right[0], centred, out=right[1])
             torch.mul(right[0], self.weight.to(p.dtype).t() @ p, out=right[2])
             centred.mul_(right[2])
-            self.total[sample] += (left.flatten(0, 1) @ right.flatten(0, 1).t()).view(self.total.shape[1:])
+            found = left.flatten(0, 1) @ right.flatten(0, 1).t()
+            self.total[sample].add_(found.view(self.total.shape[1:]))
 
         return add
 

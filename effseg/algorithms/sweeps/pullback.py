@@ -12,48 +12,70 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, accumulation_dtype
-from effseg.deferred import Spec, Use
+from effseg.deferred import Rows, Spec, Use, in_compute_type
 
 
-class _Accumulator:
-    """The gradient of one stored tensor. Rows seen for the first time are written, later ones added to."""
+class _Rows:
+    """The gradient of a stored tensor of which slabs need rows. Rows seen for the first time are written,
+    later ones added to."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.grad: Tensor | None = None
         self.written = [0] * tensor.shape[0]
 
-    def add(self, use: Use, sample: int, part: Tensor) -> None:
-        if use.rows is None:
-            if self.grad is None:  # many slabs add to it
-                wide = accumulation_dtype(self.tensor.dtype)
-                self.grad = torch.zeros_like(self.tensor, dtype=wide)
-            use.cut(self.grad, sample).add_(part)
-            return
-        if self.grad is None and part.shape == self.tensor.shape:
-            self.grad, self.written = part, [part.shape[2]]
-            return
-        if self.grad is None:
+    def prepare(self, rows: Rows) -> None:
+        """Allocate the gradient, unless these rows are all: then they become it."""
+        if self.grad is None and not (self.tensor.shape[0] == 1 and rows == (0, self.tensor.shape[2])):
             # What only stands for a value has no strides; any other gradient has its tensor's, or autograd
             # would copy it.
             stands = not any(self.tensor.stride())
             layout = CHANNELS_LAST if stands else torch.preserve_format
             self.grad = torch.empty_like(self.tensor, memory_format=layout)
-        (lo, hi), done = use.rows, self.written[sample]
+
+    def add(self, rows: Rows, sample: int, part: Tensor) -> None:
+        if self.grad is None:
+            self.grad, self.written = part, [part.shape[2]]
+            return
+        (lo, hi), done = rows, self.written[sample]
         grad = self.grad[sample : sample + 1]
-        grad[:, :, done:lo].zero_()
         overlap = max(0, min(done, hi) - lo)
-        grad[:, :, lo : lo + overlap].add_(part[:, :, :overlap])
-        grad[:, :, lo + overlap : hi].copy_(part[:, :, overlap:])
+        if done < lo:
+            grad[:, :, done:lo].zero_()
+        if overlap:
+            grad[:, :, lo : lo + overlap].add_(part[:, :, :overlap])
+        if lo + overlap < hi:
+            grad[:, :, lo + overlap : hi].copy_(part[:, :, overlap:])
         self.written[sample] = max(done, hi)
 
     def result(self) -> Tensor:
         if self.grad is None:
             return torch.zeros_like(self.tensor)
         for sample, done in enumerate(self.written):
-            if self.tensor.dim() == 5 and done:
+            if done < self.tensor.shape[2]:
                 self.grad[sample, :, done:].zero_()
         return self.grad.to(self.tensor.dtype)
+
+
+class _Sum:
+    """The gradient of weights, or of numbers per sample, to which every slab adds."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.grad: Tensor | None = None
+
+    def target(self, use: Use, sample: int, part: Tensor) -> Tensor | None:
+        """What `part` is to be added to; None where it was the first and all that there is."""
+        wide = accumulation_dtype(self.tensor.dtype)
+        if self.grad is None and part.shape == self.tensor.shape:
+            self.grad = part.to(wide, copy=True)
+            return None
+        if self.grad is None:
+            self.grad = torch.zeros_like(self.tensor, dtype=wide)
+        return use.cut(self.grad, sample)
+
+    def result(self) -> Tensor:
+        return torch.zeros_like(self.tensor) if self.grad is None else self.grad.to(self.tensor.dtype)
 
 
 class Pullback:
@@ -63,16 +85,34 @@ class Pullback:
     """
 
     def __init__(self, ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], needed: Sequence[bool]) -> None:
-        self.ops, self.spec, self.tensors = ops, spec, tensors
-        self.sums = [_Accumulator(t) if n else None for t, n in zip(tensors, needed, strict=True)]
+        self.ops, self.spec, self.tensors, self.needed = ops, spec, tensors, needed
+        self.low = in_compute_type(spec, tensors)
         self.any = any(needed)
+        uses = spec.uses(0, spec.shape[2])
+        self.centres = [i for i, use in enumerate(uses) if use.centre and needed[i]]
+        own = {i for i, n in enumerate(needed) if n} - set(self.centres) | {i + 2 for i in self.centres}
+        self.sums: dict[int, _Rows | _Sum] = {
+            i: _Sum(tensors[i]) if uses[i].rows is None else _Rows(tensors[i]) for i in sorted(own)
+        }
+
+    def prepare(self, lo: int, hi: int) -> None:
+        """Allocate the gradients that outlive the slabs, before the first slab, which has rows [lo, hi).
+
+        Later they would come to lie beside tensors of that slab, whose end leaves holes.
+        """
+        uses = self.spec.uses(lo, hi)
+        for i, gradient in self.sums.items():
+            wanted = uses[i].rows
+            if isinstance(gradient, _Rows) and wanted is not None:
+                gradient.prepare(wanted)
 
     def rows(self, sample: int, lo: int, hi: int) -> Tensor:
         """Rows [lo, hi) of one sample; the graph is kept for the next `pull`."""
+        self.prepare(lo, hi)
         self.sample, self.uses = sample, self.spec.uses(lo, hi)
         self.leaves = [
-            use.cut(t, sample).detach().requires_grad_(s is not None)
-            for use, t, s in zip(self.uses, self.tensors, self.sums, strict=True)
+            use.cut(t, sample).detach().requires_grad_(i in self.sums)
+            for i, (use, t) in enumerate(zip(self.uses, self.low, strict=True))
         ]
         with torch.set_grad_enabled(self.any):
             value = self.spec.rows(self.ops, lo, hi, self.leaves)
@@ -82,22 +122,37 @@ class Pullback:
 
     def pull(self, grad: Tensor) -> None:
         """Add the gradients that `grad`, the gradient of the latest rows, gives the stored tensors."""
-        live = [i for i, s in enumerate(self.sums) if s is not None]
-        value, leaves = self.value, [self.leaves[i] for i in live]
+        value, leaves = self.value, [self.leaves[i] for i in self.sums]
         del self.value, self.leaves
         parts = torch.autograd.grad(value, leaves, grad)
         del value, leaves
-        for i, part in zip(live, parts, strict=True):
-            accumulator = self.sums[i]
-            assert accumulator is not None
-            accumulator.add(self.uses[i], self.sample, part)
+        targets, small = [], []
+        for (i, accumulator), part in zip(self.sums.items(), parts, strict=True):
+            use = self.uses[i]
+            if isinstance(accumulator, _Rows):
+                assert use.rows is not None
+                accumulator.add(use.rows, self.sample, part)
+                continue
+            target = accumulator.target(use, self.sample, part)
+            if target is not None:
+                targets.append(target)
+                small.append(part)
+        if targets:
+            torch._foreach_add_(targets, small)
 
     def gradients(self) -> list[Tensor | None]:
-        return [None if s is None else s.result() for s in self.sums]
+        found = {i: accumulator.result() for i, accumulator in self.sums.items()}
+        found |= {i: (self.tensors[i + 1] * found[i + 2]).neg_() for i in self.centres}
+        return [found[i] if needed else None for i, needed in enumerate(self.needed)]
+
+
+def added(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sum over slabs and one more, in `dtype`."""
+    return part.to(dtype, copy=True) if total is None else total.add_(part)
 
 
 def rows(ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], sample: int, lo: int, hi: int) -> Tensor:
-    """Rows [lo, hi) of one sample without a graph."""
+    """Rows [lo, hi) of one sample without a graph, from tensors `in_compute_type`."""
     with torch.no_grad():
         cut = [use.cut(t, sample) for use, t in zip(spec.uses(lo, hi), tensors, strict=True)]
         return spec.rows(ops, lo, hi, cut)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import Algorithm, accumulation_dtype
+from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, accumulation_dtype
 from effseg.algorithms.sweeps.moments import Moments
 from effseg.slabs import Window, rows_per_slab, slabs
 
@@ -32,21 +32,25 @@ def stem_statistics_forward(
     d, h, w = size
     channels, accumulate = weight.shape[0], accumulation_dtype(dtype)
     out = window.output_size((d, h, w))
-    low = weight.to(dtype)
+    low = weight.to(dtype, memory_format=CHANNELS_LAST)
     shaped = weight.new_empty(channels + 1, *weight.shape[1:], dtype=accumulate)
-    moments, sums = Moments(ops, n), [torch.zeros(0)] * n
+    moments, sums = Moments(ops, n, dtype), [torch.zeros(0)] * n
     # Centring on the first slab's mean keeps Q small; the rest of the way to the mean is made at the end.
     reference = [torch.zeros(0)] * n
-    for sample, lo, hi in slabs(n, out[0], rows_per_slab(out[0], channels * out[1] * out[2], slab_elements)):
+    rows_of_slab = rows_per_slab(out[0], channels * out[1] * out[2], slab_elements, image.device)
+    for sample, lo, hi in slabs(n, out[0], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, d)
         x = image[sample : sample + 1, :, first:last].to(dtype)
         y = ops.convolution(x, low, None, window, pad)
         moments.add(sample, y)
-        y = y.to(accumulate)
         if lo == 0:
             reference[sample] = ops.mean_var(y)[0]
             sums[sample] = torch.zeros_like(shaped, dtype=torch.float64)
-        grads = torch.cat([y - reference[sample][:, None, None, None], torch.ones_like(y[:, :1])], 1)
+        grads = torch.empty(
+            (1, channels + 1, *y.shape[2:]), dtype=accumulate, device=y.device, memory_format=CHANNELS_LAST
+        )
+        torch.sub(y, reference[sample][:, None, None, None], out=grads[:, :channels])
+        grads[:, channels:].fill_(1)
         _, part = ops.convolution_backward(grads, x.to(accumulate), shaped, window, pad, False, True)
         assert part is not None
         sums[sample] += part

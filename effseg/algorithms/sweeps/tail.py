@@ -14,21 +14,27 @@ few classes F4 collects what B1 would (`effseg.algorithms.sweeps.norm_sums`), an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import Algorithm, Head, Sums
+from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, Head, Sums
 from effseg.algorithms.sweeps.conv3d import thickness
 from effseg.algorithms.sweeps.moments import Moments
 from effseg.algorithms.sweeps.norm_sums import NormSums, terms_from_sums
-from effseg.algorithms.sweeps.pullback import Pullback, rows
-from effseg.deferred import Normalisation, Spec
+from effseg.algorithms.sweeps.pullback import Pullback, added, rows
+from effseg.deferred import Normalisation, Spec, in_compute_type
+from effseg.device import make_room
 from effseg.slabs import Window, slabs
 
+# How many tensors of a slab the sweeps F4 and B2 hold at a time, about.
+FORWARD_SLABS, BACKWARD_SLABS = 4, 8
 
-class Layer(NamedTuple):
+
+@dataclass(frozen=True)
+class Layer:
     """leaky_relu(norm(conv(expression, weight)), slope), its convolution in the expression's type."""
 
     ops: Algorithm
@@ -48,16 +54,42 @@ class Layer(NamedTuple):
         d, h, w = self.spec.shape[2:]
         return (self.spec.shape[0], self.weight.shape[0], *self.window.output_size((d, h, w)))
 
+    @cached_property
+    def low(self) -> Tensor:
+        return self.weight.detach().to(self.dtype, memory_format=CHANNELS_LAST)
+
+    @cached_property
+    def in_compute_type(self) -> list[Tensor]:
+        return in_compute_type(self.spec, self.tensors)
+
     def slabs(self) -> Iterator[tuple[int, int, int]]:
-        return slabs(
-            self.shape[0], self.shape[2], thickness(self.spec, self.shape, self.window, self.slab_elements)
-        )
+        return slabs(self.shape[0], self.shape[2], self._thickness())
+
+    def make_room(self, head: Head) -> None:
+        """For the slabs of all sweeps, and for the gradient of the largest tensor on a coarser grid: the
+        forward sweeps can use that, too."""
+        tensors = (t for t in self.tensors if t.dim() == 5 and t.shape[2:] != self.spec.shape[2:])
+        gradient = max((t.untyped_storage().nbytes() for t in tensors), default=0)
+        _, c, _, h, w = self.shape
+        voxels = self._thickness() * h * w
+        slab = c * voxels * self.dtype.itemsize
+        forward = FORWARD_SLABS * slab
+        if collects(self, head):
+            forward += NormSums.nbytes(self.weight, head.classes, voxels)
+        make_room(self.weight.device, gradient, max(BACKWARD_SLABS * slab, forward - gradient))
+
+    def _thickness(self) -> int:
+        return thickness(self.spec, self.shape, self.window, self.slab_elements, self.weight.device)
+
+    def input_rows(self, lo: int, hi: int) -> tuple[int, int, tuple[int, int]]:
+        """Rows of the expression that rows [lo, hi) read, and the rows of zeros before and after them."""
+        return self.window.input_rows(lo, hi, self.spec.shape[2])
 
     def raw(self, sample: int, lo: int, hi: int) -> Tensor:
         """Rows of the convolution's output."""
-        first, last, pad = self.window.input_rows(lo, hi, self.spec.shape[2])
-        a = rows(self.ops, self.spec, self.tensors, sample, first, last)
-        return self.ops.convolution(a, self.weight.to(self.spec.dtype), None, self.window, pad)
+        first, last, pad = self.input_rows(lo, hi)
+        a = rows(self.ops, self.spec, self.in_compute_type, sample, first, last)
+        return self.ops.convolution(a, self.low, None, self.window, pad)
 
     def activated(self, y: Tensor, sample: int, norm: Normalisation) -> Tensor:
         mean, scale, beta = (t[sample : sample + 1] for t in norm)
@@ -67,7 +99,7 @@ class Layer(NamedTuple):
 
 def layer_statistics(layer: Layer) -> tuple[Tensor, Tensor]:
     """Sweep F3: mean and biased variance (N, C)."""
-    moments = Moments(layer.ops, layer.shape[0])
+    moments = Moments(layer.ops, layer.shape[0], layer.dtype)
     for sample, lo, hi in layer.slabs():
         moments.add(sample, layer.raw(sample, lo, hi))
     return moments.merge()
@@ -117,11 +149,11 @@ def tail_sums_backward(
     grad_mean, grad_var = norm_backward(Normalisation(-norm.scale * beta, scale, beta))
     ops, spec, window = layer.ops, layer.spec, layer.window
     voxels = layer.shape[2] * layer.shape[3] * layer.shape[4]
-    low = layer.weight.to(spec.dtype)
-    grad_weight = torch.zeros_like(layer.weight, dtype=mean.dtype)
+    low = layer.low
+    grad_weight = None
     pullback = Pullback(ops, spec, layer.tensors, needed)
     for sample, lo, hi in layer.slabs():
-        first, last, pad = window.input_rows(lo, hi, spec.shape[2])
+        first, last, pad = layer.input_rows(lo, hi)
         a = pullback.rows(sample, first, last)
         with torch.no_grad():
             y = ops.convolution(a, low, None, window, pad)
@@ -139,11 +171,12 @@ def tail_sums_backward(
         del y
         grad_a, grad_w = ops.convolution_backward(grad_y, a, low, window, pad, pullback.any, True)
         assert grad_w is not None
-        grad_weight += grad_w
+        grad_weight = added(grad_weight, grad_w, mean.dtype)
         del a, grad_y, grad_w
         if grad_a is not None:
             pullback.pull(grad_a)
         del grad_a
+    assert grad_weight is not None
     return grad_weight.to(layer.weight.dtype), pullback.gradients()
 
 
@@ -162,6 +195,6 @@ def _sweep_terms(
         )
         assert found.dscale is not None
         assert found.dbeta is not None
-        scale[one] += found.dscale
-        beta[one] += found.dbeta
+        scale[one].add_(found.dscale)
+        beta[one].add_(found.dbeta)
     return scale, beta

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from effseg.kernels.config import Config, choose, uses_aten
+from effseg.kernels.choose import choose
+from effseg.kernels.config import Config, uses_aten
 from effseg.kernels.launch import problem
 from effseg.slabs import Window
 

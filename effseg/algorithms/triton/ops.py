@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,10 +17,11 @@ from effseg.kernels.conv3d_fwd import conv3d_forward
 from effseg.kernels.conv3d_wgrad import conv3d_wgrad
 from effseg.kernels.launch import NormAct, empty
 from effseg.kernels.statistics import moments
+from effseg.settings import Function
 from effseg.slabs import Window
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(Function):
     """Saved: the slab and the weight."""
 
     @staticmethod
@@ -85,7 +85,10 @@ def mean_var(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean[0], var[0]
 
 
-class _NormAct(torch.autograd.Function):
+partial_moments = moments
+
+
+class _NormAct(Function):
     """Saved: y and the terms; with an addend the activated value, whose sign y alone does not tell."""
 
     @staticmethod
@@ -145,7 +148,7 @@ def fold(grad: Tensor | None, y: Tensor, mean: Tensor, scale: Tensor, shift: Ten
     return out
 
 
-class _UpsampleAdd(torch.autograd.Function):
+class _UpsampleAdd(Function):
     """Saved: nothing."""
 
     @staticmethod

@@ -53,6 +53,4 @@ def _activated(input: Tensor, slope: float, inplace: bool) -> Any:
         changed = Residual(spec.shape, spec.dtype, slope, spec.inner)
     watch.took("activation", 0 if inplace else math.prod(value.shape))
     found = Deferred(changed, value.tensors)
-    if isinstance(changed, Residual) and torch.is_grad_enabled():
-        found = nodes.share(found)
-    return result(input, found, inplace)
+    return result(input, nodes.share(found) if isinstance(changed, Residual) else found, inplace)

@@ -55,8 +55,9 @@ def _tail_sums(  # type: ignore[no-untyped-def]
     """`Sums`, mean, var, and what backward needs besides where that is collected. Raises `ValueError` for
     labels that are neither a class nor ignored."""
     layer, how, ignore_index = _layer(text, numbers, weight, tensors)
-    mean, var = sweep_statistics(layer)
     head = layer.ops.make_head(layer, head_weight, head_bias, labels.device, class_weights, ignore_index)
+    layer.make_room(head)
+    mean, var = sweep_statistics(layer)
     norm = terms(how, tuple(running) or None, mean, var, gamma, beta)
     sums, collected = tail_sums_forward(layer, norm, head, labels)
     unknown_labels(sums.unknown, head.classes)

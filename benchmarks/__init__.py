@@ -1,0 +1,1 @@
+"""Maintainers' tools, run from a checkout; nothing of them is in the wheel."""

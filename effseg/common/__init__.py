@@ -1,0 +1,1 @@
+"""What many packages here need, and none of them owns."""

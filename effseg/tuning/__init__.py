@@ -1,0 +1,1 @@
+"""Configurations of kernels by measurement."""

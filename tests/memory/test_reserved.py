@@ -1,0 +1,92 @@
+"""What a GPU's allocator reserves for a training step, beside what lives."""
+
+import pytest
+import torch
+
+from effseg import device
+from effseg.algorithms.sweeps import conv3d, tail
+from effseg.conversion import convert
+from effseg.memory import peak_training_memory
+from effseg.memory.trace import LARGEST_WORKSPACE
+from effseg.models import effsegnet
+from effseg.models.effsegnet import EffSegNet
+from effseg.models.unet3d import UNet3D
+
+SMALL = (1, 1, 32, 32, 32)
+
+
+def report(shape, memory="stream", levels=0, dtype="bf16", classes=15, kind="cuda", **options):
+    def build():
+        model = EffSegNet(shape[1], classes, memory=memory, **options)
+        model.recompute_levels = levels
+        return model
+
+    return peak_training_memory(build, shape, dtype=dtype, device=kind)
+
+
+def test_figures_are_in_order():
+    found = report(SMALL, classes=4)
+    assert found.peak < found.allocated < found.reserved
+    assert found.reserved_expandable <= found.reserved
+    assert 0 < found.workspace < LARGEST_WORKSPACE
+    text = str(found)
+    assert "reserved" in text
+    assert "in tensors" in text
+    assert found.to_dict()["reserved"] == found.reserved
+
+
+def test_a_cpu_reserves_nothing():
+    found = report(SMALL, classes=4, kind="cpu")
+    assert found.peak == found.allocated == found.reserved == found.reserved_expandable
+    assert found.workspace == 0
+
+
+def test_a_network_in_stock_torch_is_replayed_too():
+    found = peak_training_memory(lambda: UNet3D(1, 3), (1, 1, 32, 32, 32), device="cuda")
+    assert found.peak < found.allocated < found.reserved
+
+
+def test_no_room_is_asked_for_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("room on a CPU"))
+    device.make_room(torch.device("cpu"), 2**20)
+
+
+def test_where_there_is_no_room_none_is_made(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with device.pretending("cuda"):
+        device.make_room(torch.device("cpu"), 2**20)
+
+
+def test_room_is_made_for_what_is_stored_next(monkeypatch):
+    """32 channels at half the resolution, in bf16."""
+    asked = []
+    for module in (conv3d, tail, effsegnet):
+        monkeypatch.setattr(module, "make_room", lambda _, *sizes: asked.append(sizes))
+    report(SMALL, classes=4)
+    stored = 2 * 32 * 16**3
+    assert asked[0] == (stored,)  # before the first layer
+    assert asked[-1][0] == stored  # before the last one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", [0, 1])
+@pytest.mark.parametrize(
+    ("size", "bar"), [((512, 512, 256), 1.08), ((512, 512, 512), 1.08), ((300, 470, 390), 1.1)]
+)
+def test_little_is_reserved_beyond_what_lives(size, bar, levels):
+    found = report((1, 1, *size), levels=levels)
+    assert found.reserved <= bar * found.peak
+    assert found.allocated <= bar * found.peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory", "bar"), [("raw", 1.1), ("block", 1.15)])
+def test_converted_networks_are_replayed(memory, bar):
+    from effseg.benchmarking.networks import plain_conv_unet
+
+    model = convert(plain_conv_unet(15), memory=memory, shape=(1, 1, 128, 128, 128))
+    found = peak_training_memory(model, (1, 1, 256, 256, 128), device="cuda")
+    assert found.reserved <= bar * found.peak
