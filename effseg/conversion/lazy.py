@@ -30,8 +30,8 @@ CHANGED = (
     "lazy_logits=False, or use outputs before their network changes"
 )
 HOOK_TOO_LATE = (
-    "{}: expected before other operators read the tensor: a converted network's gradients do not pass through "
-    "one that is not stored; effseg.restore gives the network back"
+    "{}: expected before other operators read the tensor: a converted network's gradients do not pass "
+    "through one that is not stored; effseg.restore gives the network back"
 )
 
 

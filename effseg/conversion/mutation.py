@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 IN_PLACE = frozenset(
     f"__{name}__"
     for name in (
-        "set", "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
-        "ilshift", "irshift",
+        "set", "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior",
+        "ixor", "ilshift", "irshift",
     )
 )  # fmt: skip
 

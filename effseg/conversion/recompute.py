@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import KeptOutputs
 from effseg.deferred import Deferred, Spec, plain
 from effseg.normalisation import frozen_running_statistics
-from effseg.settings import Captured, Setting
+from effseg.settings import Captured, Repeated, Setting
 
 blocks_run_again: Setting[bool] = Setting("effseg_blocks_run_again", False, lasting=False)
 """Whether blocks do, in the pass that is under way."""
@@ -60,12 +61,8 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
         return end.tensors
 
     tensors = checkpoint(
-<<<<<<< HEAD
-        run, *start.tensors, use_reentrant=False, context_fn=lambda: (nullcontext(), SecondPass(buffers)),
-=======
-        run, *start.tensors, use_reentrant=False, preserve_rng_state=_is_random(block),
-        context_fn=lambda: (nullcontext(), _second_pass(block, Captured())),
->>>>>>> main
+        run, *start.tensors, use_reentrant=False,
+        context_fn=lambda: (nullcontext(), Repeated(partial(_second_pass, buffers, Captured()))),
     )  # fmt: skip
     kept.keep(tensors)
     buffers.first_pass_is_over()
@@ -95,36 +92,13 @@ class Buffers:
             buffer.data.copy_(value)  # what the graph has saved of it is not changed for long
 
 
-<<<<<<< HEAD
-class SecondPass:
-    """The inside of a block that is run again, as often as backward asks: buffers begin as they did in the
-    first pass and stay as it left them; lazy tensors work, whoever called backward."""
-
-    def __init__(self, buffers: Buffers) -> None:
-        self._buffers = buffers
-        self._stacks: list[ExitStack] = []
-
-    def __enter__(self) -> None:
-        stack = ExitStack()
-        stack.enter_context(frozen_running_statistics())
-        stack.callback(self._buffers.set, self._buffers.exchange())
-        stack.enter_context(torch._C._EnableTorchFunction())
-        stack.enter_context(Noticing())
-        self._stacks.append(stack)
-
-    def __exit__(self, *error: Any) -> None:
-        self._stacks.pop().__exit__(*error)
-=======
 @contextmanager
-def _second_pass(block: nn.Module, captured: Captured) -> Iterator[None]:
-    """Settings are those of the first pass; running statistics and counters stay as it left them."""
-    counters = [m.num_batches_tracked for m in block.modules() if isinstance(m, nn.BatchNorm3d)]
-    before = [None if c is None else c.clone() for c in counters]
-    with captured.restored(), frozen_running_statistics():
+def _second_pass(buffers: Buffers, captured: Captured) -> Iterator[None]:
+    """Settings are those of the first pass; buffers begin as they did in it and stay as it left them; lazy
+    tensors work, whoever called backward."""
+    after = buffers.exchange()
+    with captured.restored(), frozen_running_statistics(), torch._C._EnableTorchFunction(), Noticing():
         try:
             yield
         finally:
-            for counter, value in zip(counters, before, strict=True):
-                if counter is not None and value is not None:
-                    counter.copy_(value)
->>>>>>> main
+            buffers.set(after)

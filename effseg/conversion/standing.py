@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from effseg.conversion.values import Recipe, computed
+from effseg.settings import Function
 
 
-class Standing(torch.autograd.Function):
+class Standing(Function):
     """A lazy tensor without memory: make(). Its gradient is pulled back through values that are computed
     again.
 
@@ -35,7 +36,7 @@ class Standing(torch.autograd.Function):
         return None, None, *_pulled_back(ctx, grad)
 
 
-class Changed(torch.autograd.Function):
+class Changed(Function):
     """A lazy tensor after an operator that worked in place: the same one, made of other operands."""
 
     @staticmethod
@@ -50,7 +51,7 @@ class Changed(torch.autograd.Function):
         return None, None, *_pulled_back(ctx, grad)
 
 
-class Attached(torch.autograd.Function):
+class Attached(Function):
     """Values, with the gradient of the lazy tensor that they are the values of. Saved: nothing."""
 
     @staticmethod
