@@ -1,5 +1,6 @@
 """Flags and fixtures that every test shares."""
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -67,6 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported stays: collections, with which predictions of memory begin, pass over it."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     minutes = item.config.getoption("--minutes")
     if minutes is not None and time.monotonic() - item.config.stash[STARTED] > 60 * minutes:
@@ -77,6 +84,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def kernel_device(pytestconfig: pytest.Config) -> torch.device:
     """Where tests run kernels: on the GPU with --gpu, else in the interpreter."""
     return torch.device("cuda" if pytestconfig.getoption("--gpu") else "cpu")
+
+
+@pytest.fixture
+def small_preset(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a preset with all that presets are made of, in few channels and levels: predictions on fake
+    tensors and steps in the interpreter cost by the layer."""
+    from effseg.models.levels import PRESETS, Architecture
+
+    monkeypatch.setitem(PRESETS, "small", Architecture((16, 16, 24), (0, 1, 1)))
+    return "small"
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,12 @@ def step(
     [
         ({"memory": "raw"}, "bf16", "aten"),
         ({"memory": "raw", "norm": "group", "recompute": 2, "thick_axis": 2}, "fp16", "triton"),
-        ({"memory": "raw", "preset": "deep", "norm": "batch", "auxiliary": True}, "fp32", "aten"),
+        pytest.param(
+            {"memory": "raw", "preset": "deep", "norm": "batch", "auxiliary": True},
+            "fp32",
+            "aten",
+            marks=pytest.mark.slow,
+        ),
         ({"memory": "stream", "norm": "batch", "recompute": 1}, "bf16", "aten"),
         ({"memory": "stream", "preset": "deep", "auxiliary": True, "thick_axis": 0}, "fp16", "triton"),
         ({"memory": "stream", "norm": "group"}, "fp32", "triton"),
@@ -164,8 +169,6 @@ def converted(name: str, memory: str, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "memory", "algorithm"),
     [
-        ("plain deep", "raw", "triton"),
-        ("residual", "block", "triton"),
         ("dynunet residual, deep", "block", "triton"),
         ("segresnet", "raw", "triton"),
         ("plain", "auto", "auto"),

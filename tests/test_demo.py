@@ -9,7 +9,7 @@ from effseg import demo, phantom
 from effseg.cli import main
 from effseg.errors import InputError
 
-TINY = demo.Plan(shape=(40, 32, 32), training=2, validation=1)
+TINY = demo.Plan(shape=(32, 24, 24), training=2, validation=1)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_the_whole_way(quick, tmp_path):
     printed = screen.getvalue()
     for expected in ("urinary_bladder", "Mean Dice", str(result.segmentation)):
         assert expected in printed
-    assert "memory of ((40, 32, 32), (512, 512, 512))" in printed
+    assert "memory of ((32, 24, 24), (512, 512, 512))" in printed
     (case,) = result.summary["metric_per_case"]
     assert case["prediction_file"] == str(result.segmentation)
 

@@ -11,7 +11,7 @@ import torch
 
 from effseg.errors import InputError
 from effseg.memory.largest import largest
-from effseg.memory.predict import peak_training_memory
+from effseg.memory.predict import check_step, peak_training_memory
 from effseg.memory.report import MemoryReport
 from effseg.memory.units import format_bytes, parse_bytes
 from effseg.models.effsegnet import EffSegNet
@@ -49,13 +49,16 @@ class Settings:
 @dataclass(frozen=True)
 class Step:
     """One kind of training step of an EffSegNet. arguments: its constructor's, as JSON; shape: the image's,
-    (N, C, D, H, W); device: where it runs, cpu or cuda."""
+    (N, C, D, H, W); device: where it runs, cpu or cuda. Raises InputError for what no step has."""
 
     arguments: str
     shape: tuple[int, ...]
     dtype: str = "bf16"
     optimizer: str = "adamw"
     device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        check_step(self.shape, self.dtype, self.device)
 
     @classmethod
     def of(cls, arguments: dict[str, Any], shape: Sequence[int], *rest: str) -> "Step":

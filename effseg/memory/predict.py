@@ -56,12 +56,7 @@ def peak_training_memory(
     caching allocator over two such steps tells what is reserved, with a workspace for every convolution that
     is as large as what it reads and writes, 256 MiB at most. Raises InputError for unknown options.
     """
-    if len(shape) != 5 or min(shape) < 1:
-        raise InputError(f"shape: expected (N, C, D, H, W), each 1 or more, got {tuple(shape)}")
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if device not in DEVICE_KINDS:
-        raise InputError(f"device: expected one of {', '.join(DEVICE_KINDS)}, got {device!r}")
+    check_step(shape, dtype, device)
     n, _, *size = shape
     gc.collect()  # cycles of earlier steps would be freed in the middle of this one
     with FakeTensorMode(allow_non_fake_inputs=True), abridged() as abridgement, pretending(device):
@@ -78,6 +73,16 @@ def peak_training_memory(
             augment_batch(tracker, image, labels)
         _step(network, steps, tracker, image, labels, dtype, loss, loss_options or {})
     return _report(network, tracker, tuple(shape), dtype, device)
+
+
+def check_step(shape: Sequence[int], dtype: str, device: str) -> None:
+    """Raises InputError for a shape, a type or a device that no step has."""
+    if len(shape) != 5 or min(shape) < 1:
+        raise InputError(f"shape: expected (N, C, D, H, W), each 1 or more, got {tuple(shape)}")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if device not in DEVICE_KINDS:
+        raise InputError(f"device: expected one of {', '.join(DEVICE_KINDS)}, got {device!r}")
 
 
 def _step(

@@ -13,7 +13,6 @@ from effseg import EffSegNet, functional, peak_training_memory
 from effseg.algorithms import select
 from effseg.kernels import config
 from effseg.losses import dice_cross_entropy
-from effseg.models.levels import PRESETS, Architecture
 
 TINY = (1, 1, 3, 2, 4)
 CLASSES = 5
@@ -130,10 +129,6 @@ def tiny():
     return torch.randn(TINY), torch.randint(0, CLASSES, (1, *TINY[2:]), dtype=torch.uint8)
 
 
-# All that the presets are made of, in few channels and levels: what a step in the interpreter costs.
-SMALL = Architecture((16, 16, 24), (0, 1, 1))
-
-
 def network_like(preset, memory, state=None, dtype=torch.float32):
     network = EffSegNet(1, CLASSES, preset, memory=memory)
     if state is not None:
@@ -150,9 +145,9 @@ def network_like(preset, memory, state=None, dtype=torch.float32):
         pytest.param("base", "stream", marks=pytest.mark.slow),
     ],
 )
-def test_a_whole_step(preset, memory, tiny, monkeypatch):
+@pytest.mark.usefixtures("small_preset")
+def test_a_whole_step(preset, memory, tiny):
     """Loss and all gradients, on a volume whose deepest levels are one voxel."""
-    monkeypatch.setitem(PRESETS, "small", SMALL)
     image, labels = tiny
     state = network_like(preset, memory).state_dict()
     ours = step(network_like(preset, memory, state), "triton", image, labels)
@@ -186,14 +181,22 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-@pytest.mark.parametrize("memory", ["stream", pytest.param("raw", marks=pytest.mark.slow)])
-def test_memory_is_no_more_than_with_aten(memory):
+@pytest.mark.parametrize(
+    ("preset", "memory", "size"),
+    [
+        ("small", "stream", (192, 192, 192)),
+        pytest.param("base", "stream", (192, 192, 192), marks=pytest.mark.slow),
+        pytest.param("base", "raw", (192, 192, 192), marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("small_preset")
+def test_memory_is_no_more_than_with_aten(preset, memory, size):
     """On fake tensors, which no kernel reads."""
     found = []
     for algorithm in ("triton", "aten"):
         with effseg.algorithm(algorithm):
-            network = EffSegNet(1, 15, memory=memory)
-            found.append(peak_training_memory(network, (1, 1, 192, 192, 192)))
+            network = EffSegNet(1, 15, preset, memory=memory)
+            found.append(peak_training_memory(network, (1, 1, *size)))
     ours, aten = found
     assert ours.peak <= aten.peak
     assert ours.split["saved"] <= aten.split["saved"]

@@ -22,8 +22,27 @@ def quick(monkeypatch):
     monkeypatch.setattr("effseg.figures.draw_curves", lambda *args, **options: None)
 
 
+@pytest.fixture
+def in_their_place(monkeypatch):
+    """A tiny network trains in the place of both, whose checkpoints take longer than their steps."""
+    run = accuracy._run
+    monkeypatch.setattr(
+        accuracy, "_run", lambda config, console: run(config.replace(model="effseg-tiny"), console)
+    )
+
+
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
+def test_the_real_ones_train_and_are_scored(tmp_path):
+    assert_both_are_scored(tmp_path)
+
+
+@pytest.mark.usefixtures("quick", "in_their_place")
 def test_both_train_and_are_scored(tmp_path):
+    assert_both_are_scored(tmp_path)
+
+
+def assert_both_are_scored(tmp_path):
     found = accuracy.compare(tmp_path / "out", minutes=1e-3, device="cpu", plan=TINY)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["accuracy.json"]
     assert json.loads((tmp_path / "out/accuracy.json").read_text()) == found

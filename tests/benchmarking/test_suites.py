@@ -12,11 +12,14 @@ from effseg.benchmarking.registry import (
     NO_GPU,
     ONLY_COMPILED,
     ONLY_FULL,
+    Workload,
     contenders,
     select,
 )
 from effseg.benchmarking.timing import Times, filled
 from effseg.errors import InputError
+from effseg.models.effsegnet import EffSegNet
+from effseg.models.levels import PRESETS, Architecture
 
 CPU = torch.device("cpu")
 NOT_SELECTED = (ONLY_FULL, ONLY_COMPILED, "not in this suite's selection")
@@ -39,6 +42,26 @@ def nothing_runs(monkeypatch):
     monkeypatch.setattr(memory, "predicted", lambda case, dtype: memory.blank(case, dtype))
     monkeypatch.setattr(memory, "measured", lambda case, dtype, device: memory.blank(case, dtype))
     return noted
+
+
+@pytest.fixture
+def few_operators(monkeypatch):
+    """Those of a network of two levels on a small volume in one memory mode: to list what base asks for
+    takes a dozen seconds."""
+    pytest.importorskip("triton")
+    from effseg.benchmarking import operators
+    from effseg.kernels import autotune
+
+    monkeypatch.setitem(PRESETS, "small", Architecture((16, 32), (0, 1)))
+    monkeypatch.setattr(autotune, "build_model", lambda name, *sizes: EffSegNet(*sizes, preset="small"))
+    monkeypatch.setattr(autotune, "MEMORY", ("raw",))
+    monkeypatch.setattr(operators, "LEVELS", (16,))
+    small = Workload((16, 16, 16))
+    monkeypatch.setattr(suites, "workloads", lambda: {small.name: small})
+    monkeypatch.setattr(suites, "OPERATORS", ((small.name,),) * 2)
+    operators._asked.cache_clear()
+    yield
+    operators._asked.cache_clear()
 
 
 def run(*names, **options):
@@ -129,9 +152,8 @@ def test_an_interrupted_run_keeps_what_it_has(nothing_runs, tmp_path):
     record.write(found, tmp_path / "record.json")
 
 
-def test_kernels_are_listed_without_a_gpu(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setattr(suites, "OPERATORS", (("64x64x64, 15 classes",),) * 2)
+@pytest.mark.usefixtures("few_operators")
+def test_kernels_are_listed_without_a_gpu():
     shown = []
     found = run("kernels", seconds=0, show=shown.append)
     assert tuple(shown) == found.rows
@@ -205,8 +227,8 @@ def test_on_a_gpu_low_precision_and_ours_come_first_each_in_its_own_process():
         assert any(ours)
 
 
+@pytest.mark.usefixtures("few_operators")
 def test_on_a_gpu_every_operator_has_a_process():
-    pytest.importorskip("triton")
     found = list(suites._groups("kernels", False, False, torch.device("cuda"), ["bf16"]))
     names = [{row.contender.rpartition("/")[0] for row in group.rows} for group in found]
     assert {len(name) for name in names} == {1}
@@ -235,13 +257,14 @@ def test_a_run_goes_on_from_its_record(nothing_runs, tmp_path):
         if len(shown) == 3:
             raise KeyboardInterrupt
 
-    run("throughput", full=True, path=path, show=show)
+    options = {"dtypes": ["bf16", "fp32"], "path": path}
+    run("throughput", show=show, **options)
     assert len(nothing_runs) == 1
-    found = run("throughput", full=True, path=path, resume=True)
-    assert len(nothing_runs) == 1 + 5  # a race is run together, or not at all
+    found = run("throughput", resume=True, **options)
+    assert len(nothing_runs) == 1 + 2  # a race is run together, or not at all
     assert {row.status for row in found.rows if row.reason not in NOT_SELECTED} == {"ok"}
     assert record.read(path).rows == found.rows
-    assert run("throughput", full=True, path=path, resume=True).rows == found.rows
-    assert len(nothing_runs) == 6
-    run("throughput", full=True, path=path)
-    assert len(nothing_runs) == 6 + 5  # unless asked it begins anew
+    assert run("throughput", resume=True, **options).rows == found.rows
+    assert len(nothing_runs) == 3
+    run("throughput", **options)
+    assert len(nothing_runs) == 3 + 2  # unless asked it begins anew

@@ -14,10 +14,8 @@ NNUNET = "dynamic_network_architectures"
 
 
 def bytes_per_voxel(make, memory, dtype, shape=(1, 1, 512, 512, 256)):
-    def build():
-        return effseg.convert(make(15), memory=memory) if memory else make(15)
-
-    return effseg.peak_training_memory(build(), shape, dtype=dtype).bytes_per_voxel
+    network = effseg.convert(make(15), memory=memory) if memory else make(15)
+    return effseg.peak_training_memory(network, shape, dtype=dtype).bytes_per_voxel
 
 
 @pytest.mark.parametrize(

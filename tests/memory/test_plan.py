@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effseg import cli
+from effseg import cli, models
 from effseg.errors import InputError
 from effseg.memory import Request, planner
 from effseg.memory.largest import STEP, largest
 from effseg.memory.units import format_bytes, parse_bytes
+from effseg.models.effsegnet import EffSegNet
 
 COMMAND = ["plan", "--volume", "32x32x24", "--classes", "4", "--model", "unet3d", "--dtype", "fp32"]
 
@@ -84,12 +85,14 @@ def test_impossible_amounts_are_named(memory, headroom):
         planner.plan(Request((64, 64, 64), classes=4, model="unet3d"), memory, headroom)
 
 
-def test_command_answers_by_text_and_exit_code(capsys):
+def test_command_answers_by_text_and_exit_code(capsys, monkeypatch):
+    """Once with the search for the largest volumes."""
     assert cli.main([*COMMAND, "--gpu-memory", "1GB"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("Fits: training unet3d on 32x32x24, batch 1, 4 classes, fp32: needs ")
     assert "Largest that fits: cube " in out
     assert "outside the figure" in out.lower()
+    monkeypatch.setattr(planner, "largest", lambda *_: 0)
     assert cli.main([*COMMAND, "--gpu-memory", "300MB"]) == 1
     assert capsys.readouterr().out.startswith("Does not fit: ")
 
@@ -99,24 +102,40 @@ def test_command_says_when_nothing_fits(capsys):
     assert "Largest that fits: cube none, slices none" in capsys.readouterr().out
 
 
+@pytest.fixture
+def small_network(small_preset, monkeypatch):
+    """The command knows the small preset."""
+    name = f"effseg-{small_preset}"
+    monkeypatch.setattr("effseg.commands.plan.MODEL_NAMES", (name,))
+    monkeypatch.setitem(models._FACTORIES, name, lambda *sizes: EffSegNet(*sizes, preset=small_preset))
+    return name
+
+
 @pytest.mark.usefixtures("no_search")
-def test_command_compares_modes_and_baseline_in_json(capsys):
-    command = ["plan", "--volume", "32x32x40", "--classes", "4", "--gpu-memory", "90MB", "--json"]
-    assert cli.main(command) == 0
+def test_command_compares_modes_and_baseline_in_json(capsys, small_network):
+    command = ["plan", "--volume", "8x96x96", "--classes", "4", "--gpu-memory", "50MB", "--json"]
+    assert cli.main([*command, "--model", small_network]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["fits"] is True
-    assert answer["gpu_memory"] == 90 * 10**6
-    assert answer["prediction"]["model"] == "effseg-base"
+    assert answer["gpu_memory"] == 50 * 10**6
+    assert answer["prediction"]["model"] == small_network
     assert answer["prediction"]["peak"] == sum(answer["prediction"]["split"].values())
     assert answer["baseline"]["model"] == "unet3d"
     assert answer["baseline"]["peak"] > 5 * answer["prediction"]["peak"]
     assert answer["largest_cube"] == [40, 40, 40]
-    assert answer["largest_slices"] == [32, 32, 40]
-    table = [(mode["memory"], mode["recompute_levels"]) for mode in answer["modes"]]
-    assert table == [("raw", 0), ("stream", 0), ("stream", 1), ("stream", 2)]
-    assert answer["mode"] == next(m for m in answer["modes"] if m["peak"] <= answer["usable"])
-    arithmetic = [mode["arithmetic"] for mode in answer["modes"]]
-    assert arithmetic[0] == 1 < arithmetic[1] < arithmetic[2] < arithmetic[3] < 1.5
+    assert answer["largest_slices"] == [8, 96, 40]
+    thick = 8 * 16 * 96 * 96  # one slab of all rows, where a GPU's memory allows it
+    settings = ("memory", "recompute_levels", "slab_elements")
+    assert [tuple(mode[name] for name in settings) for mode in answer["modes"]] == [
+        ("raw", 0, thick), ("raw", 0, None), ("stream", 0, thick), ("stream", 0, None),
+        ("stream", 1, None), ("stream", 2, None),
+    ]  # fmt: skip
+    assert answer["mode"] == next(m for m in answer["modes"] if m["reserved"] <= answer["usable"])
+    assert (answer["mode"]["memory"], answer["mode"]["recompute_levels"]) == ("stream", 0)
+    thick_raw, raw, *streams = (mode["arithmetic"] for mode in answer["modes"])
+    assert thick_raw <= raw == 1 < streams[0]
+    assert streams == sorted(set(streams))
+    assert streams[-1] < 1.7
 
 
 @pytest.mark.slow

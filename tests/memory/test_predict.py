@@ -38,16 +38,24 @@ def test_prediction_equals_the_measured_step(optimizer):
     assert predicted.peak == pytest.approx(measured.outside_convolutions, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_prediction_equals_the_measured_step_of_effsegnet(dtype):
+@pytest.mark.parametrize(
+    ("preset", "dtype", "size", "slab"),
+    [
+        ("small", "fp32", (32, 32, 32), 2**15),
+        pytest.param("base", "fp32", (64, 48, 48), 2**18, marks=pytest.mark.slow),
+        pytest.param("base", "bf16", (64, 48, 48), 2**18, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("small_preset")
+def test_prediction_equals_the_measured_step_of_effsegnet(preset, dtype, size, slab):
     """Thin slabs, so that scratch inside the CPU's batch norm, which works on one, does not matter."""
 
     def make():
-        model = EffSegNet(1, 4)
-        model.slab_elements = 2**18
+        model = EffSegNet(1, 4, preset)
+        model.slab_elements = slab
         return model
 
-    shape = (1, 1, 64, 48, 48)
+    shape = (1, 1, *size)
     predicted = peak_training_memory(make, shape, dtype=dtype)
     measured = measure_training_memory(make, shape, 4, dtype=dtype)
     assert predicted.peak == pytest.approx(measured.outside_convolutions, rel=0.03)
@@ -85,8 +93,9 @@ def test_split_and_largest_account_for_the_peak():
     assert f"{report.bytes_per_voxel:.0f} B/voxel" in str(report)
 
 
+@pytest.mark.usefixtures("small_preset")
 def test_labels_of_our_networks_are_counted_as_bytes():
-    report = peak_training_memory(lambda: EffSegNet(1, 3), (1, 1, 32, 32, 32))
+    report = peak_training_memory(lambda: EffSegNet(1, 3, "small"), (1, 1, 16, 16, 16))
     assert report.split["batch"] == report.voxels * (4 + 1)
 
 
@@ -141,10 +150,11 @@ def test_own_loss_and_its_options_are_used():
     assert cheap.after_forward < peak_training_memory(Small, (1, 1, 8, 8, 8)).after_forward
 
 
+@pytest.mark.usefixtures("small_preset")
 def test_class_weights_may_be_real_tensors():
     options = {"class_weights": torch.tensor([0.5, 1.0, 2.0])}
-    for make in (lambda: UNet3D(1, 3), lambda: EffSegNet(1, 3)):
-        assert peak_training_memory(make, (1, 1, 16, 16, 32), loss_options=options).peak > 0
+    for make in (lambda: UNet3D(1, 3), lambda: EffSegNet(1, 3, "small")):
+        assert peak_training_memory(make, (1, 1, 16, 16, 16), loss_options=options).peak > 0
 
 
 @pytest.mark.parametrize(
@@ -201,9 +211,10 @@ def test_augmentation_on_the_device_is_counted(batch, bytes_per_voxel):
     assert augmented.after_forward == alone.after_forward
 
 
+@pytest.mark.usefixtures("small_preset")
 def test_augmentation_never_decides_which_mode_fits():
     """A step of the leanest mode needs several times as much."""
-    model = EffSegNet(1, 3, memory="stream", recompute=2)
+    model = EffSegNet(1, 3, "small", memory="stream", recompute=2)
     model.slab_elements = 1
     shape = (1, 1, 64, 48, 32)
     peaks = [peak_training_memory(model, shape, augmented=augmented).peak for augmented in (False, True)]

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from effseg import phantom
 from effseg.errors import InputError
+from effseg.models import build_model
+from effseg.training import loop, train
 from effseg.training.config import TrainingConfig
 from effseg.training.distributed import World, join_world
 from effseg.training.records import read_rows
@@ -18,8 +20,8 @@ PROGRAM = Path(__file__).with_name("double_run.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def call(command, folder, **values):
-    config = TrainingConfig(
+def configured(folder, **values):
+    return TrainingConfig(
         data=folder / "data",
         model="effseg-tiny",
         crop="none",
@@ -28,14 +30,16 @@ def call(command, folder, **values):
         seed=1,
         **values,
     )
+
+
+def in_two_processes(folder, config):
     path = folder / f"{config.output.name}.json"
     path.write_text(json.dumps(config.to_dict()))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(PROGRAM), str(path)], env=environment, capture_output=True, text=True, timeout=300
+        [*TORCHRUN, str(PROGRAM), str(path)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    return config.output
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +49,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_two_processes_equal_one_with_the_whole_batch(folder):
-    runs = [
-        call([sys.executable], folder, output=folder / "one", batch_size=2, steps=4),
-        call(TORCHRUN, folder, output=folder / "two", batch_size=1, steps=4),
-    ]
+def test_two_processes_equal_one_with_the_whole_batch(folder, monkeypatch):
+    monkeypatch.setattr(loop, "build_model", lambda *arguments: build_model(*arguments).double())
+    runs = [folder / "one", folder / "two"]
+    train(configured(folder, output=runs[0], batch_size=2, steps=4))
+    in_two_processes(folder, configured(folder, output=runs[1], batch_size=1, steps=4))
     one, two = (read_rows(run / "progress.csv") for run in runs)
     for name in ("step", "epoch", "learning_rate", "dice_mean", "dice_liver"):
         assert [row[name] for row in one] == [row[name] for row in two]
