@@ -140,7 +140,7 @@ class _Rounded(torch.autograd.Function):
         return _as(x, dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _as(grad, ctx.dtype), None
 
 
