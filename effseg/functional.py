@@ -72,6 +72,20 @@ def conv3d(
     Memory kept for backward: what x stores, and y (which the next layer keeps anyway).
     Raises `ValueError` where the channels or dimensions do not fit.
     """
+    return convolve(x, weight, bias, stride, statistics, dtype, slab_elements)
+
+
+def convolve(
+    x: Tensor | Deferred,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    statistics: bool = True,
+    dtype: torch.dtype | None = None,
+    slab_elements: int | None = None,
+    consumes: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`conv3d`; consumes: see `nodes.conv3d`."""
     checks.features("x", x)
     if isinstance(x, Tensor):
         x = plain(x, dtype or compute_dtype(x.device, weight))
@@ -79,7 +93,7 @@ def conv3d(
         raise ValueError(f"dtype: expected None or the expression's {x.dtype}, got {dtype}")
     checks.convolution(weight, bias, x.shape[1])
     window = convolution_window(weight.shape[2:], stride)
-    return nodes.conv3d(x, weight, bias, window, statistics, slab_elements)
+    return nodes.conv3d(x, weight, bias, window, statistics, slab_elements, consumes=consumes)
 
 
 def materialise(x: Deferred, *, slab_elements: int | None = None) -> Tensor:

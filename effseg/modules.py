@@ -57,8 +57,9 @@ class ConvNormAct3d(nn.Module):
     ) -> tuple[Tensor, Normalisation]:
         """The raw convolution output, stored, and what normalises it."""
         self._refuse_hooks()
-        y, mean, var = functional.conv3d(
-            x, self.conv.weight, self.conv.bias, self.conv.stride, slab_elements=slab_elements
+        # Only expressions read y, which multiply its gradient by the norm's scale: so that is its own.
+        y, mean, var = functional.convolve(
+            x, self.conv.weight, self.conv.bias, self.conv.stride, slab_elements=slab_elements, consumes=True
         )
         assert mean is not None
         assert var is not None

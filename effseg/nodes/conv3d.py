@@ -28,11 +28,12 @@ class Conv3dFunction(Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, spec, window, statistics, slab_elements, known, trains, weight, bias, *tensors
+        ctx: Any, spec, window, statistics, slab_elements, known, trains, consumes, weight, bias, *tensors
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.ops = select(weight.device, spec.dtype)
         ctx.device_type = weight.device.type
         ctx.spec, ctx.window, ctx.slab_elements, ctx.has_bias = spec, window, slab_elements, bias is not None
+        ctx.consumes = consumes
         ctx.set_materialize_grads(False)
         if known is None:
             y, mean, var = conv3d_forward(
@@ -50,12 +51,12 @@ class Conv3dFunction(Function):
     @node_backward
     def backward(ctx: Any, grad_y, grad_mean, grad_var):  # type: ignore[no-untyped-def]
         weight, y, mean, *tensors = ctx.saved_tensors
-        need_weight, need_bias, *needed = ctx.needs_input_grad[6:]
+        need_weight, need_bias, *needed = ctx.needs_input_grad[7:]
         grad_weight, grad_bias, grads = conv3d_backward(
             ctx.ops, ctx.spec, tensors, needed, weight, ctx.window, grad_y if y is None else y, mean,
-            grad_y, grad_mean, grad_var, need_weight, need_bias, ctx.slab_elements,
+            grad_y, grad_mean, grad_var, need_weight, need_bias, ctx.slab_elements, ctx.consumes,
         )  # fmt: skip
-        return *[None] * 6, grad_weight, grad_bias, *grads
+        return *[None] * 7, grad_weight, grad_bias, *grads
 
 
 def conv3d(
@@ -66,8 +67,11 @@ def conv3d(
     statistics: bool = True,
     slab_elements: int | None = None,
     known: Outputs | None = None,
+    consumes: bool = False,
 ) -> Outputs:
-    """See `effseg.functional.conv3d`. known: what a forward pass gave that is run again for its graph."""
+    """See `effseg.functional.conv3d`. known: what a forward pass gave that is run again for its graph. consumes:
+    all that reads y are operators of this package that read more than y itself, so that the gradient which
+    reaches it was made for it alone, and its memory may hold a gradient of x."""
     if torch.compiler.is_compiling():
         return compiled.conv3d(x, weight, bias, window, statistics, slab_elements)
     with torch.autocast(x.device.type, enabled=False):
@@ -78,6 +82,7 @@ def conv3d(
             slab_elements,
             known,
             torch.is_grad_enabled(),
+            consumes,
             weight,
             bias,
             *x.tensors,

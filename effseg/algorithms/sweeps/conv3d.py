@@ -81,8 +81,10 @@ def conv3d_backward(
     need_weight: bool,
     need_bias: bool,
     slab_elements: int | None,
+    consumes: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Gradients of weight, bias and the expression's tensors.
+    """Gradients of weight, bias and the expression's tensors. consumes: grad_y is nobody else's, and its memory
+    may hold one of them.
 
     What reaches y through its statistics over M voxels is affine in y, so it is folded in as it is read:
     g = grad_y + grad_mean / M + 2 grad_var (y - mean) / M.
@@ -97,7 +99,8 @@ def conv3d_backward(
     accumulate = accumulation_dtype(weight.dtype)
     grad_weight = grad_bias = None
     low = weight.to(spec.dtype, memory_format=CHANNELS_LAST)
-    pullback = Pullback(ops, spec, tensors, needed)
+    in_step = window.stride[0] == 1 and spec.shape[2] == y.shape[2]  # a row of one is a row of the other
+    pullback = Pullback(ops, spec, tensors, needed, grad_y if consumes and in_step else None)
     for sample, lo, hi in slabs(y.shape[0], y.shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, spec.shape[2])
         a = pullback.rows(sample, first, last)
@@ -116,7 +119,7 @@ def conv3d_backward(
             grad_bias = added(grad_bias, grad.sum((0, 2, 3, 4), dtype=accumulate), accumulate)
         del a, grad, grad_w
         if grad_a is not None:
-            pullback.pull(grad_a)
+            pullback.pull(grad_a, read=hi)
         del grad_a
     cast = [None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias)]
     return cast[0], cast[1], pullback.gradients()

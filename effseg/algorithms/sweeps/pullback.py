@@ -57,6 +57,29 @@ class _Rows:
         return self.grad.to(self.tensor.dtype)
 
 
+class _Reused(_Rows):
+    """The same in the memory of a gradient of which a sweep reads rows [0, read) of a sample before these are
+    added to. What comes for later rows waits."""
+
+    def __init__(self, tensor: Tensor, memory: Tensor) -> None:
+        super().__init__(tensor)
+        self.grad = memory
+        self.read = 0
+        self.waiting: Tensor | None = None
+
+    def prepare(self, rows: Rows) -> None:
+        pass
+
+    def add(self, rows: Rows, sample: int, part: Tensor) -> None:
+        lo, hi = rows
+        if self.waiting is not None:
+            first = self.written[sample] - lo
+            part[:, :, first : first + self.waiting.shape[2]].add_(self.waiting)
+        ready = min(self.read, hi)
+        self.waiting = part[:, :, ready - lo :].clone() if ready < hi else None
+        super().add((lo, ready), sample, part[:, :, : ready - lo])
+
+
 class _Sum:
     """The gradient of weights, or of numbers per sample, to which every slab adds."""
 
@@ -81,10 +104,18 @@ class _Sum:
 class Pullback:
     """Makes an expression's rows with a graph and pulls gradients back to the stored tensors.
 
-    `needed` says which tensors want a gradient; slabs are visited in ascending order within a sample.
+    `needed` says which tensors want a gradient; slabs are visited in ascending order within a sample. memory:
+    of a gradient that nobody needs after its rows have been pulled, for the first tensor of its shape.
     """
 
-    def __init__(self, ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], needed: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        ops: Algorithm,
+        spec: Spec,
+        tensors: Sequence[Tensor],
+        needed: Sequence[bool],
+        memory: Tensor | None = None,
+    ) -> None:
         self.ops, self.spec, self.tensors, self.needed = ops, spec, tensors, needed
         self.low = in_compute_type(spec, tensors)
         self.any = any(needed)
@@ -94,6 +125,11 @@ class Pullback:
         self.sums: dict[int, _Rows | _Sum] = {
             i: _Sum(tensors[i]) if uses[i].rows is None else _Rows(tensors[i]) for i in sorted(own)
         }
+        self.reused: _Reused | None = None
+        for i, gradient in self.sums.items():
+            if memory is not None and isinstance(gradient, _Rows) and _alike(memory, tensors[i]):
+                self.sums[i] = self.reused = _Reused(tensors[i], memory)
+                break
 
     def prepare(self, lo: int, hi: int) -> None:
         """Allocate the gradients that outlive the slabs, before the first slab, which has rows [lo, hi).
@@ -120,8 +156,11 @@ class Pullback:
             self.value = value
         return value.detach()
 
-    def pull(self, grad: Tensor) -> None:
-        """Add the gradients that `grad`, the gradient of the latest rows, gives the stored tensors."""
+    def pull(self, grad: Tensor, read: int = 0) -> None:
+        """Add the gradients that `grad`, the gradient of the latest rows, gives the stored tensors. read: up to
+        which row of the sample `memory` has been read."""
+        if self.reused is not None:
+            self.reused.read = read
         value, leaves = self.value, [self.leaves[i] for i in self.sums]
         del self.value, self.leaves
         parts = torch.autograd.grad(value, leaves, grad)
@@ -144,6 +183,14 @@ class Pullback:
         found = {i: accumulator.result() for i, accumulator in self.sums.items()}
         found |= {i: (self.tensors[i + 1] * found[i + 2]).neg_() for i in self.centres}
         return [found[i] if needed else None for i, needed in enumerate(self.needed)]
+
+
+def _alike(memory: Tensor, tensor: Tensor) -> bool:
+    """Whether the gradient of a tensor may lie there. A tensor that only stands for a value has no strides."""
+    same = (memory.shape, memory.dtype) == (tensor.shape, tensor.dtype)
+    strides = tensor.stride() if any(tensor.stride()) else None
+    dense = memory.is_contiguous(memory_format=CHANNELS_LAST)
+    return same and dense and (strides is None or strides == memory.stride())
 
 
 def added(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
