@@ -141,6 +141,16 @@ class ResidualBlock3d(nn.Module):
         return functional.materialise(self.deferred(functional.plain(x, dtype)))
 
 
+def recomputed(
+    enter: ConvNormAct3d, block: ResidualBlock3d, x: Deferred, slab_elements: int | None = None
+) -> Deferred:
+    """The block's output on the unit's, with nothing else kept: both are run again in backward."""
+    units = (enter, block.unit, block.last)
+    for unit in units:
+        unit._refuse_hooks()
+    return nodes.level(x, units, block.negative_slope, slab_elements)
+
+
 @contextmanager
 def _second_pass(captured: Captured) -> Iterator[None]:
     with captured.restored(), frozen_running_statistics():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from effseg import functional
 from effseg.deferred import Deferred
-from effseg.modules import ConvNormAct3d, ResidualBlock3d
+from effseg.modules import ConvNormAct3d, ResidualBlock3d, recomputed
 
 Triple = tuple[int, int, int]
 
@@ -48,9 +50,12 @@ class EncoderLevel(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock3d(channels, norm) for _ in range(blocks))
 
     def deferred(self, x: Tensor | Deferred, slab_elements: int | None, recompute: bool = False) -> Deferred:
-        h = self.enter.deferred(x, slab_elements)
-        for block in self.blocks:
-            assert isinstance(block, ResidualBlock3d)
+        blocks = [cast(ResidualBlock3d, block) for block in self.blocks]
+        if recompute and blocks and isinstance(x, Deferred) and not torch.compiler.is_compiling():
+            h = recomputed(self.enter, blocks.pop(0), x, slab_elements)
+        else:
+            h = self.enter.deferred(x, slab_elements)
+        for block in blocks:
             h = block.recomputed(h, slab_elements) if recompute else block.deferred(h, slab_elements)
         return h
 

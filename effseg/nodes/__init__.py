@@ -7,6 +7,7 @@ Arithmetic is in `effseg.algorithms`, validation in `effseg.functional`.
 
 from effseg.nodes.conv3d import conv3d
 from effseg.nodes.head import head_sums, segment
+from effseg.nodes.level import level
 from effseg.nodes.materialise import materialise
 from effseg.nodes.share import share
 from effseg.nodes.statistics import statistics
@@ -17,6 +18,7 @@ __all__ = [
     "conv3d",
     "head_sums",
     "layer_statistics",
+    "level",
     "materialise",
     "segment",
     "share",

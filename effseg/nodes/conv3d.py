@@ -69,9 +69,9 @@ def conv3d(
     known: Outputs | None = None,
     consumes: bool = False,
 ) -> Outputs:
-    """See `effseg.functional.conv3d`. known: what a forward pass gave that is run again for its graph. consumes:
-    all that reads y are operators of this package that read more than y itself, so that the gradient which
-    reaches it was made for it alone, and its memory may hold a gradient of x."""
+    """See `effseg.functional.conv3d`. known: what a forward pass gave that is run again for its graph.
+    consumes: y is only read by operators of this package, and only with a normalisation, so that the gradient
+    which reaches it was made for it alone, and a gradient of x may come to lie in its memory."""
     if torch.compiler.is_compiling():
         return compiled.conv3d(x, weight, bias, window, statistics, slab_elements)
     with torch.autocast(x.device.type, enabled=False):

@@ -83,8 +83,8 @@ def conv3d_backward(
     slab_elements: int | None,
     consumes: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Gradients of weight, bias and the expression's tensors. consumes: grad_y is nobody else's, and its memory
-    may hold one of them.
+    """Gradients of weight, bias and the expression's tensors. consumes: grad_y is nobody else's, and one of
+    them may come to lie in its memory.
 
     What reaches y through its statistics over M voxels is affine in y, so it is folded in as it is read:
     g = grad_y + grad_mean / M + 2 grad_var (y - mean) / M.

@@ -38,11 +38,13 @@ def materialise_backward(
     needed: Sequence[bool],
     grad: Tensor,
     slab_elements: int | None,
+    memory: Tensor | None = None,
 ) -> list[Tensor | None]:
-    pullback = Pullback(ops, spec, tensors, needed)
+    """memory: grad, if it is nobody else's: see `Pullback`."""
+    pullback = Pullback(ops, spec, tensors, needed, memory)
     for sample, lo, hi in slabs(
         spec.shape[0], spec.shape[2], thickness(spec, slab_elements, tensors[0].device)
     ):
         pullback.rows(sample, lo, hi)
-        pullback.pull(grad[sample : sample + 1, :, lo:hi])
+        pullback.pull(grad[sample : sample + 1, :, lo:hi], read=hi)
     return pullback.gradients()

@@ -157,8 +157,8 @@ class Pullback:
         return value.detach()
 
     def pull(self, grad: Tensor, read: int = 0) -> None:
-        """Add the gradients that `grad`, the gradient of the latest rows, gives the stored tensors. read: up to
-        which row of the sample `memory` has been read."""
+        """Add the gradients that `grad`, the gradient of the latest rows, gives the stored tensors. read: the
+        rows of the sample that have been read of `memory`."""
         if self.reused is not None:
             self.reused.read = read
         value, leaves = self.value, [self.leaves[i] for i in self.sums]
@@ -186,7 +186,7 @@ class Pullback:
 
 
 def _alike(memory: Tensor, tensor: Tensor) -> bool:
-    """Whether the gradient of a tensor may lie there. A tensor that only stands for a value has no strides."""
+    """Whether the gradient of a tensor may lie there. One that only stands for a value has no strides."""
     same = (memory.shape, memory.dtype) == (tensor.shape, tensor.dtype)
     strides = tensor.stride() if any(tensor.stride()) else None
     dense = memory.is_contiguous(memory_format=CHANNELS_LAST)

@@ -1,0 +1,192 @@
+"""A level that is run again for its backward pass: the unit that enters it and a residual block.
+
+    y0 = conv(x)       a0 = act(norm(y0))
+    y1 = conv(a0)      a1 = act(norm(y1))
+    y2 = conv(a1)      out = act(a0 + norm(y2))
+
+Of all this only statistics are kept. The backward pass makes y0, y1 and y2 again, and from then on four
+tensors of the level's size live: every gradient takes the place of what it is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effseg.algorithms.interface import Algorithm
+from effseg.algorithms.sweeps.conv3d import conv3d_backward, conv3d_forward, through_statistics
+from effseg.algorithms.sweeps.materialise import materialise_backward, materialise_forward, thickness
+from effseg.algorithms.sweeps.norm_backward import NormBackward
+from effseg.algorithms.sweeps.pullback import rows
+from effseg.deferred import Deferred, Normalisation, in_compute_type, raw, residual
+from effseg.normalisation import Merging, Running, terms
+from effseg.slabs import Window, slabs
+
+UNITS = 3
+
+
+class Unit(NamedTuple):
+    """A convolution without bias, a norm and an activation, without parameters."""
+
+    window: Window
+    how: Merging
+    running: Running
+    slope: float
+
+
+class Parameters(NamedTuple):
+    weight: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+
+
+class Statistics(NamedTuple):
+    """Mean and biased variance of a convolution's output, (N, C)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def level_forward(
+    ops: Algorithm,
+    x: Deferred,
+    units: Sequence[Unit],
+    parameters: Sequence[Parameters],
+    slab_elements: int | None,
+) -> tuple[Tensor, list[Statistics]]:
+    """out, (N, C, D, H, W) in the expression's type, and the statistics of y0, y1 and y2."""
+    outputs, norms, statistics, h = [], [], [], x
+    for unit, own in zip(units, parameters, strict=True):
+        y, mean, var = conv3d_forward(
+            ops, h.spec, h.tensors, own.weight, None, unit.window, True, slab_elements
+        )
+        assert mean is not None
+        assert var is not None
+        statistics.append(Statistics(mean, var))
+        outputs.append(y)
+        norms.append(terms(unit.how, unit.running, mean, var, own.gamma, own.beta))
+        h = raw(y, norms[-1], unit.slope)
+    out = residual(raw(outputs[0], norms[0], units[0].slope), outputs[2], norms[2], units[2].slope)
+    return materialise_forward(ops, out.spec, out.tensors, slab_elements), statistics
+
+
+def level_backward(
+    ops: Algorithm,
+    x: Deferred,
+    needed: Sequence[bool],
+    units: Sequence[Unit],
+    parameters: Sequence[Parameters],
+    weights_needed: Sequence[bool],
+    statistics: Sequence[Statistics],
+    grad: Tensor,
+    slab_elements: int | None,
+) -> tuple[list[Tensor | None], list[Parameters]]:
+    """Gradients of the expression's tensors and of the parameters (None of weights where not needed). grad:
+    that of out, whose memory is used up."""
+    norms = [
+        NormBackward(unit.how, unit.running, *found, own.gamma, own.beta)
+        for unit, found, own in zip(units, statistics, parameters, strict=True)
+    ]
+    y0, y1, y2 = _again(ops, x, units, parameters, norms, slab_elements)
+    windows, weights = [unit.window for unit in units], [own.weight for own in parameters]
+    a0, a1 = raw(y0, norms[0].terms, units[0].slope), raw(y1, norms[1].terms, units[1].slope)
+
+    def convolution(i: int, h: Deferred, wanted: Sequence[bool], *gradients: Tensor | None):  # type: ignore[no-untyped-def]
+        grad_weight, _, grads = conv3d_backward(
+            ops, h.spec, h.tensors, wanted, weights[i], windows[i], *gradients,
+            weights_needed[i], False, slab_elements, consumes=True,
+        )  # type: ignore[arg-type]  # fmt: skip
+        return grad_weight, grads
+
+    every = [True] * 4
+    through_norm = _sum_backward(ops, a0, y2, norms[2].terms, units[2].slope, grad, slab_elements)
+    _into_place(ops, y2, grad, norms[2].terms, statistics[2].mean, norms[2](through_norm), slab_elements)
+    grad_weight2, (grad_y1, *grad_terms) = convolution(2, a1, every, y2, None, y2, None, None)
+    del y2
+    from_norm = norms[1](Normalisation(*grad_terms))
+    grad_weight1, (grad_y0, *grad_terms) = convolution(
+        1, a0, every, y1, statistics[1].mean, grad_y1, *from_norm
+    )
+    del y1, a1, grad_y1
+    also_y0, *also_terms = materialise_backward(
+        ops, a0.spec, a0.tensors, every, grad, slab_elements, memory=grad
+    )
+    del grad
+    grad_y0 = grad_y0.add_(also_y0)
+    del also_y0
+    from_norm = norms[0](Normalisation(*(a + b for a, b in zip(grad_terms, also_terms, strict=True))))
+    grad_weight0, grads = convolution(0, x, needed, y0, statistics[0].mean, grad_y0, *from_norm)
+    own = zip((grad_weight0, grad_weight1, grad_weight2), norms, strict=True)
+    return grads, [Parameters(weight, norm.grad_gamma, norm.grad_beta) for weight, norm in own]
+
+
+def _again(
+    ops: Algorithm,
+    x: Deferred,
+    units: Sequence[Unit],
+    parameters: Sequence[Parameters],
+    norms: Sequence[NormBackward],
+    slab_elements: int | None,
+) -> list[Tensor]:
+    outputs, h = [], x
+    for unit, own, norm in zip(units, parameters, norms, strict=True):
+        y, _, _ = conv3d_forward(ops, h.spec, h.tensors, own.weight, None, unit.window, False, slab_elements)
+        outputs.append(y)
+        h = raw(y, norm.terms, unit.slope)
+    return outputs
+
+
+def _sum_backward(
+    ops: Algorithm,
+    a0: Deferred,
+    y2: Tensor,
+    norm: Normalisation,
+    slope: float,
+    grad: Tensor,
+    slab_elements: int | None,
+) -> Normalisation:
+    """Turns the gradient of act(a0 + norm(y2)) into that of the sum, in place; the gradients of the norm."""
+    grad_scale, grad_beta = torch.zeros_like(norm.scale), torch.zeros_like(norm.scale)
+    tensors = in_compute_type(a0.spec, a0.tensors)
+    for sample, lo, hi in _slabs(a0, slab_elements):
+        one = slice(sample, sample + 1)
+        mean, scale, beta = (t[one] for t in norm)
+        part, own = y2[one, :, lo:hi], grad[one, :, lo:hi]
+        with torch.no_grad():
+            addend = rows(ops, a0.spec, tensors, sample, lo, hi)
+            value = ops.norm_act(part, mean, scale, beta, slope, addend=addend)
+        found = ops.norm_act_backward(own, part, value, mean, scale, slope, need_dz=True, need_terms=True)
+        assert found.dz is not None
+        assert found.dscale is not None
+        assert found.dbeta is not None
+        own.copy_(found.dz)
+        grad_scale[one] += found.dscale
+        grad_beta[one] += found.dbeta
+    return Normalisation(-norm.scale * grad_beta, grad_scale, grad_beta)
+
+
+def _into_place(
+    ops: Algorithm,
+    y: Tensor,
+    grad: Tensor,
+    norm: Normalisation,
+    own_mean: Tensor,
+    grads: tuple[Tensor | None, Tensor | None],
+    slab_elements: int | None,
+) -> None:
+    """Puts the gradient of y where y was. grad: of norm(y); grads: of y's statistics."""
+    folded = through_statistics(y, own_mean, *grads)
+    per_slab = thickness(raw(y, norm, 1.0).spec, slab_elements, y.device)
+    for sample, lo, hi in slabs(y.shape[0], y.shape[2], per_slab):
+        one = slice(sample, sample + 1)
+        part, own = y[one, :, lo:hi], grad[one, :, lo:hi]
+        mean, scale = norm.mean[one], norm.scale[one]
+        direct = ops.norm_act_backward(own, part, part, mean, scale, 1.0, need_dy=True).dy
+        part.copy_(direct if folded is None else ops.fold(direct, part, *(t[sample] for t in folded)))
+
+
+def _slabs(x: Deferred, slab_elements: int | None):  # type: ignore[no-untyped-def]
+    return slabs(x.shape[0], x.shape[2], thickness(x.spec, slab_elements, x.device))
