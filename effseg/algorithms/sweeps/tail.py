@@ -30,7 +30,7 @@ from effseg.device import make_room
 from effseg.slabs import Window, slabs
 
 # How many tensors of a slab the sweeps F4 and B2 hold at a time, about.
-FORWARD_SLABS, BACKWARD_SLABS = 4, 8
+FORWARD_SLABS, BACKWARD_SLABS = 4, 7
 
 
 @dataclass(frozen=True)
