@@ -130,6 +130,28 @@ def test_lungs_that_the_field_of_view_cuts_are_kept(hu: float, axis: int) -> Non
     assert body_box(np.flip(turned, axis), -500, (2.0, 2.0, 2.0)) == (slice(0, 40),) * 3
 
 
+@pytest.mark.parametrize("padding", [-3024, -2000])
+@pytest.mark.parametrize("round_field", [True, False])
+def test_lungs_that_end_at_padding_are_kept(padding: float, round_field: bool) -> None:
+    array = np.random.default_rng(0).normal(-870, 15, (60, 60, 12)).astype(np.float32)
+    x, y = np.ogrid[-29.5:30, -29.5:30]
+    chest, lungs = (x / 45) ** 2 + (y / 24) ** 2 < 1, (x / 42) ** 2 + (y / 20) ** 2 < 1
+    array[~chest] -= 130
+    array[chest & ~lungs] = 40
+    array[28:32] = 40
+    seen = x**2 + y**2 < 26**2 if round_field else (abs(x) < 26) & (abs(y) < 15)
+    array[~seen] = padding
+    assert inside(body_box(array, -500, (4.0, 4.0, 5.0)), (4, 56), (15, 45), (0, 12))
+
+
+@pytest.mark.parametrize("padding", [-3024, -2000])
+def test_air_that_ends_at_padding_is_no_lung(padding: float) -> None:
+    array = scan()
+    cylinder(array, (60, 30), 20)
+    array[:10] = array[-10:] = padding
+    assert body_box(array, -500, (2.0, 2.0, 3.0)) == (slice(41, 80), slice(11, 50), slice(0, 40))
+
+
 @pytest.mark.parametrize("noise", [5, 60])
 def test_noisy_air_is_no_lung(noise: float) -> None:
     array = scan(noise=noise).clip(-1024)
