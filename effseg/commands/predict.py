@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from effseg.commands.options import add_spacing, add_window, three, window
 from effseg.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,21 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--window",
-        type=float,
-        nargs=2,
-        action="append",
-        metavar="HU",
-        help="intensity window that it was trained with, in HU; repeated, one for each channel",
-    )
-    group.add_argument(
-        "--spacing",
-        type=float,
-        nargs="+",
-        metavar="MM",
-        help="voxel size in mm to resample to, one number or three (default: each scan's own)",
-    )
+    add_window(group, "intensity window that it was trained with, in HU; repeated, one for each channel")
+    add_spacing(group)
     group.add_argument(
         "--crop", choices=("body", "none"), help="crop scans to the body, as training does (default: none)"
     )
@@ -106,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         largest_component=args.largest_component,
         preprocessing=_preprocessing(args),
         labels=None if args.labels is None else _labels(args.labels),
-        patch_size=_three(args.patch_size, "patch-size"),
+        patch_size=three(args.patch_size, "patch-size"),
     )
     predict_files(
         predictor,
@@ -128,9 +116,8 @@ def _preprocessing(args: argparse.Namespace) -> "Preprocessing | None":
         if args.spacing is not None or args.crop is not None:
             raise InputError("window: expected two HU values beside --spacing or --crop, got none")
         return None
-    windows = tuple(tuple(window) for window in args.window)
-    window, spacing = windows[0] if len(windows) == 1 else windows, _three(args.spacing, "spacing")
-    return Preprocessing(window=window, spacing=spacing, crop=args.crop or "none")
+    spacing = three(args.spacing, "spacing")
+    return Preprocessing(window=window(args.window), spacing=spacing, crop=args.crop or "none")
 
 
 def _labels(text: str) -> "Labels":
@@ -144,15 +131,6 @@ def _labels(text: str) -> "Labels":
     if names and all(value.strip().isdecimal() and colon for value, colon, _ in pairs):
         return {int(value): name.strip() for value, _, name in pairs}
     return names
-
-
-def _three(values: list[Any] | None, name: str) -> Any:
-    """One number stands for three."""
-    if values is None or len(values) == 3:
-        return None if values is None else tuple(values)
-    if len(values) != 1:
-        raise InputError(f"{name}: expected one number or three, got {len(values)}")
-    return tuple(values * 3)
 
 
 def _tell(path: Path, scan: "Scan", seconds: float) -> None:

@@ -58,6 +58,8 @@ def why_broken(path: Path) -> str:
     """Why `path` cannot be a readable file; "" where it can."""
     if path.is_symlink() and not path.exists():
         return f"a link to {os.readlink(path)}, which is not there"
+    if not path.exists():
+        return "no such file"
     if path.is_dir():
         return "a folder, expected a file"
     if not path.is_file():

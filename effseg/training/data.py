@@ -11,23 +11,16 @@ import torch
 
 from effseg.data.augmentation import Augmentation, augmentation
 from effseg.data.cache import CachedCase, WholeCase, prepare_case, prepare_whole_case
-from effseg.data.cases import (
-    SPLITS,
-    Case,
-    Found,
-    describe_missing,
-    fold_names,
-    look_for_cases,
-    select_names,
-    selects_by_name,
-    split_cases,
-)
+from effseg.data.cases import Case, Found, describe_missing, look_for_cases
+from effseg.data.dataset_json import read_dataset_json
 from effseg.data.description import same_text
 from effseg.data.identity import case_identity
-from effseg.data.intensities import channel_names, is_ct, listed
+from effseg.data.intensities import listed, scaling
 from effseg.data.labels import LabelMap, load_label_map
 from effseg.data.mirroring import Pairs, described_pairs, mirror_pairs
 from effseg.data.preprocessing import Preprocessing
+from effseg.data.selection import select_names, selects_by_name
+from effseg.data.splits import SPLITS, fold_names, split_cases
 from effseg.errors import DamagedFile, InputError
 from effseg.training.config import TrainingConfig
 from effseg.training.distributed import World
@@ -209,17 +202,18 @@ def _with_gone(config: TrainingConfig, found: Found) -> dict[str, str]:
 
 
 def _preprocessing(config: TrainingConfig, say: Callable[[str], None]) -> Preprocessing:
-    """What `config` says; one window is that of the CT channels, others by name are standardised."""
+    """What `config` says; one window is that of the CT channels, others are scaled as their names say."""
     preprocessing = Preprocessing(
         window=config.window, spacing=config.spacing, crop=config.crop, margin=config.margin
     )
-    names = channel_names(config.data)
+    names = read_dataset_json(config.data).channels
     if names is None:
         return preprocessing
     windows = preprocessing.windows(len(names))
-    if preprocessing.window == windows[0]:  # one for all
-        windows = tuple(windows[0] if is_ct(name) else None for name in names)
-    if None not in windows:
+    window = windows[0]
+    if isinstance(window, tuple) and preprocessing.window == window:  # one for all
+        windows = tuple(scaling(name, window) for name in names)
+    if all(isinstance(window, tuple) for window in windows):
         return preprocessing
     say(f"channels {', '.join(names)}: {listed(windows)}")
     return replace(preprocessing, window=windows)

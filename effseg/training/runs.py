@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from effseg.atomic import atomic_path
-from effseg.data.cases import Case, Found, fold_names, look_for_cases, select_names
+from effseg.data.cases import Case, Found, look_for_cases
 from effseg.data.description import read_json, same_text
 from effseg.data.identity import case_identity
 from effseg.data.labels import LabelMap
 from effseg.data.mirroring import Pairs
+from effseg.data.selection import select_names
+from effseg.data.splits import fold_names
 from effseg.errors import InputError
 from effseg.training.config import TrainingConfig
 
