@@ -8,7 +8,8 @@ from pathlib import Path
 
 from effseg.data.dataset_json import DatasetJson, formats, read_dataset_json
 from effseg.data.description import same_text
-from effseg.data.listing import Listing, list_folder, nifti_suffix, stem, why_broken
+from effseg.data.listing import Listing, is_there, list_folder, nifti_suffix, stem, why_broken
+from effseg.data.origin import made_by
 from effseg.data.selection import listed, select_names
 from effseg.errors import InputError
 
@@ -46,9 +47,10 @@ def look_for_cases(folder: str | Path, *, labelled: bool) -> Found:
     labelled=True: the files that dataset.json lists as `dataset`, or else `imagesTr/NAME_0000.nii.gz` (a file
     a channel) with `labelsTr/NAME.nii.gz`, or `NAME_ct.nii.gz` with `NAME_seg.nii.gz`.
     labelled=False: `imagesTs`, or else the images of `dataset`, or else `imagesTr`, where there is such a
-    folder, else every NIfTI file of the folder but `*_seg`: `NAME_ct`, `NAME_0000` (a file a channel) or any
-    other `NAME`. Four digits are a channel only where `NAME_0000` stands beside or dataset.json has
-    `channel_names`; an image `NAME_0001` with labels of that very name is a case of that name.
+    folder, else every NIfTI file of the folder but `*_seg` and what `effseg predict` has written: `NAME_ct`,
+    `NAME_0000` (a file a channel) or any other `NAME`.
+    Four digits are a channel only where `NAME_0000` stands beside or dataset.json has `channel_names`; an
+    image `NAME_0001` with labels of that very name is a case of that name.
     Missing are: links that lead nowhere and other files that cannot be opened, channels, labels of scans and
     scans of labels, volumes in formats that are not read, and cases beyond those found that `numTraining` of
     dataset.json counts.
@@ -59,14 +61,13 @@ def look_for_cases(folder: str | Path, *, labelled: bool) -> Found:
     if not folder.is_dir():
         raise InputError(f"{folder}: {'expected a folder' if folder.exists() else 'no such folder'}")
     description = read_dataset_json(folder)
-    if description.files is not None and (labelled or not (folder / "imagesTs").is_dir()):
+    if description.files is not None and (labelled or not is_there(folder / "imagesTs")):
         found = _listed_cases(folder, description, description.files, labelled)
     elif labelled:
-        nnunet = (folder / "imagesTr").is_dir()
-        found = _nnunet_cases(folder) if nnunet else _pairs(folder)
+        found = _nnunet_cases(folder) if is_there(folder / "imagesTr") else _pairs(folder)
     else:
         names = ("imagesTs", "imagesTr")
-        found = _scans(next((folder / name for name in names if (folder / name).is_dir()), folder))
+        found = _scans(next((folder / name for name in names if is_there(folder / name)), folder))
     if not found.cases and not found.missing:
         raise InputError(f"{folder}: no cases: expected {_wanted(folder, labelled)}")
     return replace(found, cases=sorted(found.cases, key=lambda case: case.name))
@@ -202,7 +203,8 @@ def _scans(folder: Path) -> Found:
     """Every scan of a folder."""
     listing = list_folder(folder)
     description = read_dataset_json(folder)
-    files = [path for path in (*listing.files, *listing.broken) if not stem(path).endswith("_seg")]
+    scans = [path for path in listing.files if made_by(path) is None]
+    files = [path for path in (*scans, *listing.broken) if not stem(path).endswith("_seg")]
     found = Found([], _unread(listing))
     for name, images in _group(files, description).items():
         wrong = _wrong(name, images, listing, description)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from effseg.data.description import read_json, same_text
+from effseg.data.listing import is_there
 from effseg.data.nifti import SUFFIXES
 from effseg.errors import InputError
 
@@ -33,9 +34,9 @@ def read_dataset_json(folder: str | Path) -> DatasetJson:
     """
     folder = Path(folder)
     path = folder / NAME
-    if not path.is_file() and folder.absolute().name.startswith("images"):
+    if not is_there(path) and folder.absolute().name.startswith("images"):
         path = folder.absolute().parent / NAME
-    if not path.is_file():
+    if not is_there(path):
         return DatasetJson()
     entries = read_json(path)
     if not isinstance(entries, dict):

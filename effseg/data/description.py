@@ -5,6 +5,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from effseg.data.listing import is_there
 from effseg.errors import InputError
 
 FILES = ("dataset.json", "labels.json")
@@ -15,7 +16,7 @@ def description_file(folder: str | Path) -> Path:
     """`folder`/dataset.json, else `folder`/labels.json. Raises InputError where neither is there."""
     for name in FILES:
         path = Path(folder) / name
-        if path.is_file():
+        if is_there(path):
             return path
     raise InputError(f"{folder}: expected a dataset.json or labels.json with the labels' names")
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from effseg.data.cases import Case
 from effseg.data.description import read_json, same_text
+from effseg.data.listing import is_there
 from effseg.errors import InputError
 
 FOLDS = 5
@@ -51,9 +52,7 @@ def split_cases(
 def fold_names(folder: str | Path, fold: int | str) -> tuple[list[str], list[str]] | None:
     """Training and validation cases of a fold as `folder`/splits_final.json names them; None without it."""
     path = Path(folder) / SPLITS
-    if path.is_symlink() and not path.exists():
-        raise InputError(f"{path}: a link to {path.readlink()}, which is not there")
-    return _chosen(_read_splits(path), fold) if path.is_file() else None
+    return _chosen(_read_splits(path), fold) if is_there(path) else None
 
 
 def _chosen(splits: Sequence[Any], fold: int | str) -> Any:

@@ -24,7 +24,14 @@ from effseg.data.splits import SPLITS, fold_names, split_cases
 from effseg.errors import DamagedFile, InputError
 from effseg.training.config import TrainingConfig
 from effseg.training.distributed import World
-from effseg.training.runs import RunRecord, check_labels, read_record, recorded_split, twins
+from effseg.training.runs import (
+    RunRecord,
+    check_labels,
+    check_preprocessing,
+    read_record,
+    recorded_split,
+    twins,
+)
 
 SAY_EVERY = 10.0  # seconds
 MOST_NOTES = 10
@@ -102,6 +109,9 @@ def load_training_data(
         check_labels(resumed, label_map, mirror, config)
     parts = world.from_main(lambda: split(config, say, anew))
     preprocessing = _preprocessing(config, say)
+    settings = label_map, preprocessing, mirror
+    if resumed is not None:
+        check_preprocessing(resumed, preprocessing, config)
     how: dict[str, Any] = {
         "preprocessing": preprocessing,
         "label_map": label_map,
@@ -119,7 +129,7 @@ def load_training_data(
         training,
         validation,
         augmentation(mirror, on_device=config.augments_on(world.device)) if config.augment else None,
-        resumed or world.from_main(lambda: _record(label_map, mirror, parts, (training, validation))),
+        resumed or world.from_main(partial(_record, *settings, parts, (training, validation))),
         resumed,
     )
     _check(data, config)
@@ -130,6 +140,7 @@ def load_training_data(
 
 def _record(
     label_map: LabelMap,
+    preprocessing: Preprocessing,
     mirror: Pairs | None,
     parts: tuple[list[Case], list[Case]],
     prepared: tuple[list[CachedCase], list[WholeCase]],
@@ -138,7 +149,7 @@ def _record(
     training, validation = (tuple(case.name for case in part) for part in prepared)
     used = {*training, *validation}
     files = {case.name: case_identity(case) for part in parts for case in part if case.name in used}
-    return RunRecord(label_map, training, validation, files, mirror)
+    return RunRecord(label_map, preprocessing, training, validation, files, mirror)
 
 
 def _mirror(config: TrainingConfig, label_map: LabelMap) -> Pairs | None:

@@ -8,6 +8,7 @@ import pytest
 
 from effseg.data.cases import Case, case_of, find_cases, look_for_cases
 from effseg.data.dataset_json import read_dataset_json
+from effseg.data.description import description_file
 from effseg.errors import InputError
 from effseg.training import TrainingConfig
 from effseg.training.data import split
@@ -312,6 +313,17 @@ class TestBroken:
         reason = self.broken(tmp_path / "b.nii.gz", "link")
         found = look_for_cases(tmp_path, labelled=False)
         assert (names(found.cases), found.missing) == (["a"], {"b": f"{tmp_path / 'b.nii.gz'}: {reason}"})
+
+    @pytest.mark.parametrize("name", ["dataset.json", "imagesTs", "imagesTr"])
+    def test_a_link_to_nowhere_is_not_nothing(self, tmp_path: Path, name: str) -> None:
+        touch(tmp_path, "a.nii.gz", "b_ct.nii.gz", "b_seg.nii.gz", "labels.json")
+        (tmp_path / name).symlink_to("/mnt/nas/gone")
+        for labelled in (False,) if name == "imagesTs" else (False, True):
+            with pytest.raises(InputError, match=f"{name}: a link to /mnt/nas/gone, which is not there"):
+                find_cases(tmp_path, labelled=labelled)
+        if name == "dataset.json":
+            with pytest.raises(InputError, match="a link to /mnt/nas/gone"):
+                description_file(tmp_path)
 
     def test_links_that_lead_somewhere_are_files(self, tmp_path: Path) -> None:
         touch(tmp_path, "store/1", "scans/x.txt")
