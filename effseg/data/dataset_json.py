@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effseg.data.description import read_json, same_text
+from effseg.data.description import DATASET_JSON, read_json, same_text
 from effseg.data.listing import is_there
 from effseg.data.nifti import SUFFIXES
 from effseg.errors import InputError
-
-NAME = "dataset.json"
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,9 @@ def read_dataset_json(folder: str | Path) -> DatasetJson:
     Raises InputError where it cannot be read or used (an unsupported `file_ending`).
     """
     folder = Path(folder)
-    path = folder / NAME
+    path = folder / DATASET_JSON
     if not is_there(path) and folder.absolute().name.startswith("images"):
-        path = folder.absolute().parent / NAME
+        path = folder.absolute().parent / DATASET_JSON
     if not is_there(path):
         return DatasetJson()
     entries = read_json(path)

@@ -8,7 +8,8 @@ from typing import Any
 from effseg.data.listing import is_there
 from effseg.errors import InputError
 
-FILES = ("dataset.json", "labels.json")
+DATASET_JSON = "dataset.json"
+FILES = (DATASET_JSON, "labels.json")
 MIRROR_PAIRS = "mirror_pairs"  # an entry of either: [[name, name], ...], see `effseg.data.mirroring`
 
 

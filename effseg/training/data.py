@@ -16,7 +16,7 @@ from effseg.data.dataset_json import read_dataset_json
 from effseg.data.description import same_text
 from effseg.data.identity import case_identity
 from effseg.data.intensities import listed, scaling
-from effseg.data.labels import LabelMap, load_label_map
+from effseg.data.labels import LabelMap, label_names, load_label_map
 from effseg.data.mirroring import Pairs, described_pairs, mirror_pairs
 from effseg.data.preprocessing import Preprocessing
 from effseg.data.selection import select_names, selects_by_name
@@ -156,8 +156,10 @@ def _mirror(config: TrainingConfig, label_map: LabelMap) -> Pairs | None:
     """The pairs of classes that mirrored volumes exchange; None where none is mirrored."""
     if config.mirror == "none":
         return None
-    described = described_pairs(config.data) if config.mirror_pairs is None else None
-    return mirror_pairs(label_map.names, config.mirror_pairs, described)
+    if config.mirror_pairs is not None:
+        return mirror_pairs(label_map.names, config.mirror_pairs, None)
+    left_out = label_names(config.data).difference(label_map.names)
+    return mirror_pairs(label_map.names, None, described_pairs(config.data), left_out)
 
 
 def split(
