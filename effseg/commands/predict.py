@@ -121,16 +121,20 @@ def _preprocessing(args: argparse.Namespace) -> "Preprocessing | None":
 
 
 def _labels(text: str) -> "Labels":
+    from effseg.data.description import FILES
     from effseg.data.labels import load_label_map
 
-    path = Path(text)
-    if path.exists():
-        return load_label_map(path if path.is_dir() else path.parent)
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    pairs = [name.partition(":") for name in names]
-    if names and all(value.strip().isdecimal() and colon for value, colon, _ in pairs):
-        return {int(value): name.strip() for value, _, name in pairs}
-    return names
+    if text and any((Path(text) / name).is_file() for name in FILES):
+        return load_label_map(text)
+    names = [name.strip() for name in text.split(",")]
+    pairs = [(value.strip(), name.strip()) for value, colon, name in (name.partition(":") for name in names)]
+    numbered = [value.isdecimal() and bool(name) for value, name in pairs]
+    values = [int(value) for (value, _), number in zip(pairs, numbered, strict=True) if number]
+    mixed = any(numbered) != all(numbered) or len(set(values)) < len(values)
+    if mixed or not all(names) or text.endswith(".json"):
+        expected = "names, or different values with names as 1:liver,5:spleen, or a folder with dataset.json"
+        raise InputError(f"labels: expected {expected} or labels.json, got {text!r}")
+    return {int(value): name for value, name in pairs} if any(numbered) else names
 
 
 def _tell(path: Path, scan: "Scan", seconds: float) -> None:
