@@ -62,9 +62,7 @@ def test_other_networks_are_refused(tmp_path):
     ):
         take_weights(fresh(), path, names(3))
     saved(path, norm="batch")
-    with pytest.raises(
-        InputError, match="effseg-tiny with instance norm, got those of .*-tiny with batch norm"
-    ):
+    with pytest.raises(InputError, match=r"effseg-tiny with instance norm, got .* with batch norm"):
         take_weights(fresh(), path, names(3))
     saved(path, classes=5)
     with pytest.raises(InputError, match=r"^init: "):
