@@ -18,6 +18,7 @@ from effseg.errors import InputError, InputWarning
 AIR = -1.5  # the window's lower end, after `Preprocessing.normalise`
 CROPS = ("body", "none")
 MOST_VOXELS = 1 << 31  # after resampling
+MOST_OF_ONE = 1000  # voxels along an axis that one of the scan may become; more is a header's mistake
 
 Shape = tuple[int, int, int]
 
@@ -89,7 +90,7 @@ class Preprocessing:
 
         wanted: mask (X, Y, Z) of voxels that the crop must hold, wherever the body seems to be.
         Warns of a CT that cannot be in HU. Raises InputError where the scan holds no body, has another number
-        of channels than there are windows, or would have more than 2**31 voxels.
+        of channels than there are windows, or would have more than 2**31 voxels, or 1000 instead of one.
         """
         shape, spacing = scan.grid.ras_shape, scan.spacing
         windows = self.windows(len(scan.array))
@@ -117,7 +118,8 @@ class Preprocessing:
                 raise InputError(f"{scan.paths[0]}: {error}") from error
         if self.spacing is not None:
             resampled = self._resampled(image.shape[1:], spacing)
-            if math.prod(resampled) > MOST_VOXELS:
+            most = max(step / wanted for step, wanted in zip(spacing, self.spacing, strict=True))
+            if math.prod(resampled) > MOST_VOXELS or most > MOST_OF_ONE:
                 raise InputError(
                     f"{scan.paths[0]}: voxels of {_by(spacing)} mm would become {_by(resampled)} voxels of "
                     f"{_by(self.spacing)} mm: expected a header with the scan's voxel size"
