@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Largest difference between the shares of two classes of which either may be taken: if need be the second one.
+# Largest difference between the shares of two classes of which either may be taken: first, and if need be.
 NEARLY_EVEN, CONTESTED = 0.7, 0.95
 TOLERANCE, BAR = 0.01, 0.02  # fine voxels: what is aimed at, and what contested voxels are given away for
+FEW = 400  # voxels of an organ whose centre a single one moves by too much to be worth a contested one
 _ROUNDS = 100  # for each organ at most; most need 5, thin neighbours at mixed factors up to 50
 _PAIRED = 200  # voxels of which any two are tried together, where no single one helps
 _LEAST = 1e-9  # squared fine voxels: what is gained by less is rounding
@@ -65,7 +66,7 @@ class _Balance:
         """Take the organ that is furthest off, again and again; each time the sum of squares falls."""
         self.open = self.undecided.margin < NEARLY_EVEN
         self._run()
-        if np.abs(self._errors()).max() > BAR:
+        if np.abs(self._errors())[self.counts > FEW].max(initial=0) > BAR:
             self.open[:] = True
             self._run()
 
