@@ -121,12 +121,12 @@ def _preprocessing(args: argparse.Namespace) -> "Preprocessing | None":
 
 
 def _labels(text: str) -> "Labels":
-    from effseg.data.description import FILES
+    from effseg.data.description import FILES, same_text
     from effseg.data.labels import load_label_map
 
     if text and any((Path(text) / name).is_file() for name in FILES):
         return load_label_map(text)
-    names = [name.strip() for name in text.split(",")]
+    names = [name.strip() for name in same_text(text).split(",")]
     pairs = [(value.strip(), name.strip()) for value, colon, name in (name.partition(":") for name in names)]
     numbered = [value.isdecimal() and bool(name) for value, name in pairs]
     values = [int(value) for (value, _), number in zip(pairs, numbered, strict=True) if number]

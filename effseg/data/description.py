@@ -1,5 +1,6 @@
 """The JSON files that describe a data set: dataset.json (nnU-Net's), labels.json."""
 
+import contextlib
 import json
 import unicodedata
 from pathlib import Path
@@ -42,5 +43,8 @@ def _once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def same_text(text: str) -> str:
-    """One spelling for all that look alike: an umlaut may be one character or two (NFC, NFD)."""
+    """One spelling for all that look alike: an umlaut may be one character or two (NFC, NFD), or, in the
+    arguments and file names of a process whose locale is ASCII, two bytes that Python could not read."""
+    with contextlib.suppress(UnicodeError):  # bytes that are no UTF-8 stay as they are
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8")
     return unicodedata.normalize("NFC", text)
