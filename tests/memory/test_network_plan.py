@@ -70,6 +70,7 @@ def answer():
     return plan_network(read_plans(PLANS, classes=3), 10**8, headroom=0.0)
 
 
+@pytest.mark.long
 def test_conversion_saves_memory_and_takes_larger_patches(answer):
     stock, raw, block = answer.modes
     assert [mode.memory for mode in answer.modes] == [None, "raw", "block"]
