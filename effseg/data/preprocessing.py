@@ -54,8 +54,8 @@ class Preprocessing:
     their standard deviation; "noNorm", the values as they are; "rescale_to_0_1", less the lowest, divided by
     the range; "rgb_to_0_1", divided by 255.
     spacing: mm to resample to, or None to keep the scan's.
-    crop: "body", the box of all that could be anatomy (see `body_box`) above `threshold` (HU) in the first CT
-    channel with `margin` mm around it, or "none". Without a CT channel nothing is cut.
+    crop: "body", the box of all that could be anatomy (see `body_box`) above `threshold` (HU) in the first
+    channel with a window that can be CT, and `margin` mm around it, or "none". Without one nothing is cut.
     """
 
     window: Window | tuple[Scaling, ...] = (-200.0, 400.0)
@@ -94,9 +94,7 @@ class Preprocessing:
         """
         shape, spacing = scan.grid.ras_shape, scan.spacing
         windows = self.windows(len(scan.array))
-        ct = next((channel for channel, window in enumerate(windows) if isinstance(window, tuple)), None)
-        if ct is not None:
-            self._doubt(scan, ct)
+        ct = self._ct(scan, windows)
         box: Box = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
         rescued = 0
         if self.crop == "body" and ct is not None:
@@ -187,11 +185,17 @@ class Preprocessing:
                 raise
             raise InputError(f"preprocessing: expected {', '.join(sorted(known))}, got {entries}") from error
 
-    def _doubt(self, scan: Scan, channel: int) -> None:
-        why = no_hu(scan.array[channel])
-        if why is not None:
+    def _ct(self, scan: Scan, windows: tuple[Scaling, ...]) -> int | None:
+        """The first channel with a window that can be CT in HU, or else the first one with a window; warns of
+        those before it that cannot."""
+        channels = [channel for channel, window in enumerate(windows) if isinstance(window, tuple)]
+        for channel in channels:
+            why = no_hu(scan.array[channel])
+            if why is None:
+                return channel
             path = scan.paths[min(channel, len(scan.paths) - 1)]
             warnings.warn(f"{path}: cannot be CT in HU: {why}", InputWarning, stacklevel=3)
+        return channels[0] if channels else None
 
     def _resampled(self, shape: tuple[int, ...], spacing: tuple[float, float, float]) -> Shape:
         assert self.spacing is not None

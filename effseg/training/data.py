@@ -226,6 +226,8 @@ def _preprocessing(config: TrainingConfig, say: Callable[[str], None]) -> Prepro
     window = windows[0]
     if isinstance(window, tuple) and preprocessing.window == window:  # one for all
         windows = tuple(scaling(name, window) for name in names)
+        if window not in windows and window != Preprocessing().window:
+            raise InputError(f"window: expected none, as no channel is CT ({', '.join(names)}), got {window}")
     if all(isinstance(window, tuple) for window in windows):
         return preprocessing
     say(f"channels {', '.join(names)}: {listed(windows)}")

@@ -200,6 +200,9 @@ class TestChannels:
         swapped = Scan(scan.array[::-1], scan.grid, scan.paths)
         expected = Preprocessing(window=((-200.0, 400.0), None)).prepare(scan).box
         assert Preprocessing(window=(None, (-200.0, 400.0))).prepare(swapped).box == expected
+        with pytest.warns(InputWarning, match="cannot be CT in HU"):  # the other one has a window, too
+            both = Preprocessing(window=((0.0, 250.0), (-200.0, 400.0))).prepare(swapped).box
+        assert both == expected
         whole = Preprocessing(window=(None, None)).prepare(swapped).box
         assert [side.stop for side in whole] == list(torso().shape)
 
