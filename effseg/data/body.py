@@ -14,6 +14,7 @@ SOFT_TISSUE = -200.0  # HU; fat is about -100
 FILLED = 0.7  # of a cube that is soft tissue around a voxel which is called inside of it
 FINGER = 10.0  # mm: edges of cubes that fit into a finger, but not into sheets and shells
 FINGER_SHARE = 0.1  # of a part's voxels are inside such cubes; 0.06 in a table of wood, 0.5 in an arm
+BOARD = 15.0, 100.0  # mm: cubes that a board of 10 mm cannot hold, and squares that no thin anatomy can
 LIMB = 25.0  # mm: edges of cubes that fit into a hand or a limb, but not into any board of a table
 LIMB_VOLUME = 2e4  # mm3 inside such cubes: an arm that touches the table is one part with it
 LUNG = -960.0  # HU of emphysema; outside air averages -1000 to -980
@@ -36,7 +37,8 @@ def body_box(
 
     - the largest part, and every other one that is thick: tables, cushions, clothes and cables are sheets and
       shells. A part is thick where 10 % of it are inside of 10 mm cubes, or 20 cm3 inside of 25 mm cubes, of
-      which 70 % are above `soft_tissue`. What the volume's face cuts counts as if it went on behind it;
+      which 70 % are above `soft_tissue`; but not a board, half of which is inside of 100 mm squares and less
+      than 10 % inside of 15 mm cubes. What the volume's face cuts counts as if it went on behind it;
     - everything up to an end of the field of view that is not air (a quarter of its 5 mm blocks are above
       -960 HU): lungs that are cut have no tissue around them there. The field ends at a face of the volume,
       or earlier where padding, below -1100 HU, fills what no detector saw.
@@ -106,15 +108,24 @@ def _largest_first(sizes: np.ndarray, boxes: Sequence[Box], order: Sequence[int]
 
 def _is_thick(tissue: np.ndarray, steps: Spacing, size: int) -> bool:
     """Whether a part of `size` voxels, of which `tissue` are dense enough, is more than sheets."""
-    if _inside(tissue, steps, FINGER) >= FINGER_SHARE * size:
-        return True
-    return bool(_inside(tissue, steps, LIMB) * np.prod(steps) >= LIMB_VOLUME)
+    if _inside(tissue, steps, (FINGER,) * 3) >= FINGER_SHARE * size:
+        return not _is_board(tissue, steps, size)
+    return bool(_inside(tissue, steps, (LIMB,) * 3) * np.prod(steps) >= LIMB_VOLUME)
 
 
-def _inside(tissue: np.ndarray, steps: Spacing, edge: float) -> int:
-    """How many voxels of `tissue` are the centres of cubes, `edge` mm long, that it fills."""
+def _is_board(tissue: np.ndarray, steps: Spacing, size: int) -> bool:
+    """Whether a part is a solid sheet of up to 10 mm, such as a table's top."""
+    thick, wide = BOARD
+    if _inside(tissue, steps, (thick,) * 3) >= FINGER_SHARE * size:
+        return False
+    squares = (tuple(0.0 if axis == across else wide for axis in range(3)) for across in range(3))
+    return any(_inside(tissue, steps, square) >= size / 2 for square in squares)
+
+
+def _inside(tissue: np.ndarray, steps: Spacing, edges: tuple[float, ...]) -> int:
+    """How many voxels of `tissue` are the centres of blocks, `edges` mm long, that it fills."""
     filled = tissue.view(np.uint8) * np.uint8(200)  # so that a mean of 8 bits has enough digits
-    for axis, (step, extent) in enumerate(zip(steps, tissue.shape, strict=True)):
+    for axis, (step, extent, edge) in enumerate(zip(steps, tissue.shape, edges, strict=True)):
         width = 2 * min(round((edge / step - 1) / 2), extent) + 1
         if width > 1:
             ndimage.uniform_filter1d(filled, width, axis, output=filled, mode="nearest")

@@ -112,6 +112,17 @@ def test_tables_bags_and_cables_are_left_out_whatever_their_size() -> None:
     assert body_box(array, -500, (2.0, 2.0, 3.0)) == (slice(41, 80), slice(17, 56), slice(0, 40))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_solid_board_is_left_out_and_a_flat_hand_is_kept(axis: int) -> None:
+    array = scan((200, 160, 30))
+    cylinder(array, (70, 80), 40)
+    np.moveaxis(array, axis, 0)[142:150] = 100  # 8 mm
+    expected = (slice(31, 110), slice(41, 120), slice(0, 30))
+    assert body_box(array, -500, (1.0, 1.0, 4.0)) == expected
+    array[155:165, 20:90, 2:28] = 30  # 10 mm, 70 mm, 104 mm
+    assert inside(body_box(array[:, :140], -500, (1.0, 1.0, 4.0)), (31, 165), (20, 120), (0, 30))
+
+
 def test_an_arm_that_lies_on_the_table_is_kept_with_it() -> None:
     array = scan()
     cylinder(array, (60, 36), 20)
