@@ -133,8 +133,10 @@ class FusedConv3d(Protocol):
         grad_y: Tensor | None,
         need_weight: bool,
         thickness: int,
+        memory: Tensor | None = None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of weight (accumulation type) and tensors, in slabs of `thickness` output rows."""
+        """Gradients of weight (accumulation type) and tensors, in slabs of `thickness` output rows. memory:
+        grad_y's, where the gradient of the first tensor may come to lie in it."""
 
 
 class Algorithm(Protocol):

@@ -91,16 +91,27 @@ def conv3d_backward(
     """
     folded = through_statistics(y, mean, grad_mean, grad_var)
     rows_of_slab = thickness(spec, y.shape, window, slab_elements, weight.device)
+    in_step = window.stride[0] == 1 and spec.shape[2] == y.shape[2]  # a row of one is a row of the other
+    memory = grad_y if consumes and in_step else None
     if ops.fused is not None and ops.fused.takes(spec, weight, window) and not need_bias:
         grad_weight, grads = ops.fused.backward(
-            spec, tensors, needed, weight, window, y, folded, grad_y, need_weight, rows_of_slab
+            spec,
+            tensors,
+            needed,
+            weight,
+            window,
+            y,
+            folded,
+            grad_y,
+            need_weight,
+            rows_of_slab,
+            memory,
         )
         return None if grad_weight is None else grad_weight.to(weight.dtype), None, grads
     accumulate = accumulation_dtype(weight.dtype)
     grad_weight = grad_bias = None
     low = weight.to(spec.dtype, memory_format=CHANNELS_LAST)
-    in_step = window.stride[0] == 1 and spec.shape[2] == y.shape[2]  # a row of one is a row of the other
-    pullback = Pullback(ops, spec, tensors, needed, grad_y if consumes and in_step else None)
+    pullback = Pullback(ops, spec, tensors, needed, memory)
     for sample, lo, hi in slabs(y.shape[0], y.shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, spec.shape[2])
         a = pullback.rows(sample, first, last)

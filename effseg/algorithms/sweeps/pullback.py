@@ -127,7 +127,7 @@ class Pullback:
         }
         self.reused: _Reused | None = None
         for i, gradient in self.sums.items():
-            if memory is not None and isinstance(gradient, _Rows) and _alike(memory, tensors[i]):
+            if memory is not None and isinstance(gradient, _Rows) and alike(memory, tensors[i]):
                 self.sums[i] = self.reused = _Reused(tensors[i], memory)
                 break
 
@@ -185,8 +185,8 @@ class Pullback:
         return [found[i] if needed else None for i, needed in enumerate(self.needed)]
 
 
-def _alike(memory: Tensor, tensor: Tensor) -> bool:
-    """Whether the gradient of a tensor may lie there. One that only stands for a value has no strides."""
+def alike(memory: Tensor, tensor: Tensor) -> bool:
+    """Whether a tensor's gradient may lie in that memory. What only stands for a value has no strides."""
     same = (memory.shape, memory.dtype) == (tensor.shape, tensor.dtype)
     strides = tensor.stride() if any(tensor.stride()) else None
     dense = memory.is_contiguous(memory_format=CHANNELS_LAST)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import StatisticsGradient
+from effseg.algorithms.sweeps.pullback import alike
 from effseg.algorithms.triton import choices
 from effseg.deferred import Plain, Raw, Spec
 from effseg.kernels.conv3d_dgrad import conv3d_dgrad
@@ -79,18 +80,21 @@ class Fused:
         grad_y: Tensor | None,
         need_weight: bool,
         thickness: int,
+        memory: Tensor | None = None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         low = weight.to(spec.dtype)
         x, terms = _operands(spec, tensors)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_x = empty(spec.shape, spec.dtype, x.device) if any(needed) else None
+        in_place = memory is not None and alike(memory, x) and x.dtype == spec.dtype and any(needed)
+        grad_x = memory if in_place else empty(spec.shape, spec.dtype, x.device) if any(needed) else None
+        above: Tensor | None = None  # rows of the gradient of y that are read again, but overwritten
         sums = torch.zeros(2, *spec.shape[:2], dtype=torch.float64, device=x.device)
         for sample, lo, hi in slabs(y.shape[0], y.shape[2], thickness):
             one = slice(sample, sample + 1)
             slab = _Slab.of(window, lo, hi, spec.shape[2], y.shape[2])
             own_terms = None if terms is None else _of_sample(terms, one)
             if grad_weight is None:
-                g = _gradient(spec, y, through_statistics, grad_y, one, slab)
+                g = _gradient(spec, y, through_statistics, grad_y, one, slab, above, in_place)
             elif through_statistics is not None and grad_y is not None and hi - lo == y.shape[2]:
                 # One slab: a small volume, where launches cost more than arithmetic.
                 out = empty(y[one].shape, spec.dtype, y.device)
@@ -102,12 +106,16 @@ class Fused:
                 )  # fmt: skip
                 g = out
             else:
-                g = _gradient(spec, y, through_statistics, grad_y, one, slab)
+                g = _gradient(spec, y, through_statistics, grad_y, one, slab, above, in_place)
                 first, last, pad = window.input_rows(lo, hi, spec.shape[2])
                 own = g[:, :, lo - slab.first_gradient : hi - slab.first_gradient]
                 grad_weight += conv3d_wgrad(
                     x[one, :, first:last], own, window=window, front=pad[0], prologue=own_terms
                 )
+            if in_place:
+                following = _Slab.of(window, hi, y.shape[2], spec.shape[2], y.shape[2]).first_gradient
+                kept = slice(following - slab.first_gradient, hi - slab.first_gradient)
+                above = g[:, :, kept].clone() if hi < y.shape[2] else None
             if grad_x is not None:
                 rows = (one, slice(None), slice(slab.first, slab.last))
                 found = conv3d_dgrad(
@@ -160,17 +168,26 @@ def _gradient(
     grad_y: Tensor | None,
     one: slice,
     slab: _Slab,
+    above: Tensor | None,
+    copied: bool,
 ) -> Tensor:
-    """The whole gradient of the slab's rows of y, in the type of the products."""
-    rows = (one, slice(None), slice(slab.first_gradient, slab.last_gradient))
+    """The whole gradient of the slab's rows of y, in the type of the products. above: its first rows, where
+    they are no longer to be read; copied: not as a part of grad_y."""
+    known = 0 if above is None else above.shape[2]
+    rows = (one, slice(None), slice(slab.first_gradient + known, slab.last_gradient))
     direct = None if grad_y is None else grad_y[rows].to(spec.dtype)
-    if through_statistics is None:
+    if through_statistics is None and not copied:
         assert direct is not None
         return direct
     part = y[rows]
-    out = empty(part.shape, part.dtype, part.device)
-    mean, scale, shift = (t[one] for t in through_statistics)
-    fold_kernel(direct, part, mean, scale, shift, out)
+    out = empty((*part.shape[:2], known + part.shape[2], *part.shape[3:]), part.dtype, part.device)
+    if above is not None:
+        out[:, :, :known] = above
+    if through_statistics is None:
+        out[:, :, known:] = direct
+    else:
+        mean, scale, shift = (t[one] for t in through_statistics)
+        fold_kernel(direct, part, mean, scale, shift, out[:, :, known:])
     return out
 
 
