@@ -43,6 +43,16 @@ class Parameters(NamedTuple):
     beta: Tensor | None
 
 
+class ParametersGradients(NamedTuple):
+    weight: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+
+
+FromNorm = tuple[Tensor | None, Tensor | None]
+"""Gradients of mean and variance."""
+
+
 class Statistics(NamedTuple):
     """Mean and biased variance of a convolution's output, (N, C)."""
 
@@ -83,7 +93,7 @@ def level_backward(
     statistics: Sequence[Statistics],
     grad: Tensor,
     slab_elements: int | None,
-) -> tuple[list[Tensor | None], list[Parameters]]:
+) -> tuple[list[Tensor | None], list[ParametersGradients]]:
     """Gradients of the expression's tensors and of the parameters (None of weights where not needed). grad:
     that of out, whose memory is used up."""
     norms = [
@@ -91,36 +101,43 @@ def level_backward(
         for unit, found, own in zip(units, statistics, parameters, strict=True)
     ]
     y0, y1, y2 = _again(ops, x, units, parameters, norms, slab_elements)
-    windows, weights = [unit.window for unit in units], [own.weight for own in parameters]
     a0, a1 = raw(y0, norms[0].terms, units[0].slope), raw(y1, norms[1].terms, units[1].slope)
 
-    def convolution(i: int, h: Deferred, wanted: Sequence[bool], *gradients: Tensor | None):  # type: ignore[no-untyped-def]
+    def convolution(
+        i: int, h: Deferred, y: Tensor, mean: Tensor | None, grad_y: Tensor, from_norm: FromNorm
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        wanted = needed if i == 0 else [True] * len(h.tensors)
         grad_weight, _, grads = conv3d_backward(
-            ops, h.spec, h.tensors, wanted, weights[i], windows[i], *gradients,
-            weights_needed[i], False, slab_elements, consumes=True,
-        )  # type: ignore[arg-type]  # fmt: skip
+            ops, h.spec, h.tensors, wanted, parameters[i].weight, units[i].window, y, mean, grad_y,
+            *from_norm, weights_needed[i], False, slab_elements, consumes=True,
+        )  # fmt: skip
         return grad_weight, grads
 
-    every = [True] * 4
     through_norm = _sum_backward(ops, a0, y2, norms[2].terms, units[2].slope, grad, slab_elements)
     _into_place(ops, y2, grad, norms[2].terms, statistics[2].mean, norms[2](through_norm), slab_elements)
-    grad_weight2, (grad_y1, *grad_terms) = convolution(2, a1, every, y2, None, y2, None, None)
+    grad_weight2, grads = convolution(2, a1, y2, None, y2, (None, None))
     del y2
-    from_norm = norms[1](Normalisation(*grad_terms))
-    grad_weight1, (grad_y0, *grad_terms) = convolution(
-        1, a0, every, y1, statistics[1].mean, grad_y1, *from_norm
-    )
+    grad_y1, through_norm = _of_raw(grads)
+    grad_weight1, grads = convolution(1, a0, y1, statistics[1].mean, grad_y1, norms[1](through_norm))
     del y1, a1, grad_y1
-    also_y0, *also_terms = materialise_backward(
-        ops, a0.spec, a0.tensors, every, grad, slab_elements, memory=grad
+    grad_y0, through_norm = _of_raw(grads)
+    every = [True] * len(a0.tensors)
+    also_y0, also = _of_raw(
+        materialise_backward(ops, a0.spec, a0.tensors, every, grad, slab_elements, memory=grad)
     )
     del grad
-    grad_y0 = grad_y0.add_(also_y0)
+    grad_y0.add_(also_y0)
     del also_y0
-    from_norm = norms[0](Normalisation(*(a + b for a, b in zip(grad_terms, also_terms, strict=True))))
-    grad_weight0, grads = convolution(0, x, needed, y0, statistics[0].mean, grad_y0, *from_norm)
+    both = Normalisation(*(a + b for a, b in zip(through_norm, also, strict=True)))
+    grad_weight0, grads = convolution(0, x, y0, statistics[0].mean, grad_y0, norms[0](both))
     own = zip((grad_weight0, grad_weight1, grad_weight2), norms, strict=True)
-    return grads, [Parameters(weight, norm.grad_gamma, norm.grad_beta) for weight, norm in own]
+    return grads, [ParametersGradients(weight, norm.grad_gamma, norm.grad_beta) for weight, norm in own]
+
+
+def _of_raw(grads: Sequence[Tensor | None]) -> tuple[Tensor, Normalisation]:
+    """Of a raw output, and of the terms that normalise it."""
+    y, *norm = (g for g in grads if g is not None)
+    return y, Normalisation(*norm)
 
 
 def _again(
@@ -185,6 +202,7 @@ def _into_place(
         part, own = y[one, :, lo:hi], grad[one, :, lo:hi]
         mean, scale = norm.mean[one], norm.scale[one]
         direct = ops.norm_act_backward(own, part, part, mean, scale, 1.0, need_dy=True).dy
+        assert direct is not None
         part.copy_(direct if folded is None else ops.fold(direct, part, *(t[sample] for t in folded)))
 
 

@@ -184,6 +184,7 @@ def _gradient(
     if above is not None:
         out[:, :, :known] = above
     if through_statistics is None:
+        assert direct is not None
         out[:, :, known:] = direct
     else:
         mean, scale, shift = (t[one] for t in through_statistics)
