@@ -25,7 +25,7 @@ THICK_SLAB_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
 # What a slab holds on a GPU whose memory allows it: launches no longer matter, and halos hardly.
 THICKEST_SLAB_ELEMENTS = 2**27
 # The share of a tensor that a slab holds where that is more, and everywhere with SHARE.
-SLAB_FRACTION = 1 / 64
+SLAB_FRACTION = 1 / 40
 # Of the finest tensor that a network stores: a slab of what it never stores is as large on the level above.
 STORED_FRACTION = 1 / 32
 # The most that a slab holds of a tensor, but for a quarter of a thick slab: a volume of a few thick slabs
