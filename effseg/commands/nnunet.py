@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from importlib import import_module, metadata
 from typing import Any
 
+from effseg.commands import nnunet_predict
 from effseg.errors import InputError
 from effseg.nnunet import announce
 
 HELP = """Run nnU-Net (2.8 or newer) with this package's trainers, which it finds without being changed.
 nnUNetTrainerEffSeg, the trainer of `train` and `predict` unless -tr names another, is nnU-Net's in less
-memory; nnUNetTrainerEffSegFull trains an EffSegNet on whole volumes. All other arguments are nnU-Net's:
-`effseg nnunet train --help` shows them. Environment: EFFSEG_MEMORY (the network's memory mode),
+memory; nnUNetTrainerEffSegFull trains an EffSegNet on whole volumes. `predict -m FOLDER` segments with any
+model folder of nnU-Net's, in bounded memory: see `effseg nnunet predict --help`. All other arguments are
+nnU-Net's: `effseg nnunet train --help` shows them. Environment: EFFSEG_MEMORY (the network's memory mode),
 EFFSEG_MEMORY_BUDGET (of mode auto), EFFSEG_NNUNET_EPOCHS and EFFSEG_NNUNET_ITERATIONS (of an epoch)."""
 
 OLDEST = (2, 8)  # that looks for trainers outside of itself
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_installation()
-    if not {"-h", "--help"} & set(args.arguments):
+    if not {"-h", "--help", nnunet_predict.MODEL} & set(args.arguments):
         _check_folders()
     announce()
     ACTIONS[args.action](args.arguments)
@@ -58,6 +60,9 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _predict(arguments: Sequence[str]) -> None:
     """nnU-Net's entry point looks its predictor up by name."""
+    if nnunet_predict.asked_for(arguments):
+        nnunet_predict.predict(arguments)
+        return
     from effseg.nnunet.predictor import Predictor
 
     with _replaced(import_module(PREDICTION), "nnUNetPredictor", Predictor):
