@@ -9,9 +9,9 @@ from effseg.errors import InputError
 
 MODEL = "-m"
 DESCRIPTION = """Segment scans with a trained nnU-Net v2 model, 2d, 3d_fullres or 3d_lowres, as
-nnUNetv2_predict does, but with the logits of no more planes in memory than a window is thick. Weights are read
-without executing anything in the checkpoint. Without -m, with -d and -c as of nnUNetv2_predict, nnU-Net itself
-predicts with models of this package's trainers."""
+nnUNetv2_predict does, but with the logits of no more planes in memory than a window is thick. Weights are
+read without executing anything in the checkpoint. Without -m, with -d and -c as of nnUNetv2_predict, nnU-Net
+itself predicts with models of this package's trainers."""
 
 
 def asked_for(arguments: Sequence[str]) -> bool:
