@@ -32,7 +32,7 @@ def test_nnunets_own_predictor_is_refused(predictor):
     """It calls the network with windows."""
     theirs = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False)
     theirs.network = predictor.network
-    with pytest.raises(InputError, match="trained on whole volumes.*`effseg nnunet predict`") as error:
+    with pytest.raises(InputError, match=r"trained on whole volumes.*`effseg nnunet predict`") as error:
         theirs._internal_maybe_mirror_and_predict(DATA[None])
     assert "\n" not in str(error.value)
 
