@@ -1,4 +1,4 @@
-"""`effseg nnunet predict -m MODEL`: prediction with any model folder of nnU-Net's, in bounded memory."""
+"""`effseg nnunet predict`: prediction with nnU-Net's models, in bounded memory."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,27 +7,40 @@ from typing import Any, NoReturn
 
 from effseg.errors import InputError
 
-MODEL = "-m"
 DESCRIPTION = """Segment scans with a trained nnU-Net v2 model, 2d, 3d_fullres or 3d_lowres, as
 nnUNetv2_predict does, but with the logits of no more planes in memory than a window is thick. Weights are
-read without executing anything in the checkpoint. Without -m, with -d and -c as of nnUNetv2_predict, nnU-Net
-itself predicts with models of this package's trainers."""
+read without executing anything in the checkpoint. The model is a folder, -m, or named as for
+nnUNetv2_predict: -d, -c, -p, -tr. Models of trainers from elsewhere, of whole volumes, and cascades
+(-prev_stage_predictions), where named by -d, are left to nnU-Net's own predictor and its arguments."""
 
 
-def asked_for(arguments: Sequence[str]) -> bool:
-    """Whether this is for a model folder, or for help."""
-    return bool({MODEL, "-h", "--help"} & set(arguments))
+def takes(arguments: Sequence[str]) -> bool:
+    """Whether these are for `predict` below: a folder, help, or a model of which it knows the trainer."""
+    if {"-h", "--help"} & set(arguments) or names_folder(arguments):
+        return True
+    given = _given(arguments, "-tr", "-prev_stage_predictions")
+    if given.prev_stage_predictions is not None:
+        return False
+    from effseg.nnunet.prediction.trainers import knows
+
+    return knows(given.tr)
+
+
+def names_folder(arguments: Sequence[str]) -> bool:
+    """Whether the model is told by -m: then nnU-Net's folder variables are not needed."""
+    return _given(arguments, "-m").m is not None
 
 
 def predict(arguments: Sequence[str]) -> None:
     """Raises InputError for arguments, models and scans that cannot be used."""
-    from effseg.nnunet.prediction.predictor import Predictor
-
     args = _parser().parse_args(arguments)
     if args.prev_stage_predictions is not None:
-        raise InputError("-prev_stage_predictions: cascades are not supported: use nnUNetv2_predict")
+        raise InputError("-prev_stage_predictions: expected none with -m: cascades are left to nnU-Net")
+    folder = _model_folder(args)
+    from effseg.nnunet.prediction.predictor import Predictor
+
     predictor = Predictor(
-        args.m,
+        folder,
         _folds(args.f),
         args.chk,
         device=args.device,
@@ -53,6 +66,30 @@ def predict(arguments: Sequence[str]) -> None:
         print(path)
 
 
+def _model_folder(args: argparse.Namespace) -> Path:
+    if args.m is not None:
+        if args.d is not None:
+            raise InputError("-d: expected none with -m, which names the model's folder")
+        found: Path = args.m
+        return found
+    if args.d is None or args.c is None:
+        raise InputError("-m: expected a model's folder, or -d and -c that name one, got neither")
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    try:
+        return Path(get_output_folder(args.d, args.tr, args.p, args.c))
+    except RuntimeError as error:
+        raise InputError(f"-d: {error}") from None
+
+
+def _given(arguments: Sequence[str], *names: str) -> argparse.Namespace:
+    """Single options among others, written in any way that argparse takes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(name)
+    return parser.parse_known_args([*arguments])[0]
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see `{self.prog} --help`)")
@@ -63,7 +100,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("-i", type=Path, required=True, metavar="FOLDER", help="scans NAME_0000, one file a channel")
     add("-o", type=Path, required=True, metavar="FOLDER", help="where labels are written, made if needed")
-    add(MODEL, type=Path, required=True, metavar="FOLDER", help="the model: TRAINER__PLANS__CONFIGURATION")
+    add("-m", type=Path, metavar="FOLDER", help="the model: a folder TRAINER__PLANS__CONFIGURATION")
+    add("-d", metavar="DATASET", help="name or number of the model's dataset, instead of -m")
+    add("-c", metavar="CONFIGURATION", help="of the model, with -d")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="of the model, with -d (default: %(default)s)")
+    add(
+        "-tr",
+        default="nnUNetTrainerEffSeg",
+        metavar="TRAINER",
+        help="of the model, with -d (default: %(default)s)",
+    )
     add("-f", nargs="+", metavar="FOLD", help="folds to average, numbers or all (default: those there are)")
     add("-chk", default="checkpoint_final.pth", metavar="NAME", help="checkpoint (default: %(default)s)")
     add("-step_size", type=float, default=0.5, metavar="SHARE", help="of a window (default: %(default)s)")
@@ -80,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--disable_progress_bar", action="store_true", help="no progress bar")
     add("-npp", type=int, default=1, metavar="N", help="0, with -nps 0: read and write between scans")
     add("-nps", type=int, default=1, metavar="N", help="see -npp")
-    add("-prev_stage_predictions", metavar="FOLDER", help="refused: cascades are not supported")
+    add("-prev_stage_predictions", metavar="FOLDER", help="with -d: left to nnU-Net")
     add("--verbose", action="store_true", help="accepted, without effect")
     return parser
 

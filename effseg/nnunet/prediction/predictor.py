@@ -100,8 +100,8 @@ class Predictor:
 
     def predict_folder(
         self,
-        source: Path,
-        output: Path,
+        source: str | Path,
+        output: str | Path,
         *,
         save_probabilities: bool = False,
         resume: bool = False,
@@ -117,6 +117,7 @@ class Predictor:
         the last one meanwhile. tell: called with a scan's name, windows done, and windows in all.
         A scan that cannot be used does not stop the others: they are written, and then InputError names it.
         """
+        source, output = Path(source), Path(output)
         if not 0 <= part < parts:
             raise InputError(f"part_id: expected 0 to {parts - 1}, got {part}")
         ending = self.model.dataset["file_ending"]

@@ -31,19 +31,31 @@ def build_network(trainer: str, plans: Any, configuration: Any, channels: int, c
     return network
 
 
+def knows(trainer: str) -> bool:
+    """Whether `build_network` can tell which network this trainer has trained."""
+    return trainer == PATCHES or _module_of(trainer) is not None
+
+
 def _stock_trainer(name: str) -> Any:
-    """Of nnU-Net's modules only the one that has the class: others need packages that may be missing."""
+    module = _module_of(name)
+    if module is None:
+        raise InputError(
+            f"trainer_name: expected one of nnU-Net's own or {PATCHES}, got {name!r}: its network may be any"
+        )
+    return getattr(import_module(module), name)
+
+
+def _module_of(name: str) -> str | None:
+    """Where nnU-Net defines a class of trainers. Found by its text: to import them all, packages are needed
+    that may be missing."""
     import nnunetv2
 
     package = Path(nnunetv2.__path__[0])
     defined = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
     for file in sorted((package / "training" / "nnUNetTrainer").rglob("*.py")):
         if defined.search(file.read_text(encoding="utf-8")):
-            module = ".".join(("nnunetv2", *file.relative_to(package).with_suffix("").parts))
-            return getattr(import_module(module), name)
-    raise InputError(
-        f"trainer_name: expected a trainer of nnU-Net's or {PATCHES}, got {name!r}: its network may be any"
-    )
+            return ".".join(("nnunetv2", *file.relative_to(package).with_suffix("").parts))
+    return None
 
 
 def _check_names(configuration: Any) -> None:
