@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from contextlib import redirect_stdout
 
 import nnunet_models as models
@@ -192,6 +193,34 @@ def test_networks_without_conversion_and_in_batches(small):
     ]
     assert np.mean(found[0] == found[1]) > 0.999
     assert np.mean(found[0] == found[2]) > 0.999
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_types_of_16_bits(small, dtype):
+    model, scans = small
+    full, half = (
+        Predictor(model, device="cpu", mirror=False, dtype=name).predict_file([scans / "b_0000.nii.gz"])
+        for name in ("fp32", dtype)
+    )
+    assert np.mean(full == half) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype: expected auto, fp16, bf16, fp32, got 'int8'"),
+        ({"step": 0}, "step: expected more than 0"),
+        ({"step": 1.5}, "step: expected more than 0"),
+        ({"batch": 0}, "batch: expected 1 or more"),
+        ({"folds": []}, "folds: expected at least one"),
+        ({"folds": [3]}, "fold_3/checkpoint_final.pth: no such checkpoint"),
+        ({"checkpoint": "best.pth"}, "no fold_N with a best.pth"),
+        ({"device": "tpu"}, "device: expected auto"),
+    ],
+)
+def test_options_out_of_range(small, options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        Predictor(small[0], **({"device": "cpu"} | options))
 
 
 def changed(small, tmp_path, plans=lambda plans: None, checkpoint=lambda checkpoint: None):
