@@ -75,7 +75,7 @@ def write_scan(path, image, spacing):
 
 
 def write_model(
-    folder, plans, labels=LABELS, folds=(0,), mirror_axes=None, steps=40, trainer="nnUNetTrainer"
+    folder, plans, labels=LABELS, folds=(0,), mirror_axes=None, steps=60, trainer="nnUNetTrainer"
 ):
     """TRAINER__PLANS__CONFIGURATION with weights of a few steps on blobs, one seed a fold."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager

@@ -91,7 +91,7 @@ def compare(tmp_path, case, mirror):
     assert np.isfinite(probabilities).all()
     if not predictor.model.labels.has_regions:
         check_ties(labels, theirs, probabilities)
-    assert np.mean(labels == theirs) >= 0.998, "of which blobs have many: one voxel of five is at a border"
+    assert np.mean(labels == theirs) >= 0.995, "of which blobs have many: one voxel of five is at a border"
 
 
 def check_ties(labels, theirs, probabilities):

@@ -15,12 +15,12 @@ from effseg.nnunet.prediction.planes import (
     probabilities,
     regions,
 )
-from effseg.nnunet.prediction.preprocessing import SPLINES, Properties, with_own_first_axis
+from effseg.nnunet.prediction.preprocessing import SPLINE_SETTINGS, SPLINES, Properties, with_own_first_axis
 
 TORCH = "resample_torch_fornnunet"
 NONE = "no_resampling_hack"
 SETTINGS = {
-    SPLINES: {"is_seg", "order", "order_z", "force_separate_z", "separate_z_anisotropy_threshold"},
+    SPLINES: SPLINE_SETTINGS,
     TORCH: {
         "is_seg", "num_threads", "device", "memefficient_seg_resampling", "force_separate_z",
         "separate_z_anisotropy_threshold", "mode", "aniso_axis_mode",
@@ -59,6 +59,10 @@ def grid_axes(shape: Sequence[int], properties: Properties, plans: Any, configur
     wanted = properties["shape_after_cropping_and_before_resampling"]
     entries = configuration.configuration
     name, settings = entries["resampling_fn_probabilities"], entries["resampling_fn_probabilities_kwargs"]
+    if name == NONE and tuple(shape) != tuple(wanted):
+        raise InputError(
+            f"{NONE}: expected the scan's {tuple(wanted)} voxels, the network has {tuple(shape)}"
+        )
     own = [properties["spacing"][axis] for axis in plans.transpose_forward]
     rule = {key: settings[key] for key in ("separate_z_anisotropy_threshold",) if key in settings}
     forced = settings.get("force_separate_z", None if name == TORCH else False)

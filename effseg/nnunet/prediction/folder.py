@@ -49,7 +49,10 @@ def load_model(
     this package's operators where they can be taken over.
     Raises InputError, in one line, where something is missing, unsafe, or not supported.
     """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    try:
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    except ModuleNotFoundError as error:
+        raise InputError("nnU-Net is not installed: pip install nnunetv2") from error
 
     plans, dataset = PlansManager(_json(folder / "plans.json")), _json(folder / "dataset.json")
     found = [
@@ -88,7 +91,8 @@ def _folds(folder: Path, folds: Folds | None, checkpoint: str) -> Folds:
         if path.parent.name[5:].isdecimal()
     )
     if not found:
-        raise InputError(f"{folder}: no fold_N with a {checkpoint}")
+        hint = ", but fold_all: name it, all" if (folder / "fold_all" / checkpoint).is_file() else ""
+        raise InputError(f"{folder}: no fold_N with a {checkpoint}{hint}")
     return found
 
 

@@ -13,7 +13,7 @@ from effseg.errors import InputError
 from effseg.nnunet.prediction.interpolation import resample_image
 
 SPLINES = "resample_data_or_seg_to_shape"
-KNOWN = {"is_seg", "order", "order_z", "force_separate_z", "separate_z_anisotropy_threshold"}
+SPLINE_SETTINGS = {"is_seg", "order", "order_z", "force_separate_z", "separate_z_anisotropy_threshold"}
 OUTSIDE = -1  # nnU-Net's mark of what lies around an image that is 0 there
 
 Properties = dict[str, Any]
@@ -109,7 +109,8 @@ def _resampled(image: np.ndarray, spacing: Sequence[float], configuration: Any) 
             f"scan: too thin for the model's spacing of {_listed(target)} mm: {_listed(shape)} voxels"
         )
     settings = configuration.configuration["resampling_fn_data_kwargs"]
-    if configuration.configuration["resampling_fn_data"] != SPLINES or not set(settings) <= KNOWN:
+    own = configuration.configuration["resampling_fn_data"] == SPLINES and not settings.get("is_seg")
+    if not own or not set(settings) <= SPLINE_SETTINGS:
         found = configuration.resampling_fn_data(image, shape, spacing, target)
         return np.ascontiguousarray(found, np.float32)
     rule = {key: settings[key] for key in ("separate_z_anisotropy_threshold",) if key in settings}

@@ -75,13 +75,14 @@ class Slabs:
         """Of an image (C, D, H, W): indices along D, ascending, each with a function that gives the logits
         (K, H, W) and is to be called, if at all, before the next plane. tell: called with numbers of windows.
         """
-        ring, weights = self._ring(classes), self.windows.weights().to(self.device)
+        ring = self._ring(classes)
+        weights = self.windows.weights().to(ring.sums.device)
         depths, *rest = self.windows.starts
         ends = [*depths[1:], image.shape[1]]
         for depth, end in zip(depths, ends, strict=True):
             starts = [(depth, row, column) for row, column in product(*rest)]
             for start, logits in self._logits(image, starts):
-                ring.add(start, logits.to(ring.sums.device), weights.to(ring.sums.device))
+                ring.add(start, logits.to(ring.sums.device), weights)
                 tell(1)
             for plane in range(depth, end):
                 yield plane, lambda plane=plane: ring.logits(plane)  # type: ignore[misc]
