@@ -1,5 +1,5 @@
 """`python -m benchmarks.problems`: lists what kernels are asked for by what `benchmarks/gpu.sh` checks and
-tunes, on any machine in some minutes, and writes benchmarks/problems.json."""
+tunes and `effseg bench` measures, on any machine in some minutes, and writes benchmarks/problems.json."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ FILE = Path(__file__).with_name("problems.json")
 MODEL, CLASSES, ARCHITECTURE = "effseg-base", 15, "sm_90"
 TUNED = "512x512x256"
 """As `effseg tune` has it by default."""
+BENCHED = ("96x96x96", "512x512x128")
+"""As the suite of kernels has them."""
 SAMPLE = "32x32x16"
 """Listed in seconds: what a test compares, so that the file does not grow old unseen."""
 
 
 def lists() -> Iterator[Listed]:
     yield Listed(MODEL, parse_volume(SAMPLE), "bf16", CLASSES, ARCHITECTURE)
-    for dtype, volume in product(("bf16", "fp32"), (TUNED, *VOLUMES)):
+    for dtype, volume in product(("bf16", "fp32"), (TUNED, *VOLUMES, *BENCHED)):
         yield Listed(MODEL, parse_volume(volume), dtype, CLASSES, ARCHITECTURE)
 
 

@@ -55,6 +55,7 @@ def move_seeds(by: int) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "long" not in item.keywords)  # else the last of them has one core only
     skipped = []
     if not config.getoption("--slow"):
         skipped.append(("slow", "takes minutes: run with --slow"))

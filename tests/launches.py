@@ -1,10 +1,10 @@
 """Counts what the host does in a training step on a GPU.
 
-Run as ``python launches.py 512x512x256 stream 24GB``. torch's PrivateUse1 stands for the GPU, on fake
-tensors: shapes, types and devices without memory and without numbers. torch can rename it once a process,
-and the process then believes that it has an accelerator: so this runs in one of its own. Prints JSON:
-`launching`, operators that launch a kernel (views and allocations do not); `views`; `syncs`, operators for
-which the host waits or sends a number, each with its place in effseg.
+Run as ``python launches.py 512x512x256 stream 24GB``, or for several modes ``raw,stream``. torch's
+PrivateUse1 stands for the GPU, on fake tensors: shapes, types and devices without memory and without numbers.
+torch can rename it once a process, and the process then believes that it has an accelerator: so this runs in
+one of its own. Prints JSON by mode: `launching`, operators that launch a kernel (views and allocations do
+not); `views`; `syncs`, operators for which the host waits or sends a number, each with its place in effseg.
 """
 
 from __future__ import annotations
@@ -107,7 +107,6 @@ def chosen(memory: str, size: tuple[int, ...], gpu_memory: str) -> Choice:
 
 def count(size: tuple[int, ...], memory: str, gpu_memory: str | None = None) -> HostWork:
     """A step of `base` with 15 classes in bf16, by default with the slabs that follow from the size."""
-    register()  # before the first backward pass, even that of a prediction
     model = effseg.EffSegNet(1, 15, memory=memory)
     if gpu_memory is not None:
         found = chosen(memory, size, gpu_memory)
@@ -125,8 +124,15 @@ def count(size: tuple[int, ...], memory: str, gpu_memory: str | None = None) -> 
 
 
 if __name__ == "__main__":
-    size, memory, *gpu_memory = sys.argv[1:]
-    work = count(tuple(map(int, size.split("x"))), memory, *gpu_memory)
-    total = work.launching.total()
-    often = dict(work.launching.most_common(12))
-    print(json.dumps({"launching": total, "views": work.views, "syncs": work.syncs, "often": often}))
+    size, modes, *gpu_memory = sys.argv[1:]
+    register()  # before the first backward pass, even that of a prediction
+    found = {}
+    for memory in modes.split(","):
+        work = count(tuple(map(int, size.split("x"))), memory, *gpu_memory)
+        found[memory] = {
+            "launching": work.launching.total(),
+            "views": work.views,
+            "syncs": work.syncs,
+            "often": dict(work.launching.most_common(12)),
+        }
+    print(json.dumps(found))

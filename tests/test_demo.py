@@ -20,6 +20,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(demo, "memory_table", lambda *shapes: f"memory of {shapes}")
 
 
+@pytest.mark.long
 def test_the_whole_way(quick, tmp_path):
     screen = io.StringIO()
     result = demo.run_demo(tmp_path / "out", plan=TINY, console=Console(file=screen, width=120))

@@ -166,6 +166,7 @@ def one_process(rank, init, queue):
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_processes_make_the_loss_of_the_whole_batch(tmp_path):
     context = mp.get_context("spawn")
     queue = context.Queue()

@@ -12,6 +12,7 @@ FILE = Path(__file__).with_name("on_pretended_device.py")
 
 
 @pytest.mark.skipif(pretended_device.missing() is not None, reason=pretended_device.missing() or "")
+@pytest.mark.long
 def test_steps_on_a_pretended_gpu(pytestconfig: pytest.Config) -> None:
     slow = ["--slow"] if pytestconfig.getoption("--slow") else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *slow, str(FILE)]

@@ -96,8 +96,8 @@ def not_finite(found: Outcome) -> str:
 
 @lru_cache(maxsize=1)
 def _expected(case: Case, dtype: str, device: torch.device) -> tuple[Weights, Outcome, float]:
-    """Weights, what the reference gives with them in float32, and its error when rounded to the type: kept for
-    the next contender of that network."""
+    """Weights, what the reference gives with them in float32, and its error when rounded to the type: kept
+    for the next contender of that network."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         weights = case.contender.make(case.workload.classes).state_dict()
@@ -140,7 +140,7 @@ class _Rounded(torch.autograd.Function):
         return _as(x, dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _as(grad, ctx.dtype), None
 
 

@@ -30,7 +30,7 @@ from effseg.kernels.config import Problem, Triple
 from effseg.memory.step import DTYPES
 from effseg.models.levels import PRESETS
 from effseg.modules import ConvNormAct3d
-from effseg.tuning.problem_lists import Listed, read
+from effseg.tuning.problem_lists import Listed, asked, read
 
 MODEL = "effseg-base"
 LEVELS = PRESETS["base"].widths[:4]
@@ -143,12 +143,12 @@ def problems(workload: Workload, dtype: str, device: torch.device) -> list[Probl
     from effseg.kernels import device as gpus
     from effseg.kernels import launch
 
-    asked = _asked(workload, dtype, launch.architecture(device))
+    needed = _asked(workload, dtype, launch.architecture(device))
     width = LEVELS[0]
     shapes = [(op, width, width, (3, 3, 3)) for width in LEVELS for op in PASSES]
     shapes += [(op, width, width, (1, 1, 1)) for op in ELEMENTWISE]
     shapes += [(op, width, workload.classes, (1, 1, 1)) for op in HEADS]
-    found = [next(p for p in asked if _is_of(p, dtype, *shape)) for shape in shapes]
+    found = [next(p for p in needed if _is_of(p, dtype, *shape)) for shape in shapes]
     if device.type != "cuda":
         return found
     gpu, multiprocessors = gpus.gpu(device), gpus.multiprocessors(device)
@@ -157,11 +157,10 @@ def problems(workload: Workload, dtype: str, device: torch.device) -> list[Probl
 
 @lru_cache(maxsize=16)
 def _asked(workload: Workload, dtype: str, architecture: str) -> list[Problem]:
-    """As the committed list says, for what a GPU should not wait; else as a step on fake tensors does."""
+    """As a committed list says, for what a GPU should not wait; else as a step on fake tensors does."""
     from effseg.kernels import autotune
 
-    listed = Listed(MODEL, workload.volume, dtype, workload.classes, architecture)
-    known = _committed().get(listed)
+    known = asked(_committed(), Listed(MODEL, workload.volume, dtype, workload.classes, architecture))
     if known is not None:
         return known
     with warnings.catch_warnings():

@@ -73,7 +73,7 @@ def _needed(
 ) -> list[Problem]:
     """lists: the file of `effseg.tuning.problem_lists`; what it does not have is listed here."""
     from effseg.benchmarking import kernel_checks
-    from effseg.tuning.problem_lists import Listed, read
+    from effseg.tuning.problem_lists import Listed, asked, read
 
     known = read(lists) if lists else {}
     return [
@@ -84,8 +84,9 @@ def _needed(
             dtype,
             machine.architecture,
             machine.gpu,
-            known.get(
-                Listed(kernel_checks.MODEL, volume, dtype, kernel_checks.CLASSES, machine.architecture)
+            asked(
+                known,
+                Listed(kernel_checks.MODEL, volume, dtype, kernel_checks.CLASSES, machine.architecture),
             ),
         )
     ]

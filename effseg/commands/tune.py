@@ -80,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
 def _needed(args: argparse.Namespace, volume: Triple, architecture: str) -> list[Problem]:
     """From the file where that has it."""
     from effseg.kernels import autotune
-    from effseg.tuning.problem_lists import Listed, read
+    from effseg.tuning.problem_lists import Listed, asked, read
 
     known = read(args.problems) if args.problems else {}
     found: list[Problem] = []
     for dtype in args.dtype:
-        listed = known.get(Listed(args.model, volume, dtype, args.classes, architecture))
+        listed = asked(known, Listed(args.model, volume, dtype, args.classes, architecture))
         if listed is None:
             return autotune.problems(args.model, volume, args.dtype, args.classes, architecture)
         found += listed

@@ -39,10 +39,11 @@ class Changes:
 
 
 def change(image: Tensor, labels: Tensor, changes: Changes, seed: int) -> tuple[Tensor, Tensor]:
-    """image (C, D, H, W) float32, whose memory is used up, and labels (D, H, W), integer, both changed.
+    """image (C, D, H, W) float32 and labels (D, H, W), integer: the same tensors, changed in place.
 
-    Both are of the arguments' shape, dtype and device. seed: of the noise. Beside the arguments and the
-    results a float32 copy of the labels is live, and grids and noise of a slab.
+    Nothing else stays: a caching allocator, which has placed them, then gives the step that follows the
+    blocks it had. seed: of the noise. While this runs a float32 copy of the labels and a copy of both are
+    live, and grids and noise of a slab.
     """
     noise = _noise(image, changes.noise, seed)
     if changes.matrix is None:
@@ -50,10 +51,11 @@ def change(image: Tensor, labels: Tensor, changes: Changes, seed: int) -> tuple[
             _change_intensities(image[:, lo:hi], changes, noise)
         if changes.mirrored is None:
             return image, labels
-        image, labels = image.flip(1), labels.flip(0)
+        image.copy_(image.flip(1))
+        labels.copy_(labels.flip(0))
         _exchange(image, labels, changes)
         return image, labels
-    labels = _move_labels(labels, changes, image)
+    labels.copy_(_move_labels(labels, changes, image))
     _exchange(image, labels, changes)
     image.sub_(AIR)  # grid_sample fills with 0
     moved = torch.empty_like(image)
@@ -61,7 +63,7 @@ def change(image: Tensor, labels: Tensor, changes: Changes, seed: int) -> tuple[
         slab = grid_sample(image[None], grid, align_corners=False)[0].add_(AIR)
         _change_intensities(slab, changes, noise)
         _put(moved, 1, lo, hi, slab, changes.mirrored is not None)
-    return moved, labels
+    return image.copy_(moved), labels
 
 
 def normalised(matrix: np.ndarray, shape: Size, slab: Size, start: int) -> np.ndarray:

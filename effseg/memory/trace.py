@@ -55,8 +55,7 @@ class Trace:
     def replay(self, expandable_segments: bool = False, steps: int = STEPS) -> Reserved:
         """The step again and again. The gradients that it leaves behind are freed before the next one."""
         allocator = CachingAllocator(expandable_segments)
-        for _, nbytes in self._before:
-            allocator.allocate(nbytes)
+        _run(self._before, allocator)
         for _ in range(steps):
             for block in _run(self._step, allocator):
                 allocator.free(block)

@@ -88,7 +88,7 @@ class LiveStorages(TorchDispatchMode):
     def start_phase(self, phase: str) -> None:
         """Close the current phase; what the forward pass leaves behind is what backward has saved."""
         self._settle()
-        if phase == "forward":
+        if self.phase == "setup":
             self.trace.begin_step()
         self.at_phase_end[self.phase] = self.now
         if self.phase == "forward":

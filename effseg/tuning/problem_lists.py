@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,24 @@ class Listed(NamedTuple):
     architecture: str
 
 
-def write(lists: Mapping[Listed, Sequence[Problem]], path: Path) -> None:
+Lists = Mapping[Listed, Sequence[Problem]]
+
+
+def asked(lists: Lists, wanted: Listed) -> list[Problem] | None:
+    """What is wanted, if some list is of that network, volume and type. Of classes only the head's operators
+    depend, and nothing that is asked depends on the architecture."""
+    for listed, problems in lists.items():
+        if listed._replace(classes=wanted.classes, architecture=wanted.architecture) == wanted:
+            return [_rewritten(problem, wanted) for problem in problems]
+    return None
+
+
+def _rewritten(problem: Problem, wanted: Listed) -> Problem:
+    outputs = wanted.classes if problem.op.startswith("head") else problem.out_channels
+    return replace(problem, architecture=wanted.architecture, out_channels=outputs)
+
+
+def write(lists: Lists, path: Path) -> None:
     rows = [
         listed._asdict() | {"problems": [_row(problem) for problem in problems]}
         for listed, problems in lists.items()

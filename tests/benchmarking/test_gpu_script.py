@@ -324,6 +324,7 @@ def fake(checkout, tmp_path):
     return checkout
 
 
+@pytest.mark.long
 def test_faults_cost_a_row_each(fake):
     """One that stays in the third, the process's end in the fifth, no memory in the seventh."""
     done = fake.run("steps", FAULTS="3:sticky 5:abort 7:oom")
@@ -344,6 +345,7 @@ def test_faults_cost_a_row_each(fake):
     assert fake.measured.read_text().splitlines() == [f"{name}, {size}, train" for name, size in STEPS]
 
 
+@pytest.mark.long
 def test_a_killed_run_has_what_it_measured_and_goes_on(fake, tmp_path, monkeypatch):
     path, hung = tmp_path / "rows.json", tmp_path / "measured.hung"
     command = [sys.executable, "-m", "fake_gpu", "benchmarks.gpu_steps", "steps", "--output", str(path)]

@@ -41,6 +41,7 @@ def compilations(preset: str, memory: str, volumes: list[tuple[int, ...]]) -> li
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_a_new_volume_compiles_next_to_nothing():
     """Only the gradient of an upsampling that was cut, for each width; a batch of it nothing."""
     volumes = [(1, 32, 64, 64), (1, 33, 39, 55), (1, 30, 40, 50), (2, 33, 39, 55)]

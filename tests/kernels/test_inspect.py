@@ -217,6 +217,7 @@ QUICK = [("conv3d_fwd", "32"), ("conv3d_dgrad", "32")]
     ("which", "bar"),
     [pytest.param(*bar, marks=[] if bar[0] in QUICK else pytest.mark.slow) for bar in BARS.items()],
 )
+@pytest.mark.long
 def test_main_loops_issue_few_instructions(rows, which, bar):
     assert 0 < rows[which]["issue"] <= bar
 

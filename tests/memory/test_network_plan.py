@@ -77,6 +77,7 @@ def answer():
     return plan
 
 
+@pytest.mark.long
 def test_conversion_saves_memory_and_takes_larger_patches(answer):
     stock, raw, block = answer.modes
     assert [mode.memory for mode in answer.modes] == [None, "raw", "block"]

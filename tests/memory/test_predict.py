@@ -198,9 +198,9 @@ class Strided(nn.Module):
         return self.conv(x)
 
 
-@pytest.mark.parametrize(("batch", "bytes_per_voxel"), [(1, 5 + 5 + 0.9), (2, 5 + 5 + 5)])
+@pytest.mark.parametrize(("batch", "bytes_per_voxel"), [(1, 5 + 5 + 0.9), (2, 5 + 5)])
 def test_augmentation_on_the_device_is_counted(batch, bytes_per_voxel):
-    """Image, labels and the results of both, and slabs; results are stacked where there are several."""
+    """Image, labels, a copy of both and slabs; of several volumes one after the other, which are stacked."""
     options = {"loss": lambda logits, labels: logits.sum(), "label_dtype": torch.uint8, "dtype": "fp32"}
     shape = (batch, 1, 512, 512, 256)
     alone = peak_training_memory(Strided, shape, **options)

@@ -90,3 +90,16 @@ def test_converted_networks_are_replayed(memory, bar):
     model = convert(plain_conv_unet(15), memory=memory, shape=(1, 1, 128, 128, 128))
     found = peak_training_memory(model, (1, 1, 256, 256, 128), device="cuda")
     assert found.reserved <= bar * found.peak
+
+
+@pytest.mark.usefixtures("small_preset")
+def test_what_augmentation_takes_is_free_for_the_step():
+    """Its tensors end before the step begins, so the step's blocks serve it or are served by its own."""
+    shape = (1, 1, 64, 64, 64)
+    build = lambda: EffSegNet(1, 15, "small", memory="stream")  # noqa: E731
+    alone, augmented = (
+        peak_training_memory(build, shape, device="cuda", augmented=augmented) for augmented in (False, True)
+    )
+    labels_as_floats = 4 * alone.voxels
+    assert augmented.peak == alone.peak
+    assert augmented.reserved - alone.reserved <= labels_as_floats

@@ -49,6 +49,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_two_processes_equal_one_with_the_whole_batch(folder, monkeypatch):
     monkeypatch.setattr(loop, "build_model", lambda *arguments: build_model(*arguments).double())
     runs = [folder / "one", folder / "two"]

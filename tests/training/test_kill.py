@@ -93,6 +93,7 @@ def assert_same_runs(whole, killed, steps):
     assert not list(killed.rglob(".writing-*"))
 
 
+@pytest.mark.long
 def test_killed_and_continued_runs_end_like_an_uninterrupted_one(context, tmp_path):
     check_kills(context, tmp_path, kills=3, steps=30, seed=0)
 

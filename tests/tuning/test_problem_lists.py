@@ -1,15 +1,19 @@
 """Lists of problems in files, and the committed ones."""
 
+from itertools import chain, product
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from benchmarks import problems
+from effseg.benchmarking.registry import workloads
+from effseg.benchmarking.suites import OPERATORS
 from effseg.errors import InputError
 from effseg.kernels import autotune
 from effseg.kernels.config import Problem, key
-from effseg.tuning.problem_lists import Listed, read, write
+from effseg.tuning.problem_lists import Listed, asked, read, write
 
 LISTED = Listed("effseg-base", (8, 8, 4), "bf16", 3, "sm_90")
 PROBLEMS = [
@@ -42,11 +46,21 @@ def test_the_committed_lists_are_those_that_are_asked_for():
 
 
 def test_the_committed_lists_are_not_of_other_networks_or_kernels(monkeypatch):
-    """One of them, in one of its memory modes: what that asks for must be in the file."""
+    """One of them, in one of its memory modes, for other classes on another architecture: what that asks for
+    must be in the file."""
     monkeypatch.setattr(autotune, "MEMORY", ("raw",))
-    sample = next(problems.lists())
-    known = {key(problem) for problem in read(problems.FILE)[sample]}
-    assert {key(problem) for problem in problems.problems(sample)} <= known
+    sample = next(problems.lists())._replace(classes=40, architecture="sm_80")
+    known = asked(read(problems.FILE), sample)
+    assert known is not None
+    assert set(map(key, problems.problems(sample))) <= set(map(key, known))
+
+
+def test_every_volume_of_the_kernels_suite_is_listed():
+    found = read(problems.FILE)
+    for dtype, name in product(("bf16", "fp32"), chain(*OPERATORS)):
+        workload = workloads()[name]
+        assert asked(found, Listed(problems.MODEL, workload.volume, dtype, workload.classes, "sm_120"))
+    assert asked(found, Listed("effseg-large", workload.volume, dtype, workload.classes, "sm_90")) is None
 
 
 @pytest.mark.slow
