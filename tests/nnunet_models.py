@@ -75,26 +75,36 @@ def write_scan(path, image, spacing):
 
 
 def write_model(
-    folder, plans, labels=LABELS, folds=(0,), mirror_axes=None, steps=60, trainer="nnUNetTrainer"
+    folder,
+    plans,
+    labels=LABELS,
+    folds=(0,),
+    mirror_axes=None,
+    steps=60,
+    trainer="nnUNetTrainer",
+    ending=".nii.gz",
 ):
     """TRAINER__PLANS__CONFIGURATION with weights of a few steps on blobs, one seed a fold."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     folder = Path(folder)
     folder.mkdir(parents=True)
-    regional = any(isinstance(value, list) for value in labels.values())
-    dataset = {"labels": labels, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
-    if regional:
+    dataset = {"labels": labels, "channel_names": {"0": "CT"}, "file_ending": ending}
+    classes = 4
+    if any(isinstance(value, list) for value in labels.values()):
         dataset["regions_class_order"] = [1, 2, 3]
+        classes = 3
     (name,) = plans["configurations"]
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(json.dumps(dataset))
     manager = PlansManager(copy.deepcopy(plans))
-    entries = manager.get_configuration(name)
-    if mirror_axes is None:
-        mirror_axes = tuple(range(len(entries.patch_size)))
+    patch = plans["configurations"][name]["patch_size"]
+    build = recursive_find_trainer_class_by_name(trainer).build_network_architecture
     for fold in folds:
-        network = _trained(entries, regional, fold, steps)
+        torch.manual_seed(fold)
+        network = build(manager, manager.get_configuration(name), 1, classes, enable_deep_supervision=False)
+        _train(network, patch, classes == 3, fold, steps)
         (folder / f"fold_{fold}").mkdir()
         torch.save(
             {
@@ -103,23 +113,16 @@ def write_model(
                 "_best_ema": np.float64(0.5), "current_epoch": 1, "trainer_name": trainer,
                 "init_args": {"plans": plans, "configuration": name, "fold": fold,
                               "dataset_json": dataset, "device": torch.device("cpu")},
-                "inference_allowed_mirroring_axes": mirror_axes,
+                "inference_allowed_mirroring_axes": mirror_axes or tuple(range(len(patch))),
             },
             folder / f"fold_{fold}" / "checkpoint_final.pth",
         )  # fmt: skip
     return folder
 
 
-def _trained(entries, regional, seed, steps):
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-
-    torch.manual_seed(seed)
-    network = get_network_from_plans(
-        entries.network_arch_class_name, entries.network_arch_init_kwargs,
-        entries.network_arch_init_kwargs_req_import, 1, 3 if regional else 4, deep_supervision=False,
-    )  # fmt: skip
+def _train(network, patch, regional, seed, steps):
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
-    size = [max(8, extent) for extent in entries.patch_size]
+    size = [max(8, extent) for extent in patch]
     for step in range(steps):
         image, labels = blobs(size if len(size) == 3 else [2, *size], 100 * seed + step % 4)
         x = torch.from_numpy((np.clip(image, -200, 1200) - 300) / 250).float()[None, None]
@@ -135,7 +138,6 @@ def _trained(entries, regional, seed, steps):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return network.eval()
 
 
 def nnunets_labels(model, scans, output, folds=(0,), mirror=True, save_probabilities=False, exact=False):

@@ -129,6 +129,66 @@ def test_labels_of_more_cases(tmp_path, name, mirror):
     compare(tmp_path, (CASES | SLOW_CASES)[name], mirror)
 
 
+def residual(entries):
+    entries["architecture"]["network_class_name"] = (
+        "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    )
+    arguments = entries["architecture"]["arch_kwargs"]
+    arguments["n_blocks_per_stage"] = arguments.pop("n_conv_per_stage")
+
+
+def of_nnunet_2_2(entries):
+    """Plans that do not name a network's parts."""
+    del entries["architecture"]
+    entries |= {
+        "UNet_class_name": "PlainConvUNet", "UNet_base_num_features": 4, "unet_max_num_features": 320,
+        "n_conv_per_stage_encoder": [1, 1], "n_conv_per_stage_decoder": [1], "num_pool_per_axis": [1, 1, 1],
+        "pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2]], "conv_kernel_sizes": [[3, 3, 3]] * 2,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # nnU-Net imports every trainer there is, and tells of old plans
+@pytest.mark.parametrize(
+    ("trainer", "change"),
+    [
+        ("nnUNetTrainerBN", lambda entries: None),
+        ("nnUNetTrainer_5epochs", residual),
+        ("nnUNetTrainer", of_nnunet_2_2),
+    ],
+    ids=["batch norm", "residual encoder", "old plans"],
+)
+def test_other_networks(tmp_path, trainer, change):
+    entries = models.configuration((16, 16, 16), ISO)
+    change(entries)
+    model = models.write_model(tmp_path / "model", models.make_plans(entries), steps=20, trainer=trainer)
+    (tmp_path / "scans").mkdir()
+    models.write_scan(tmp_path / "scans" / "a_0000.nii.gz", models.blobs((20, 34, 28), 7)[0], OWN)
+    with redirect_stdout(io.StringIO()):
+        theirs = models.nnunets_labels(model, tmp_path / "scans", tmp_path / "theirs", exact=True)["a.nii.gz"]
+    found = Predictor(model, device="cpu").predict_file([tmp_path / "scans" / "a_0000.nii.gz"])
+    assert np.mean(found == theirs) >= 0.9999
+    assert len(np.unique(theirs)) > 1
+
+
+@pytest.mark.slow
+def test_flat_images(tmp_path):
+    from skimage import io as images
+
+    entries = models.configuration((16, 16), (1.0, 1.0))
+    plans = models.make_plans(entries, reader="NaturalImage2DIO", name="2d")
+    model = models.write_model(tmp_path / "model", plans, ending=".png")
+    (tmp_path / "scans").mkdir()
+    image = (models.blobs((1, 50, 60), 7)[0][0] / 5).clip(0, 255).astype(np.uint8)
+    images.imsave(tmp_path / "scans" / "a_0000.png", image, check_contrast=False)
+    with redirect_stdout(io.StringIO()):
+        models.nnunets_labels(model, tmp_path / "scans", tmp_path / "theirs", exact=True)
+    (path,) = Predictor(model, device="cpu").predict_folder(tmp_path / "scans", tmp_path / "ours")
+    found, theirs = images.imread(path), images.imread(tmp_path / "theirs" / "a.png")
+    assert found.shape == image.shape
+    np.testing.assert_array_equal(found, theirs)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A model without training, and scans a, b, c; c is damaged."""
