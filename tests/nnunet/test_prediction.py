@@ -14,7 +14,7 @@ import torch
 
 from effseg.errors import InputError
 from effseg.nnunet import Predictor
-from effseg.nnunet.prediction.preprocessing import nonzero_box
+from effseg.nnunet.prediction.preprocessing import nonzero_box, with_own_first_axis
 
 ISO, OWN = (1.5, 1.5, 1.5), (1.1, 0.9, 0.9)
 TORCH = {
@@ -109,12 +109,12 @@ def check_ties(labels, theirs, probabilities, inner):
 def inside(scan, spacing, own):
     """The crop without a border of three voxels of the network's: at the scan's edges nnU-Net's float16
     weights are subnormal, and its logits are off by up to a half."""
-    border = math.ceil(3 * max(spacing) / min(own))
     box = nonzero_box(models.read_labels(scan)[None])
-    return tuple(
-        slice(low + border, high - border) if high - low > 3 * border else slice(low, high)
-        for low, high in box
-    )
+    inner = []
+    for (low, high), coarse, fine in zip(box, with_own_first_axis(spacing, own), own, strict=True):
+        border = math.ceil(3 * max(1, coarse / fine))
+        inner.append(slice(low + border, high - border) if high - low > 3 * border else slice(low, high))
+    return tuple(inner)
 
 
 @pytest.mark.parametrize("name", CASES)
