@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from effseg.commands.options import add_spacing, add_window, three, window
 from effseg.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,21 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--window",
-        type=float,
-        nargs=2,
-        action="append",
-        metavar="HU",
-        help="intensity window that it was trained with, in HU; repeated, one for each channel",
-    )
-    group.add_argument(
-        "--spacing",
-        type=float,
-        nargs="+",
-        metavar="MM",
-        help="voxel size in mm to resample to, one number or three (default: each scan's own)",
-    )
+    add_window(group, "intensity window that it was trained with, in HU; repeated, one for each channel")
+    add_spacing(group)
     group.add_argument(
         "--crop", choices=("body", "none"), help="crop scans to the body, as training does (default: none)"
     )
@@ -106,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         largest_component=args.largest_component,
         preprocessing=_preprocessing(args),
         labels=None if args.labels is None else _labels(args.labels),
-        patch_size=_three(args.patch_size, "patch-size"),
+        patch_size=three(args.patch_size, "patch-size"),
     )
     predict_files(
         predictor,
@@ -128,31 +116,25 @@ def _preprocessing(args: argparse.Namespace) -> "Preprocessing | None":
         if args.spacing is not None or args.crop is not None:
             raise InputError("window: expected two HU values beside --spacing or --crop, got none")
         return None
-    windows = tuple(tuple(window) for window in args.window)
-    window, spacing = windows[0] if len(windows) == 1 else windows, _three(args.spacing, "spacing")
-    return Preprocessing(window=window, spacing=spacing, crop=args.crop or "none")
+    spacing = three(args.spacing, "spacing")
+    return Preprocessing(window=window(args.window), spacing=spacing, crop=args.crop or "none")
 
 
 def _labels(text: str) -> "Labels":
+    from effseg.data.description import FILES, same_text
     from effseg.data.labels import load_label_map
 
-    path = Path(text)
-    if path.exists():
-        return load_label_map(path if path.is_dir() else path.parent)
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    pairs = [name.partition(":") for name in names]
-    if names and all(value.strip().isdecimal() and colon for value, colon, _ in pairs):
-        return {int(value): name.strip() for value, _, name in pairs}
-    return names
-
-
-def _three(values: list[Any] | None, name: str) -> Any:
-    """One number stands for three."""
-    if values is None or len(values) == 3:
-        return None if values is None else tuple(values)
-    if len(values) != 1:
-        raise InputError(f"{name}: expected one number or three, got {len(values)}")
-    return tuple(values * 3)
+    if text and any((Path(text) / name).is_file() for name in FILES):
+        return load_label_map(text)
+    names = [name.strip() for name in same_text(text).split(",")]
+    pairs = [(value.strip(), name.strip()) for value, colon, name in (name.partition(":") for name in names)]
+    numbered = [value.isdecimal() and bool(name) for value, name in pairs]
+    values = [int(value) for (value, _), number in zip(pairs, numbered, strict=True) if number]
+    mixed = any(numbered) != all(numbered) or len(set(values)) < len(values)
+    if mixed or not all(names) or text.endswith(".json"):
+        expected = "names, or different values with names as 1:liver,5:spleen, or a folder with dataset.json"
+        raise InputError(f"labels: expected {expected} or labels.json, got {text!r}")
+    return {int(value): name for value, name in pairs} if any(numbered) else names
 
 
 def _tell(path: Path, scan: "Scan", seconds: float) -> None:

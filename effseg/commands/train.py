@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from effseg.commands.options import add_spacing, add_window, three, window
 from effseg.errors import InputError
 
 HELP = """Train a network on whole CT volumes. DATA holds nnU-Net's layout (imagesTr/NAME_0000.nii.gz,
@@ -31,11 +32,10 @@ def run(args: argparse.Namespace) -> int:
     values = vars(args).copy()
     overwrite = values.pop("overwrite")
     for name in ("patch_size", "spacing"):
-        if values[name] is not None and len(values[name]) == 1:
-            values[name] *= 3
-    windows = values.pop("window")
-    if windows is not None:
-        values["window"] = windows[0] if len(windows) == 1 else windows
+        values[name] = three(values[name], name)
+    given = window(values.pop("window"))
+    if given is not None:
+        values["window"] = given
     config = TrainingConfig.from_dict({name: values[name] for name in values if name != "run"})
     try:
         train(config, overwrite=overwrite, console=Console())
@@ -68,21 +68,10 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "--labels",
         help="what to learn: a group of labels.json, GROUP:organ,organ or organ,organ (all)",
     )
-    group.add_argument(
-        "--window",
-        type=float,
-        nargs=2,
-        action="append",
-        metavar="HU",
-        help="intensity window in HU of the CT channels (default: -200 400); repeated, one for each channel",
+    add_window(
+        group, "intensity window in HU of the CT channels (default: -200 400); repeated, one for each channel"
     )
-    group.add_argument(
-        "--spacing",
-        type=float,
-        nargs="+",
-        metavar="MM",
-        help="voxel size in mm to resample to, one number or three (default: each scan's own)",
-    )
+    add_spacing(group)
     group.add_argument(
         "--crop", choices=("body", "none"), default="body", help="crop volumes to the body (default: body)"
     )

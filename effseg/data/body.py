@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
+from effseg.data.intensities import PADDING
+
 Box = tuple[slice, slice, slice]
 Spacing = tuple[float, float, float]
 
@@ -12,6 +14,7 @@ SOFT_TISSUE = -200.0  # HU; fat is about -100
 FILLED = 0.7  # of a cube that is soft tissue around a voxel which is called inside of it
 FINGER = 10.0  # mm: edges of cubes that fit into a finger, but not into sheets and shells
 FINGER_SHARE = 0.1  # of a part's voxels are inside such cubes; 0.06 in a table of wood, 0.5 in an arm
+BOARD = 15.0, 100.0  # mm: cubes that a board of 10 mm cannot hold, and squares that no thin anatomy can
 LIMB = 25.0  # mm: edges of cubes that fit into a hand or a limb, but not into any board of a table
 LIMB_VOLUME = 2e4  # mm3 inside such cubes: an arm that touches the table is one part with it
 LUNG = -960.0  # HU of emphysema; outside air averages -1000 to -980
@@ -34,9 +37,11 @@ def body_box(
 
     - the largest part, and every other one that is thick: tables, cushions, clothes and cables are sheets and
       shells. A part is thick where 10 % of it are inside of 10 mm cubes, or 20 cm3 inside of 25 mm cubes, of
-      which 70 % are above `soft_tissue`. What the volume's face cuts counts as if it went on behind it;
-    - everything up to a face of the volume that is not air (a quarter of its 5 mm blocks are above -960 HU):
-      lungs that the field of view cuts have no tissue around them there.
+      which 70 % are above `soft_tissue`; but not a board, half of which is inside of 100 mm squares and less
+      than 10 % inside of 15 mm cubes. What the volume's face cuts counts as if it went on behind it;
+    - everything up to an end of the field of view that is not air (a quarter of its 5 mm blocks are above
+      -960 HU): lungs that are cut have no tissue around them there. The field ends at a face of the volume,
+      or earlier where padding, below -1100 HU, fills what no detector saw.
 
     Parts are found without subsampling, so that the box is never cut and a table that does not touch the
     body stays outside. Takes about 15 ns and 5 bytes a voxel.
@@ -103,15 +108,24 @@ def _largest_first(sizes: np.ndarray, boxes: Sequence[Box], order: Sequence[int]
 
 def _is_thick(tissue: np.ndarray, steps: Spacing, size: int) -> bool:
     """Whether a part of `size` voxels, of which `tissue` are dense enough, is more than sheets."""
-    if _inside(tissue, steps, FINGER) >= FINGER_SHARE * size:
-        return True
-    return bool(_inside(tissue, steps, LIMB) * np.prod(steps) >= LIMB_VOLUME)
+    if _inside(tissue, steps, (FINGER,) * 3) >= FINGER_SHARE * size:
+        return not _is_board(tissue, steps, size)
+    return bool(_inside(tissue, steps, (LIMB,) * 3) * np.prod(steps) >= LIMB_VOLUME)
 
 
-def _inside(tissue: np.ndarray, steps: Spacing, edge: float) -> int:
-    """How many voxels of `tissue` are the centres of cubes, `edge` mm long, that it fills."""
+def _is_board(tissue: np.ndarray, steps: Spacing, size: int) -> bool:
+    """Whether a part is a solid sheet of up to 10 mm, such as a table's top."""
+    thick, wide = BOARD
+    if _inside(tissue, steps, (thick,) * 3) >= FINGER_SHARE * size:
+        return False
+    squares = (tuple(0.0 if axis == across else wide for axis in range(3)) for across in range(3))
+    return any(_inside(tissue, steps, square) >= size / 2 for square in squares)
+
+
+def _inside(tissue: np.ndarray, steps: Spacing, edges: tuple[float, ...]) -> int:
+    """How many voxels of `tissue` are the centres of blocks, `edges` mm long, that it fills."""
     filled = tissue.view(np.uint8) * np.uint8(200)  # so that a mean of 8 bits has enough digits
-    for axis, (step, extent) in enumerate(zip(steps, tissue.shape, strict=True)):
+    for axis, (step, extent, edge) in enumerate(zip(steps, tissue.shape, edges, strict=True)):
         width = 2 * min(round((edge / step - 1) / 2), extent) + 1
         if width > 1:
             ndimage.uniform_filter1d(filled, width, axis, output=filled, mode="nearest")
@@ -120,27 +134,40 @@ def _inside(tissue: np.ndarray, steps: Spacing, edge: float) -> int:
 
 def _to_lung_faces(box: Box, volume: np.ndarray, steps: Spacing) -> Box:
     sides = list(box)
-    for axis, (side, extent, step) in enumerate(zip(box, volume.shape, steps, strict=True)):
+    for axis, (side, end, step) in enumerate(zip(box, _field_of_view(volume), steps, strict=True)):
         planes = np.moveaxis(volume, axis, 0)
-        depth = max(1, min(extent, round(LAYER / step)))
+        depth = max(1, min(end.stop - end.start, round(LAYER / step)))
         across = [other for index, other in enumerate(steps) if index != axis]
-        before, behind = planes[: min(depth, side.start)], planes[max(extent - depth, side.stop) :]
+        before = planes[end.start : min(end.start + depth, side.start)]
+        behind = planes[max(end.stop - depth, side.stop) : end.stop]
         sides[axis] = slice(
-            0 if len(before) and _is_lung(before, across) else side.start,
-            extent if len(behind) and _is_lung(behind, across) else side.stop,
+            end.start if len(before) and _is_lung(before, across) else side.start,
+            end.stop if len(behind) and _is_lung(behind, across) else side.stop,
         )
     return sides[0], sides[1], sides[2]
 
 
+def _field_of_view(volume: np.ndarray) -> Box:
+    """The bounding box of all that is no padding."""
+    whole = slice(0, volume.shape[0]), slice(0, volume.shape[1]), slice(0, volume.shape[2])
+    if volume.min() >= PADDING:
+        return whole
+    found = ndimage.find_objects((volume >= PADDING).view(np.uint8))
+    return found[0] if found else whole
+
+
 def _is_lung(layer: np.ndarray, steps: Sequence[float]) -> bool:
-    """Whether the `layer` (depth, rows, columns) at a face of the volume, outside of the box, is not air."""
-    face = layer.mean(0, dtype=np.float32)
+    """Whether the `layer` (depth, rows, columns) at an end of the field of view is not air; padding in it
+    does not count."""
+    seen = layer >= PADDING
+    total = np.where(seen, layer, 0).sum(0, dtype=np.float32)
+    count = seen.sum(0, dtype=np.float32)
     for axis, step in enumerate(steps):
-        extent = face.shape[axis]
+        extent = count.shape[axis]
         starts = np.arange(0, extent, min(extent, max(1, round(LAYER / step))))
-        lengths = np.diff([*starts, extent])
-        face = np.add.reduceat(face, starts, axis) / np.expand_dims(lengths, 1 - axis)
-    return bool((face > LUNG).mean() >= LUNG_SHARE)
+        total, count = (np.add.reduceat(values, starts, axis) for values in (total, count))
+    means = total[count > 0] / count[count > 0]
+    return bool((means > LUNG).mean() >= LUNG_SHARE)
 
 
 def _holds(box: Box, part: Box) -> bool:

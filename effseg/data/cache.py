@@ -79,7 +79,8 @@ def prepare_case(
     In `folder` a case is three files, NAME-KEY.image.npy, .labels.npy and .json, 3 bytes a voxel for CT.
     KEY is a hash of the files' paths, sizes and times of change, of `preprocessing` and of `label_map`:
     what was prepared otherwise is never taken. The .json is written last, so that a case is whole or
-    absent, and processes that prepare the same case at once write the same bytes. Without `folder` the
+    absent, and processes that prepare the same case at once write the same bytes; files that cannot be read
+    any more are made again. Without `folder` the
     case stays in memory.
     Raises InputError for files that cannot be used, labels without foreground allowed.
     """
@@ -113,13 +114,25 @@ def _obtain(
         return _prepare(kind, case, case.labels, preprocessing, label_map)
     stem = Path(folder) / f"{case.name}-{_key(kind, case, preprocessing, label_map)}"
     record = stem.with_name(stem.name + ".json")
-    if not record.is_file():
+    stored = _load(stem, record) if record.is_file() else None
+    if stored is None:
         _store(_prepare(kind, case, case.labels, preprocessing, label_map), stem, record)
-    return _Stored(
-        np.load(_array(stem, "image"), mmap_mode="c"),
-        np.load(_array(stem, "labels"), mmap_mode="c"),
-        json.loads(record.read_text(encoding="utf-8")),
-    )
+        stored = _load(stem, record)
+    if stored is None:
+        raise InputError(f"{record}: what was written just now cannot be read; is the disk damaged?")
+    return stored
+
+
+def _load(stem: Path, record: Path) -> _Stored | None:
+    """None for files that somebody, or a failing disk, has damaged: they can be made again."""
+    try:
+        return _Stored(
+            np.load(_array(stem, "image"), mmap_mode="c"),
+            np.load(_array(stem, "labels"), mmap_mode="c"),
+            json.loads(record.read_text(encoding="utf-8")),
+        )
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def _prepare(

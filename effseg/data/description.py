@@ -1,13 +1,16 @@
 """The JSON files that describe a data set: dataset.json (nnU-Net's), labels.json."""
 
+import contextlib
 import json
 import unicodedata
 from pathlib import Path
 from typing import Any
 
+from effseg.data.listing import is_there
 from effseg.errors import InputError
 
-FILES = ("dataset.json", "labels.json")
+DATASET_JSON = "dataset.json"
+FILES = (DATASET_JSON, "labels.json")
 MIRROR_PAIRS = "mirror_pairs"  # an entry of either: [[name, name], ...], see `effseg.data.mirroring`
 
 
@@ -15,7 +18,7 @@ def description_file(folder: str | Path) -> Path:
     """`folder`/dataset.json, else `folder`/labels.json. Raises InputError where neither is there."""
     for name in FILES:
         path = Path(folder) / name
-        if path.is_file():
+        if is_there(path):
             return path
     raise InputError(f"{folder}: expected a dataset.json or labels.json with the labels' names")
 
@@ -40,5 +43,8 @@ def _once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def same_text(text: str) -> str:
-    """One spelling for all that look alike: an umlaut may be one character or two (NFC, NFD)."""
+    """One spelling for all that look alike: an umlaut may be one character or two (NFC, NFD), or, in the
+    arguments and file names of a process whose locale is ASCII, two bytes that Python could not read."""
+    with contextlib.suppress(UnicodeError):  # bytes that are no UTF-8 stay as they are
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8")
     return unicodedata.normalize("NFC", text)

@@ -1,12 +1,17 @@
 """What a channel's numbers mean: Hounsfield units in a window, or values known by their statistics alone."""
 
-import json
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from effseg.errors import InputError
+
+Window = tuple[float, float]  # HU
+# What is made of a channel: a window; None, mean and deviation become 0 and 1; or one of nnU-Net's schemes.
+Scaling = Window | None | str
+NO_NORM, FROM_0_TO_1, RGB = SCHEMES = ("noNorm", "rescale_to_0_1", "rgb_to_0_1")
 
 PADDING = -1100.0  # what is below fills what no detector saw
 AIR_OR_FAT = -50.0  # HU: in every patient there is some
@@ -14,30 +19,66 @@ SCARCE = 1e-4  # of the voxels: less air and fat than in any scan of a patient
 _SAMPLE = 1 << 21
 
 
-def channel_names(folder: str | Path) -> tuple[str, ...] | None:
-    """The names of the channels in a data set's dataset.json (`channel_names`, or `modality`), or None.
+def scaling(name: str, window: Window) -> Scaling:
+    """What nnU-Net makes of a channel of this name in dataset.json: CT gets the `window`."""
+    name = name.strip().casefold()
+    if name == "ct":
+        return window
+    return next((scheme for scheme in SCHEMES if scheme.casefold() == name), None)
 
-    Raises InputError where they are not numbered 0, 1, ...
+
+def parse_window(window: Any) -> Window | tuple[Scaling, ...]:
+    """(low, high), or such a pair, None or one of `SCHEMES` for each channel, from any sequences.
+
+    Raises InputError for windows that are empty or not finite, TypeError or ValueError for anything else.
     """
-    path = Path(folder) / "dataset.json"
-    if not path.is_file():
-        return None
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from error
-    names = entries.get("channel_names", entries.get("modality")) if isinstance(entries, dict) else None
-    if names is None:
-        return None
-    try:
-        return tuple(str(names[str(index)]) for index in range(len(names)))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: expected channel_names as {{'0': 'CT', ...}}, found {names}") from error
+    if is_window(window):
+        low, high = map(float, window)
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise InputError(f"window: expected two HU values, the lower first, got {low:g} and {high:g}")
+        return low, high
+    windows = tuple(window)
+    if not windows or not all(one is None or one in SCHEMES or is_window(one) for one in windows):
+        raise InputError(f"window: expected two HU values, or two for each channel, got {window}")
+    parsed = (one if one is None or isinstance(one, str) else parse_window(one) for one in windows)
+    return tuple(parsed)  # type: ignore[arg-type]
 
 
-def is_ct(name: str) -> bool:
-    """Whether nnU-Net takes a channel of this name for CT."""
-    return name.strip().lower() == "ct"
+def is_window(window: Any) -> bool:
+    """Whether it is one pair of limits."""
+    return len(window) == 2 and all(isinstance(limit, int | float | np.number) for limit in window)
+
+
+def scaled(image: np.ndarray, scalings: Sequence[Scaling]) -> np.ndarray:
+    """A float32 copy of `image` (C, X, Y, Z), its channels scaled but for those that have a window.
+
+    Raises InputError for values that are no RGB.
+    """
+    image = image.astype(np.float32)
+    for channel, how in zip(image, scalings, strict=True):
+        low, high = float(channel.min()), float(channel.max())
+        if how is None:
+            mean, deviation = foreground_statistics(channel)
+            channel -= mean
+            channel /= deviation
+        elif how == FROM_0_TO_1:
+            channel -= low
+            channel /= max(high - low, 1e-8)
+        elif how == RGB:
+            if low < 0 or high > 255:
+                raise InputError(f"{RGB}: expected values from 0 to 255, found {low:g} to {high:g}")
+            channel /= 255
+    return image
+
+
+def drawn(how: Scaling, values: np.ndarray) -> Window:
+    """What is drawn black and white of a channel's `values`, scaled as `how` says but for a window."""
+    if how is None:
+        return -2.0, 2.0  # standard deviations
+    if how == NO_NORM:
+        low = float(values.min())
+        return low, max(float(values.max()), low + 1e-8)
+    return (0.0, 1.0) if isinstance(how, str) else how
 
 
 def no_hu(channel: np.ndarray) -> str | None:
@@ -80,8 +121,9 @@ def foreground_statistics(channel: np.ndarray) -> tuple[float, float]:
     return mean, max(float(np.sqrt(squares / count)), 1e-8)
 
 
-def listed(windows: Sequence[tuple[float, float] | None]) -> str:
+def listed(scalings: Sequence[Scaling]) -> str:
     """What is made of the channels, for people: "-200 to 400 HU, standardised"."""
     return ", ".join(
-        "standardised" if window is None else f"{window[0]:g} to {window[1]:g} HU" for window in windows
+        how or "standardised" if how is None or isinstance(how, str) else f"{how[0]:g} to {how[1]:g} HU"
+        for how in scalings
     )

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NEARLY_EVEN = 0.7  # largest difference between the shares of two classes of which either may be taken
-TOLERANCE = 0.01  # fine voxels
+# Largest difference between the shares of two classes of which either may be taken: first, and if need be.
+NEARLY_EVEN, CONTESTED = 0.7, 0.95
+TOLERANCE, BAR = 0.01, 0.02  # fine voxels: what is aimed at, and what contested voxels are given away for
+FEW = 400  # voxels of an organ whose centre a single one moves by too much to be worth a contested one
 _ROUNDS = 100  # for each organ at most; most need 5, thin neighbours at mixed factors up to 50
 _PAIRED = 200  # voxels of which any two are tried together, where no single one helps
 _LEAST = 1e-9  # squared fine voxels: what is gained by less is rounding
@@ -62,6 +64,13 @@ class _Balance:
 
     def run(self) -> None:
         """Take the organ that is furthest off, again and again; each time the sum of squares falls."""
+        self.open = self.undecided.margin < NEARLY_EVEN
+        self._run()
+        if np.abs(self._errors())[self.counts > FEW].max(initial=0) > BAR:
+            self.open[:] = True
+            self._run()
+
+    def _run(self) -> None:
         stuck = self.free.copy()
         for _ in range(_ROUNDS * len(stuck)):
             off = np.abs(self._errors()).max(1)
@@ -83,7 +92,7 @@ class _Balance:
     def _improve(self, organ: int) -> bool:
         """Exchange voxels between `organ` and others if that brings all nearer to their centres, in sum."""
         undecided, errors = self.undecided, self._errors()
-        chosen = np.flatnonzero((undecided.taken == organ) | (undecided.other == organ))
+        chosen = np.flatnonzero(self.open & ((undecided.taken == organ) | (undecided.other == organ)))
         own, cost = np.zeros((len(chosen), 3)), np.zeros(len(chosen))  # cost: of the other class of the two
         for classes, sign in ((undecided.taken[chosen], -1), (undecided.other[chosen], 1)):
             step = sign * (undecided.voxels[chosen] - self.wanted[classes]) * self.unit

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from effseg.data.description import MIRROR_PAIRS, description_file, read_json, same_text
+from effseg.data.description import DATASET_JSON, MIRROR_PAIRS, description_file, read_json, same_text
 from effseg.errors import InputError
 
 BACKGROUND = "background"
@@ -155,8 +155,20 @@ def load_label_map(folder: str | Path, selection: str | None = None) -> LabelMap
     nothing in it.
     """
     path = description_file(folder)
+    groups = _groups(path)
+    values, organs = _select(groups, selection, path)
+    return _label_map(values, organs, path)
+
+
+def label_names(folder: str | Path) -> set[str]:
+    """All labels of the data set's description, in any group. Raises InputError as `load_label_map`."""
+    return {name for group in _groups(description_file(folder)).values() for name in group}
+
+
+def _groups(path: Path) -> dict[str, dict[str, int]]:
+    """{group: {name: value}}; one group without a name where there are none."""
     entries = read_json(path)
-    if path.name == "dataset.json":
+    if path.name == DATASET_JSON:
         entries = entries.get("labels") if isinstance(entries, dict) else None
     elif isinstance(entries, dict) and isinstance(entries.get(MIRROR_PAIRS), list):
         del entries[MIRROR_PAIRS]
@@ -164,9 +176,7 @@ def load_label_map(folder: str | Path, selection: str | None = None) -> LabelMap
         raise InputError(f"{path}: expected labels as an object of names and values")
     grouped = bool(entries) and all(isinstance(group, dict) for group in entries.values())
     groups = entries if grouped else {"": entries}
-    groups = {same_text(key): _values(group, path) for key, group in groups.items()}
-    values, organs = _select(groups, selection, path)
-    return _label_map(values, organs, path)
+    return {same_text(key): _values(group, path) for key, group in groups.items()}
 
 
 def _values(entries: Mapping[str, Any], path: Path) -> dict[str, int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from effseg.data.nifti import SUFFIXES
+from effseg.errors import InputError
 
 # Formats of volumes that are not read. A folder that holds some holds more cases than it seems to.
 UNREAD = (
@@ -54,10 +55,20 @@ def list_folder(folder: Path) -> Listing:
     return found
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder. Raises InputError for a link that leads nowhere: what it stands for
+    is missing, which is not the same as that nobody wanted it."""
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path}: {why_broken(path)}")
+    return path.exists()
+
+
 def why_broken(path: Path) -> str:
     """Why `path` cannot be a readable file; "" where it can."""
     if path.is_symlink() and not path.exists():
         return f"a link to {os.readlink(path)}, which is not there"
+    if not path.exists():
+        return "no such file"
     if path.is_dir():
         return "a folder, expected a file"
     if not path.is_file():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from monai.transforms import MapTransform, Randomizable
 
-from effseg.data.description import MIRROR_PAIRS, description_file, read_json, same_text
+from effseg.data.description import DATASET_JSON, MIRROR_PAIRS, description_file, read_json, same_text
 from effseg.errors import InputError
 
 NONE = "none"
@@ -19,17 +19,21 @@ Pairs = tuple[tuple[int, int], ...]
 
 def described_pairs(folder: str | Path) -> Any:
     """What the description of the data set in `folder` says of pairs; None where it says nothing."""
-    entries = read_json(description_file(folder))
+    path = description_file(folder)
+    entries = read_json(path)
     pairs = entries.get(MIRROR_PAIRS) if isinstance(entries, dict) else None
-    return pairs if isinstance(pairs, list) else None
+    # labels.json holds labels beside them, and one of these may have that name.
+    return pairs if path.name == DATASET_JSON or isinstance(pairs, list) else None
 
 
-def mirror_pairs(names: Sequence[str], given: str | None, described: Any) -> Pairs:
+def mirror_pairs(
+    names: Sequence[str], given: str | None, described: Any, left_out: Iterable[str] = ()
+) -> Pairs:
     """The classes that a mirrored volume exchanges.
 
     names: of the classes, background first. given: ``A:B,C:D`` (or JSON, [["A", "B"], ...], for names that
     hold a colon or a comma), or "none" where no label has a side; None: `described`, [[name, name], ...] of
-    the data set, counts. Of its pairs those count that are learnt.
+    the data set, counts. Pairs of it that are `left_out`, labels which it has and nobody learns, do not.
     Raises InputError where neither says anything, a name is unknown or in two pairs, or one of a pair is not
     learnt: it would be taken for the other one.
     """
@@ -39,13 +43,16 @@ def mirror_pairs(names: Sequence[str], given: str | None, described: Any) -> Pai
             f"none where no label has a side, or {MIRROR_PAIRS} in dataset.json or labels.json"
         )
     pairs = _parsed(given) if given is not None else described
+    if not isinstance(pairs, list):
+        raise InputError(f"{MIRROR_PAIRS}: expected a list of pairs of two names, got {pairs!r}")
+    others = set(map(same_text, left_out))
     classes = {same_text(name): number for number, name in enumerate(names) if number}
     found: list[tuple[int, int]] = []
     for pair in pairs:
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
             raise InputError(f"{MIRROR_PAIRS}: expected pairs of two names, got {pair!r}")
         first, second = (classes.get(same_text(name)) for name in pair)
-        if given is None and first is None and second is None:
+        if given is None and first is None and second is None and others.issuperset(map(same_text, pair)):
             continue
         if first is None or second is None:
             missing = pair[0] if first is None else pair[1]

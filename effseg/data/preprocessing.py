@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from effseg.data.body import Box, body_box, grow, hold
-from effseg.data.intensities import foreground_statistics, no_hu
+from effseg.data.intensities import Scaling, Window, is_window, no_hu, parse_window, scaled
 from effseg.data.nifti import Scan
 from effseg.data.resampling import resample_labels, resample_linear
 from effseg.errors import InputError, InputWarning
@@ -18,9 +18,9 @@ from effseg.errors import InputError, InputWarning
 AIR = -1.5  # the window's lower end, after `Preprocessing.normalise`
 CROPS = ("body", "none")
 MOST_VOXELS = 1 << 31  # after resampling
+MOST_OF_ONE = 1000  # voxels along an axis that one of the scan may become; more is a header's mistake
 
 Shape = tuple[int, int, int]
-Window = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Prepared:
     """A scan as it is fed to the network, before the HU window.
 
     image: (C, D, H, W) = (C, X, Y, Z) in RAS+, C-contiguous; int16 (HU) or float32 as the scan was. Channels
-    without a window are standardised and float32, with all others.
+    without a window are scaled already and float32, with all others.
     box: the part of the scan's RAS volume that was kept. scan_shape: the RAS shape of the whole scan.
     spacing: mm along D, H, W. rescued: wanted voxels outside of the body's box, for which it was made larger.
     """
@@ -49,15 +49,16 @@ class Prepared:
 class Preprocessing:
     """Crop to the body, resample, and scale intensities; the same in training and prediction.
 
-    window: (low, high) HU for all channels, or for each channel its own; None for a channel that is no CT and
-    is standardised: less the mean of its voxels that are not 0, divided by their standard deviation, in each
-    scan apart, as nnU-Net does.
+    window: (low, high) HU for all channels, or for each channel its own. For a channel that is no CT, what
+    nnU-Net makes of it, in each scan apart: None, less the mean of its voxels that are not 0, divided by
+    their standard deviation; "noNorm", the values as they are; "rescale_to_0_1", less the lowest, divided by
+    the range; "rgb_to_0_1", divided by 255.
     spacing: mm to resample to, or None to keep the scan's.
-    crop: "body", the box of all that could be anatomy (see `body_box`) above `threshold` (HU) in the first CT
-    channel with `margin` mm around it, or "none". Without a CT channel nothing is cut.
+    crop: "body", the box of all that could be anatomy (see `body_box`) above `threshold` (HU) in the first
+    channel with a window that can be CT, and `margin` mm around it, or "none". Without one nothing is cut.
     """
 
-    window: Window | tuple[Window | None, ...] = (-200.0, 400.0)
+    window: Window | tuple[Scaling, ...] = (-200.0, 400.0)
     spacing: tuple[float, float, float] | None = None
     crop: str = "body"
     margin: float = 5.0
@@ -76,9 +77,9 @@ class Preprocessing:
         if not math.isfinite(self.threshold):
             raise InputError(f"threshold: expected a HU value, got {self.threshold:g}")
 
-    def windows(self, channels: int) -> tuple[Window | None, ...]:
-        """The window of each of `channels` channels, None where it is standardised."""
-        if not _is_one(self.window):
+    def windows(self, channels: int) -> tuple[Scaling, ...]:
+        """What is made of each of `channels` channels."""
+        if not is_window(self.window):
             if len(self.window) != channels:
                 raise InputError(f"window: expected one a channel, {channels}, got {len(self.window)}")
             return self.window  # type: ignore[return-value]
@@ -89,13 +90,11 @@ class Preprocessing:
 
         wanted: mask (X, Y, Z) of voxels that the crop must hold, wherever the body seems to be.
         Warns of a CT that cannot be in HU. Raises InputError where the scan holds no body, has another number
-        of channels than there are windows, or would have more than 2**31 voxels.
+        of channels than there are windows, or would have more than 2**31 voxels, or 1000 instead of one.
         """
         shape, spacing = scan.grid.ras_shape, scan.spacing
         windows = self.windows(len(scan.array))
-        ct = next((channel for channel, window in enumerate(windows) if window is not None), None)
-        if ct is not None:
-            self._doubt(scan, ct)
+        ct = self._ct(scan, windows)
         box: Box = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
         rescued = 0
         if self.crop == "body" and ct is not None:
@@ -110,11 +109,15 @@ class Preprocessing:
                 rescued = int(np.count_nonzero(wanted) - np.count_nonzero(wanted[box]))
                 box = hold(box, wanted) if rescued else box
         image = np.ascontiguousarray(scan.array[(slice(None),) + box])
-        if None in windows:
-            image = _standardised(image, windows)
+        if not all(isinstance(window, tuple) for window in windows):
+            try:
+                image = scaled(image, windows)
+            except InputError as error:
+                raise InputError(f"{scan.paths[0]}: {error}") from error
         if self.spacing is not None:
             resampled = self._resampled(image.shape[1:], spacing)
-            if math.prod(resampled) > MOST_VOXELS:
+            most = max(step / wanted for step, wanted in zip(spacing, self.spacing, strict=True))
+            if math.prod(resampled) > MOST_VOXELS or most > MOST_OF_ONE:
                 raise InputError(
                     f"{scan.paths[0]}: voxels of {_by(spacing)} mm would become {_by(resampled)} voxels of "
                     f"{_by(self.spacing)} mm: expected a header with the scan's voxel size"
@@ -136,11 +139,11 @@ class Preprocessing:
         any shape where there is one window for all; a channel without a window stays as it is.
         """
         copy = torch.as_tensor(image).to(torch.float32, copy=True)
-        if _is_one(self.window):
+        if is_window(self.window):
             _scale(copy, self.window)  # type: ignore[arg-type]
         else:
             for channel, window in zip(copy, self.windows(len(copy)), strict=True):
-                if window is not None:
+                if isinstance(window, tuple):
                     _scale(channel, window)
         return copy
 
@@ -182,11 +185,17 @@ class Preprocessing:
                 raise
             raise InputError(f"preprocessing: expected {', '.join(sorted(known))}, got {entries}") from error
 
-    def _doubt(self, scan: Scan, channel: int) -> None:
-        why = no_hu(scan.array[channel])
-        if why is not None:
+    def _ct(self, scan: Scan, windows: tuple[Scaling, ...]) -> int | None:
+        """The first channel with a window that can be CT in HU, or else the first one with a window; warns of
+        those before it that cannot."""
+        channels = [channel for channel, window in enumerate(windows) if isinstance(window, tuple)]
+        for channel in channels:
+            why = no_hu(scan.array[channel])
+            if why is None:
+                return channel
             path = scan.paths[min(channel, len(scan.paths) - 1)]
             warnings.warn(f"{path}: cannot be CT in HU: {why}", InputWarning, stacklevel=3)
+        return channels[0] if channels else None
 
     def _resampled(self, shape: tuple[int, ...], spacing: tuple[float, float, float]) -> Shape:
         assert self.spacing is not None
@@ -197,39 +206,9 @@ class Preprocessing:
         return x, y, z
 
 
-def parse_window(window: Any) -> Window | tuple[Window | None, ...]:
-    """(low, high), or such a pair or None for each channel, from any sequences of numbers.
-
-    Raises InputError for windows that are empty or not finite, TypeError or ValueError for anything else.
-    """
-    if _is_one(window):
-        low, high = map(float, window)
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise InputError(f"window: expected two HU values, the lower first, got {low:g} and {high:g}")
-        return low, high
-    windows = tuple(window)
-    if not windows or not all(one is None or _is_one(one) for one in windows):
-        raise InputError(f"window: expected two HU values, or two for each channel, got {window}")
-    return tuple(None if one is None else parse_window(one) for one in windows)  # type: ignore[misc]
-
-
-def _is_one(window: Any) -> bool:
-    return len(window) == 2 and all(isinstance(limit, int | float | np.number) for limit in window)
-
-
 def _scale(values: torch.Tensor, window: Window) -> None:
     low, high = window
     values.clamp_(low, high).sub_((low + high) / 2).div_((high - low) / 3)
-
-
-def _standardised(image: np.ndarray, windows: tuple[Window | None, ...]) -> np.ndarray:
-    image = image.astype(np.float32)
-    for channel, window in zip(image, windows, strict=True):
-        if window is None:
-            mean, deviation = foreground_statistics(channel)
-            channel -= mean
-            channel /= deviation
-    return image
 
 
 def _shape(image: np.ndarray) -> Shape:

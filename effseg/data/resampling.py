@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from effseg.data.label_centres import NEARLY_EVEN, Undecided, keep_centres
+from effseg.data.label_centres import CONTESTED, Undecided, keep_centres
 
 Shape = tuple[int, int, int]
 
@@ -46,7 +46,7 @@ def resample_labels(labels: np.ndarray, shape: Shape) -> np.ndarray:
         shares = _shares(labels[source], classes, weights)
         first, second, margin = _two_largest(shares, (x + y + z) % 2 == 1)
         result[target] = classes[first]
-        voxels = np.argwhere(margin < NEARLY_EVEN)
+        voxels = np.argwhere(margin < CONTESTED)
         where = tuple(voxels.T)
         undecided.append(
             Undecided(

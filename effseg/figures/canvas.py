@@ -1,6 +1,7 @@
 """What the pictures share: a figure of its own, colours of organs, the file."""
 
 import os
+import warnings
 from typing import Any
 
 from effseg.atomic import atomic_path
@@ -16,11 +17,12 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, png_path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG, atomically."""
+    """Write a figure as PNG, atomically. Letters that the font lacks become boxes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    with atomic_path(png_path) as temporary:
+    with atomic_path(png_path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for the letter
         figure.savefig(temporary, format="png")
 
 

@@ -64,7 +64,8 @@ class SegmentationModel(nn.Module):
         predict` needs to know of a network: preprocessing, an `effseg.data.preprocessing.Preprocessing`;
         labels, an `effseg.data.labels.LabelMap`, {value in label files: name}, or names of the values 0, 1,
         ... (the background may be left out); patch_size, where it was trained on patches.
-        Raises InputError for labels whose number is not the network's, TypeError for another preprocessing.
+        Raises InputError for labels or windows whose number is not the network's, TypeError for another
+        preprocessing.
         """
         from effseg.models import checkpoint
 
@@ -77,6 +78,7 @@ class SegmentationModel(nn.Module):
                 raise TypeError(
                     f"preprocessing: expected a Preprocessing, got {type(preprocessing).__name__}"
                 )
+            preprocessing.windows(self.arguments["in_channels"])
             self.extra["preprocessing"] = preprocessing.to_dict()
         if labels is not None:
             from effseg.data.labels import as_label_map

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from effseg.data.preprocessing import Window, parse_window
+from effseg.data.intensities import Scaling, Window, parse_window
 from effseg.errors import InputError
 
 # What may differ between a run and its continuation: nothing here changes a computed number,
@@ -54,9 +54,9 @@ class TrainingConfig:
     patch_size: train on random patches of that many voxels (R, A, S axes) instead of whole volumes and
         validate by a sliding window; None: whole volumes.
     window: HU limits of the intensity window of all CT channels (those that dataset.json calls otherwise are
-        standardised), or limits for each channel, None to standardise it. spacing: voxel size in mm
-        (R, A, S) to resample to; None: every scan's own. crop: "body" or "none". margin: mm kept around the
-        body.
+        scaled as nnU-Net does), or for each channel what `effseg.data.preprocessing.Preprocessing` takes.
+        spacing: voxel size in mm (R, A, S) to resample to; None: every scan's own. crop: "body" or "none".
+        margin: mm kept around the body.
     validation_interval, checkpoint_interval: in steps.
     seed: with the step number it determines every random choice.
     workers: background threads that prepare batches; 0 prepares them between steps.
@@ -99,7 +99,7 @@ class TrainingConfig:
     mirror: Literal["none", "left-right"] = "none"
     mirror_pairs: str | None = None
     patch_size: tuple[int, int, int] | None = None
-    window: Window | tuple[Window | None, ...] = (-200.0, 400.0)
+    window: Window | tuple[Scaling, ...] = (-200.0, 400.0)
     spacing: tuple[float, float, float] | None = None
     crop: Literal["body", "none"] = "body"
     margin: float = 5.0

@@ -11,27 +11,27 @@ import torch
 
 from effseg.data.augmentation import Augmentation, augmentation
 from effseg.data.cache import CachedCase, WholeCase, prepare_case, prepare_whole_case
-from effseg.data.cases import (
-    SPLITS,
-    Case,
-    Found,
-    describe_missing,
-    fold_names,
-    look_for_cases,
-    select_names,
-    selects_by_name,
-    split_cases,
-)
+from effseg.data.cases import Case, Found, describe_missing, look_for_cases
+from effseg.data.dataset_json import read_dataset_json
 from effseg.data.description import same_text
 from effseg.data.identity import case_identity
-from effseg.data.intensities import channel_names, is_ct, listed
-from effseg.data.labels import LabelMap, load_label_map
+from effseg.data.intensities import listed, scaling
+from effseg.data.labels import LabelMap, label_names, load_label_map
 from effseg.data.mirroring import Pairs, described_pairs, mirror_pairs
 from effseg.data.preprocessing import Preprocessing
+from effseg.data.selection import select_names, selects_by_name
+from effseg.data.splits import SPLITS, fold_names, split_cases
 from effseg.errors import DamagedFile, InputError
 from effseg.training.config import TrainingConfig
 from effseg.training.distributed import World
-from effseg.training.runs import RunRecord, check_labels, read_record, recorded_split, twins
+from effseg.training.runs import (
+    RunRecord,
+    check_labels,
+    check_preprocessing,
+    read_record,
+    recorded_split,
+    twins,
+)
 
 SAY_EVERY = 10.0  # seconds
 MOST_NOTES = 10
@@ -109,6 +109,9 @@ def load_training_data(
         check_labels(resumed, label_map, mirror, config)
     parts = world.from_main(lambda: split(config, say, anew))
     preprocessing = _preprocessing(config, say)
+    settings = label_map, preprocessing, mirror
+    if resumed is not None:
+        check_preprocessing(resumed, preprocessing, config)
     how: dict[str, Any] = {
         "preprocessing": preprocessing,
         "label_map": label_map,
@@ -126,7 +129,7 @@ def load_training_data(
         training,
         validation,
         augmentation(mirror, on_device=config.augments_on(world.device)) if config.augment else None,
-        resumed or world.from_main(lambda: _record(label_map, mirror, parts, (training, validation))),
+        resumed or world.from_main(partial(_record, *settings, parts, (training, validation))),
         resumed,
     )
     _check(data, config)
@@ -137,6 +140,7 @@ def load_training_data(
 
 def _record(
     label_map: LabelMap,
+    preprocessing: Preprocessing,
     mirror: Pairs | None,
     parts: tuple[list[Case], list[Case]],
     prepared: tuple[list[CachedCase], list[WholeCase]],
@@ -145,15 +149,17 @@ def _record(
     training, validation = (tuple(case.name for case in part) for part in prepared)
     used = {*training, *validation}
     files = {case.name: case_identity(case) for part in parts for case in part if case.name in used}
-    return RunRecord(label_map, training, validation, files, mirror)
+    return RunRecord(label_map, preprocessing, training, validation, files, mirror)
 
 
 def _mirror(config: TrainingConfig, label_map: LabelMap) -> Pairs | None:
     """The pairs of classes that mirrored volumes exchange; None where none is mirrored."""
     if config.mirror == "none":
         return None
-    described = described_pairs(config.data) if config.mirror_pairs is None else None
-    return mirror_pairs(label_map.names, config.mirror_pairs, described)
+    if config.mirror_pairs is not None:
+        return mirror_pairs(label_map.names, config.mirror_pairs, None)
+    left_out = label_names(config.data).difference(label_map.names)
+    return mirror_pairs(label_map.names, None, described_pairs(config.data), left_out)
 
 
 def split(
@@ -209,17 +215,20 @@ def _with_gone(config: TrainingConfig, found: Found) -> dict[str, str]:
 
 
 def _preprocessing(config: TrainingConfig, say: Callable[[str], None]) -> Preprocessing:
-    """What `config` says; one window is that of the CT channels, others by name are standardised."""
+    """What `config` says; one window is that of the CT channels, others are scaled as their names say."""
     preprocessing = Preprocessing(
         window=config.window, spacing=config.spacing, crop=config.crop, margin=config.margin
     )
-    names = channel_names(config.data)
+    names = read_dataset_json(config.data).channels
     if names is None:
         return preprocessing
     windows = preprocessing.windows(len(names))
-    if preprocessing.window == windows[0]:  # one for all
-        windows = tuple(windows[0] if is_ct(name) else None for name in names)
-    if None not in windows:
+    window = windows[0]
+    if isinstance(window, tuple) and preprocessing.window == window:  # one for all
+        windows = tuple(scaling(name, window) for name in names)
+        if window not in windows and window != Preprocessing().window:
+            raise InputError(f"window: expected none, as no channel is CT ({', '.join(names)}), got {window}")
+    if all(isinstance(window, tuple) for window in windows):
         return preprocessing
     say(f"channels {', '.join(names)}: {listed(windows)}")
     return replace(preprocessing, window=windows)

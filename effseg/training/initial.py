@@ -57,7 +57,12 @@ def take_weights(model: SegmentationModel, file: Path, names: tuple[str, ...]) -
     own, theirs = model.state_dict(), source.state_dict()
     classes, before = model.arguments["num_classes"], source.arguments["num_classes"]
     if own.keys() != theirs.keys():
-        raise InputError(f"init: {file}: expected weights of {model.name}, got those of {source.name}")
+        norms = {network.arguments.get("norm") for network in (model, source)}
+        kinds = [
+            network.name if len(norms) == 1 else f"{network.name} with {network.arguments.get('norm')} norm"
+            for network in (model, source)
+        ]
+        raise InputError(f"init: {file}: expected weights of {kinds[0]}, got those of {kinds[1]}")
     anew = [key for key, tensor in own.items() if tensor.shape != theirs[key].shape]
     for key in anew:
         of_classes = (own[key].shape[0], theirs[key].shape[0]) == (classes, before)

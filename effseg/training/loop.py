@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from effseg.data.cache import WholeCase
+from effseg.data.intensities import drawn
 from effseg.device import trim_freed_memory
 from effseg.errors import InputError
 from effseg.inference import segment
@@ -37,8 +38,6 @@ from effseg.training.runs import RunRecord, renamed
 from effseg.training.sampling import Sampler
 from effseg.training.state import RunState
 from effseg.training.validation import validate
-
-DEVIATIONS = (-2.0, 2.0)  # drawn black and white where a channel is standardised
 
 
 def train(
@@ -190,7 +189,7 @@ class _Run:
             self.config.output / "overlays" / f"step-{self.state.step:08d}_{case.name}.png",
             reference=np.where(reference == self.data.ignore, 0, reference),
             spacing=case.spacing,
-            window=preprocessing.windows(self.data.channels)[0] or DEVIATIONS,
+            window=drawn(preprocessing.windows(self.data.channels)[0], case.image[0]),
         )
 
     def _draw_curves(self) -> None:

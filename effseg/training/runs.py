@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from effseg.atomic import atomic_path
-from effseg.data.cases import Case, Found, fold_names, look_for_cases, select_names
+from effseg.data.cases import Case, Found, look_for_cases
 from effseg.data.description import read_json, same_text
 from effseg.data.identity import case_identity
 from effseg.data.labels import LabelMap
 from effseg.data.mirroring import Pairs
+from effseg.data.preprocessing import Preprocessing
+from effseg.data.selection import select_names
+from effseg.data.splits import fold_names
 from effseg.errors import InputError
 from effseg.training.config import TrainingConfig
 
 NAME = "data.json"
-FORMAT = 1
+FORMAT = 2
 ANEW = "begin anew in another output (--init RUN takes its weights over), or with --overwrite in this one"
 
 Split = tuple[list[Case], list[Case]]
@@ -24,11 +27,12 @@ Split = tuple[list[Case], list[Case]]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """training, validation: names of cases. files: `case_identity` by case. mirror: pairs of classes that
-    mirrored volumes exchange, None without mirroring. init: file of the weights it began with, and their
-    checksum; None for random ones."""
+    """preprocessing: with what is made of every channel. training, validation: names of cases. files:
+    `case_identity` by case. mirror: pairs of classes that mirrored volumes exchange, None without mirroring.
+    init: file of the weights it began with, and their checksum; None for random ones."""
 
     label_map: LabelMap
+    preprocessing: Preprocessing
     training: tuple[str, ...]
     validation: tuple[str, ...]
     files: Mapping[str, Any]
@@ -39,6 +43,7 @@ class RunRecord:
         entries = {
             "format": FORMAT,
             "labels": self.label_map.to_dict(),
+            "preprocessing": self.preprocessing.to_dict(),
             "training": list(self.training),
             "validation": list(self.validation),
             "mirror": None if self.mirror is None else [list(pair) for pair in self.mirror],
@@ -66,6 +71,7 @@ def read_record(folder: Path) -> RunRecord | None:
             raise ValueError(f"format {entries['format']}")
         return RunRecord(
             LabelMap.from_dict(entries["labels"]),
+            Preprocessing.from_dict(entries["preprocessing"]),
             tuple(entries["training"]),
             tuple(entries["validation"]),
             entries["files"],
@@ -101,6 +107,16 @@ def check_labels(record: RunRecord, now: LabelMap, mirror: Pairs | None, config:
     if _unordered(mirror) != _unordered(record.mirror):
         names = [_named(pairs, before.names) for pairs in (record.mirror, mirror)]
         raise InputError(f"{where} with mirror pairs {names[0]}, but now they are {names[1]}: {ANEW}")
+
+
+def check_preprocessing(record: RunRecord, now: Preprocessing, config: TrainingConfig) -> None:
+    """Raise InputError unless scans are prepared as in the run; dataset.json may call a channel otherwise."""
+    for name, was in record.preprocessing.to_dict().items():
+        found = now.to_dict()[name]
+        if found != was:
+            raise InputError(
+                f"{config.output} holds a run with {name} = {was}, but now it is {found}: {ANEW}"
+            )
 
 
 def renamed(record: RunRecord, now: LabelMap) -> dict[str, str]:

@@ -112,6 +112,17 @@ def test_tables_bags_and_cables_are_left_out_whatever_their_size() -> None:
     assert body_box(array, -500, (2.0, 2.0, 3.0)) == (slice(41, 80), slice(17, 56), slice(0, 40))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_solid_board_is_left_out_and_a_flat_hand_is_kept(axis: int) -> None:
+    array = scan((200, 160, 30))
+    cylinder(array, (70, 80), 40)
+    np.moveaxis(array, axis, 0)[142:150] = 100  # 8 mm
+    expected = (slice(31, 110), slice(41, 120), slice(0, 30))
+    assert body_box(array, -500, (1.0, 1.0, 4.0)) == expected
+    array[155:165, 20:90, 2:28] = 30  # 10 mm, 70 mm, 104 mm
+    assert inside(body_box(array[:, :140], -500, (1.0, 1.0, 4.0)), (31, 165), (20, 120), (0, 30))
+
+
 def test_an_arm_that_lies_on_the_table_is_kept_with_it() -> None:
     array = scan()
     cylinder(array, (60, 36), 20)
@@ -128,6 +139,28 @@ def test_lungs_that_the_field_of_view_cuts_are_kept(hu: float, axis: int) -> Non
     turned = np.moveaxis(array, 0, axis)
     assert body_box(turned, -500, (2.0, 2.0, 2.0)) == (slice(0, 40),) * 3
     assert body_box(np.flip(turned, axis), -500, (2.0, 2.0, 2.0)) == (slice(0, 40),) * 3
+
+
+@pytest.mark.parametrize("padding", [-3024, -2000])
+@pytest.mark.parametrize("round_field", [True, False])
+def test_lungs_that_end_at_padding_are_kept(padding: float, round_field: bool) -> None:
+    array = np.random.default_rng(0).normal(-870, 15, (60, 60, 12)).astype(np.float32)
+    x, y = np.ogrid[-29.5:30, -29.5:30]
+    chest, lungs = (x / 45) ** 2 + (y / 24) ** 2 < 1, (x / 42) ** 2 + (y / 20) ** 2 < 1
+    array[~chest] -= 130
+    array[chest & ~lungs] = 40
+    array[28:32] = 40
+    seen = x**2 + y**2 < 26**2 if round_field else (abs(x) < 26) & (abs(y) < 15)
+    array[~seen] = padding
+    assert inside(body_box(array, -500, (4.0, 4.0, 5.0)), (4, 56), (15, 45), (0, 12))
+
+
+@pytest.mark.parametrize("padding", [-3024, -2000])
+def test_air_that_ends_at_padding_is_no_lung(padding: float) -> None:
+    array = scan()
+    cylinder(array, (60, 30), 20)
+    array[:10] = array[-10:] = padding
+    assert body_box(array, -500, (2.0, 2.0, 3.0)) == (slice(41, 80), slice(11, 50), slice(0, 40))
 
 
 @pytest.mark.parametrize("noise", [5, 60])

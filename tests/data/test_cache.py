@@ -58,6 +58,27 @@ def test_what_is_stored_is_read_and_not_prepared_again(
     prepare_case(case, PREPROCESSING, label_map, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [("image.npy", 300), ("labels.npy", 60), ("image.npy", 0), ("json", 5), ("labels.npy", None)],
+)
+def test_damaged_files_are_made_again(
+    dataset: Path, case: cache.Case, tmp_path: Path, suffix: str, damage: int | None
+) -> None:
+    label_map = load_label_map(dataset)
+    kept = prepare_case(case, PREPROCESSING, label_map)
+    prepare_case(case, PREPROCESSING, label_map, tmp_path)
+    (path,) = tmp_path.glob(f"*.{suffix}")
+    data = path.read_bytes()
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(data[:damage])
+    found = prepare_case(case, PREPROCESSING, label_map, tmp_path)
+    np.testing.assert_array_equal(found.image, kept.image)
+    np.testing.assert_array_equal(found.labels, kept.labels)
+    assert path.read_bytes() == data
+
+
 def test_another_setting_label_map_or_file_is_prepared_anew(
     dataset: Path, case: cache.Case, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Cases of a folder, selections of them, and nnU-Net's splits."""
+"""Cases of a folder, and what of them is missing."""
 
 import json
 import os
@@ -6,16 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from effseg.data.cases import (
-    Case,
-    case_of,
-    find_cases,
-    fold_names,
-    look_for_cases,
-    select_cases,
-    selects_by_name,
-    split_cases,
-)
+from effseg.data.cases import Case, case_of, find_cases, look_for_cases
+from effseg.data.dataset_json import read_dataset_json
+from effseg.data.description import description_file
 from effseg.errors import InputError
 from effseg.training import TrainingConfig
 from effseg.training.data import split
@@ -32,10 +25,6 @@ def describe(folder: Path, **entries: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "dataset.json").write_text(json.dumps(entries), encoding="utf-8")
     return folder
-
-
-def named(count: int) -> list[Case]:
-    return [Case(f"case{index:03d}", (Path(f"case{index:03d}.nii.gz"),)) for index in range(count)]
 
 
 def names(cases: list[Case]) -> list[str]:
@@ -200,6 +189,15 @@ class TestDescribed:
         describe(tmp_path, numTraining=1)
         assert names(find_cases(tmp_path, labelled=True)) == ["a"]
 
+    def test_names_of_channels(self, tmp_path: Path) -> None:
+        assert read_dataset_json(tmp_path).channels is None
+        for entries, channels in (
+            ({"channel_names": self.CT_PET}, ("CT", "PET")),
+            ({"modality": {"0": "MR"}}, ("MR",)),
+            ({"labels": {}}, None),
+        ):
+            assert read_dataset_json(describe(tmp_path, **entries)).channels == channels
+
     @pytest.mark.parametrize(
         ("entries", "message"),
         [
@@ -207,6 +205,10 @@ class TestDescribed:
             ({"channel_names": {"1": "CT"}}, "channel_names: expected the numbers 0, 1, ..., got 1"),
             ({"channel_names": ["CT"]}, "channel_names: expected an object"),
             ({"numTraining": "many"}, "numTraining: expected a number, got 'many'"),
+            ({"dataset": []}, r"dataset: expected an object of cases, got \[\]"),
+            ({"dataset": {"a": {"images": "a.nii.gz", "label": "b.nii.gz"}}}, "'a': expected images, a list"),
+            ({"dataset": {"a": {"images": ["a.nii.gz"]}}}, "'a': expected images, a list, and label"),
+            ({"dataset": {"a/b": {"images": ["a.nii.gz"], "label": "b.nii.gz"}}}, "names .*, got 'a/b'"),
         ],
     )
     def test_unusable(self, tmp_path: Path, entries: dict, message: str) -> None:
@@ -219,6 +221,56 @@ class TestDescribed:
         text = json.dumps({"channel_names": self.CT, "file_ending": ".nii.gz"})
         (tmp_path / "dataset.json").write_text(text, encoding="utf-8-sig")
         assert names(find_cases(tmp_path, labelled=True)) == ["a"]
+
+
+class TestListed:
+    """dataset.json lists the files itself."""
+
+    def write(self, folder: Path, **changes: object) -> Path:
+        cases = {
+            "b": {"images": ["$EFFSEG_STORE/1.nii.gz"], "label": "segmentations/b.nii.gz"},
+            "a": {"images": [str(folder / "x" / "a.NII")], "label": "../there/segmentations/a.nii.gz"},
+        }
+        return describe(folder, channel_names={"0": "CT"}, numTraining=2, dataset=cases | changes)
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("EFFSEG_STORE", str(touch(tmp_path / "store", "1.nii.gz")))
+        touch(tmp_path / "there", "segmentations/a.nii.gz", "segmentations/b.nii.gz", "x/a.NII")
+        touch(tmp_path / "there", "imagesTr/c_0000.nii.gz", "labelsTr/c.nii.gz")  # not listed: not used
+        return self.write(tmp_path / "there")
+
+    def test_files(self, folder: Path) -> None:
+        labels = folder / "segmentations"
+        images = {"a": folder / "x" / "a.NII", "b": folder.parent / "store" / "1.nii.gz"}
+        expected = [Case(name, (images[name],), labels / f"{name}.nii.gz") for name in "ab"]
+        assert find_cases(folder, labelled=True) == expected
+        assert find_cases(folder, labelled=False) == [Case(name, (images[name],)) for name in "ab"]
+        touch(folder, "imagesTs/d_0000.nii.gz")
+        assert names(find_cases(folder, labelled=False)) == ["d"]
+
+    @pytest.mark.parametrize(
+        ("files", "message"),
+        [
+            ({"images": ["x/a.NII"], "label": "gone.nii.gz"}, r"gone\.nii\.gz: no such file"),
+            ({"images": ["x/a.nrrd"], "label": "x/a.NII"}, r"a\.nrrd: \.nrrd files are not read, only \.nii"),
+            (
+                {"images": ["x/a.NII", "x/a.NII"], "label": "x/a.NII"},
+                "2 images of case 'b', expected 1",
+            ),
+        ],
+    )
+    def test_missing(self, folder: Path, files: dict, message: str) -> None:
+        self.write(folder, b=files)
+        assert names(look_for_cases(folder, labelled=True).cases) == ["a"]
+        with pytest.raises(InputError, match=message):
+            find_cases(folder, labelled=True)
+
+    def test_fewer_than_counted(self, folder: Path) -> None:
+        description = json.loads((folder / "dataset.json").read_text())
+        describe(folder, **description | {"numTraining": 3})
+        with pytest.raises(InputError, match="numTraining is 3, found 2 cases"):
+            find_cases(folder, labelled=True)
 
 
 class TestBroken:
@@ -262,110 +314,19 @@ class TestBroken:
         found = look_for_cases(tmp_path, labelled=False)
         assert (names(found.cases), found.missing) == (["a"], {"b": f"{tmp_path / 'b.nii.gz'}: {reason}"})
 
+    @pytest.mark.parametrize("name", ["dataset.json", "imagesTs", "imagesTr"])
+    def test_a_link_to_nowhere_is_not_nothing(self, tmp_path: Path, name: str) -> None:
+        touch(tmp_path, "a.nii.gz", "b_ct.nii.gz", "b_seg.nii.gz", "labels.json")
+        (tmp_path / name).symlink_to("/mnt/nas/gone")
+        for labelled in (False,) if name == "imagesTs" else (False, True):
+            with pytest.raises(InputError, match=f"{name}: a link to /mnt/nas/gone, which is not there"):
+                find_cases(tmp_path, labelled=labelled)
+        if name == "dataset.json":
+            with pytest.raises(InputError, match="a link to /mnt/nas/gone"):
+                description_file(tmp_path)
+
     def test_links_that_lead_somewhere_are_files(self, tmp_path: Path) -> None:
         touch(tmp_path, "store/1", "scans/x.txt")
         (tmp_path / "scans" / "a.nii.gz").symlink_to(tmp_path / "store" / "1")
         (tmp_path / "scans" / "b.nii.gz").hardlink_to(tmp_path / "store" / "1")
         assert names(find_cases(tmp_path / "scans", labelled=False)) == ["a", "b"]
-
-
-class TestSelect:
-    CASES = (*named(4), Case("TCGA-CV-1", (Path(),)), Case("TCGA-CV-2", (Path(),)), Case("x-y", (Path(),)))
-
-    @pytest.mark.parametrize(
-        ("selection", "expected"),
-        [
-            (None, ["TCGA-CV-1", "TCGA-CV-2", "case000", "case001", "case002", "case003", "x-y"]),
-            ("case001-case003", ["case001", "case002", "case003"]),
-            (" case003 , case000,case003", ["case000", "case003"]),
-            ("TCGA-CV-1-TCGA-CV-2,x-y", ["TCGA-CV-1", "TCGA-CV-2", "x-y"]),
-            ("TCGA*,case00[12]", ["TCGA-CV-1", "TCGA-CV-2", "case001", "case002"]),
-        ],
-    )
-    def test_terms(self, selection: str | None, expected: list[str]) -> None:
-        assert names(select_cases(self.CASES, selection)) == expected
-
-    def test_one_spelling_of_an_umlaut(self) -> None:
-        assert names(select_cases([Case("fa\u0308lle", ())], "fälle")) == ["fa\u0308lle"]
-
-    def test_selections_that_depend_on_no_other_case(self) -> None:
-        known = [case.name for case in self.CASES]
-        assert selects_by_name(known, "case001, x-y")
-        for selection in (None, "case00*", "case000-case002", "case001,case009"):
-            assert not selects_by_name(known, selection)
-
-    @pytest.mark.parametrize("term", ["case004", "case000-case009", "case003-case001", "nothing*"])
-    def test_unknown_terms(self, term: str) -> None:
-        with pytest.raises(InputError, match="no case '"):
-            select_cases(self.CASES, f"case001,{term}")
-
-    @pytest.mark.parametrize("selection", ["", " , "])
-    def test_nothing(self, selection: str) -> None:
-        with pytest.raises(InputError, match="expected names of cases"):
-            select_cases(self.CASES, selection)
-
-
-class TestSplit:
-    @pytest.mark.parametrize(
-        ("count", "held_out"),
-        [
-            # As scikit-learn's KFold(5, shuffle=True, random_state=12345) gives them.
-            (7, [[3, 6], [0, 4], [1], [5], [2]]),
-            (16, [[0, 7, 8, 11], [3, 6, 12], [10, 14, 15], [1, 4, 9], [2, 5, 13]]),
-            (20, [[3, 8, 13, 16], [0, 10, 12, 15], [6, 7, 11, 17], [9, 14, 18, 19], [1, 2, 4, 5]]),
-        ],
-    )
-    def test_five_folds_are_nnunets(self, tmp_path: Path, count: int, held_out: list[list[int]]) -> None:
-        cases = named(count)
-        for fold, indices in enumerate(held_out):
-            training, validation = split_cases(tmp_path, cases[::-1], fold)
-            assert validation == [cases[index] for index in indices]
-            assert training == [case for case in cases if case not in validation]
-
-    def test_the_folders_own_splits(self, tmp_path: Path) -> None:
-        splits = [
-            {"train": ["case000", "other"], "val": ["case001"]},
-            {"train": ["case001"], "val": ["case000"]},
-        ]
-        (tmp_path / "splits_final.json").write_text(json.dumps(splits))
-        cases = named(2)
-        assert split_cases(tmp_path, cases, 1) == ([cases[1]], [cases[0]])
-        assert split_cases(tmp_path, cases, "0") == ([cases[0]], [cases[1]])
-        with pytest.raises(InputError, match="fold: expected 0 to 1 or all, got 2"):
-            split_cases(tmp_path, cases, 2)
-        with pytest.raises(InputError, match="case 'case002' is in neither part of fold 0"):
-            split_cases(tmp_path, named(3), 0)
-        with pytest.raises(InputError, match="none of the cases is in the validation part"):
-            split_cases(tmp_path, cases[:1], 0)
-
-    def test_all(self, tmp_path: Path) -> None:
-        assert split_cases(tmp_path, named(2), "all") == (named(2), named(2))
-
-    @pytest.mark.parametrize("fold", [-1, 5, "first"])
-    def test_no_such_fold(self, tmp_path: Path, fold: int | str) -> None:
-        with pytest.raises(InputError, match=f"fold: expected 0 to 4 or all, got {fold}"):
-            split_cases(tmp_path, named(6), fold)
-
-    def test_too_few_cases(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="expected at least 5 cases for 5 folds, found 4"):
-            split_cases(tmp_path, named(4), 0)
-
-    def test_names_in_another_spelling(self, tmp_path: Path) -> None:
-        splits = [{"train": ["fälle"], "val": ["case000"]}]
-        (tmp_path / "splits_final.json").write_text(json.dumps(splits), encoding="utf-8-sig")
-        assert fold_names(tmp_path, 0) == (["fälle"], ["case000"])
-        cases = [*named(1), Case("fa\u0308lle", ())]
-        assert split_cases(tmp_path, cases, 0) == (cases[1:], cases[:1])
-
-    def test_a_link_that_leads_nowhere(self, tmp_path: Path) -> None:
-        (tmp_path / "splits_final.json").symlink_to("/mnt/nas/splits_final.json")
-        with pytest.raises(InputError, match="a link to /mnt/nas"):
-            split_cases(tmp_path, named(6), 0)
-
-    @pytest.mark.parametrize(
-        "text", ["[", "[1]", '[{"train": []}]', '[{"train": "c", "val": []}]', '[{"train": [1], "val": [2]}]']
-    )
-    def test_malformed(self, tmp_path: Path, text: str) -> None:
-        (tmp_path / "splits_final.json").write_text(text)
-        with pytest.raises(InputError, match=r"splits_final\.json: (expected a list|not readable)"):
-            split_cases(tmp_path, named(6), 0)

@@ -1,12 +1,9 @@
 """What the numbers of a channel are taken for."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from effseg.data.intensities import channel_names, foreground_statistics, is_ct, no_hu
+from effseg.data.intensities import drawn, foreground_statistics, listed, no_hu, parse_window, scaled, scaling
 from effseg.errors import InputError
 
 
@@ -41,20 +38,43 @@ def test_what_cannot_be_hounsfield_units(change: object, why: str) -> None:
     assert re.search(why, str(no_hu(change(ct()))))  # type: ignore[operator]
 
 
-def test_names_of_channels(tmp_path: Path) -> None:
-    assert channel_names(tmp_path) is None
-    path = tmp_path / "dataset.json"
-    for entries, names in (
-        ({"channel_names": {"0": "CT", "1": "PET"}}, ("CT", "PET")),
-        ({"modality": {"0": "MR"}}, ("MR",)),
-        ({"labels": {}}, None),
-    ):
-        path.write_text(json.dumps(entries), encoding="utf-8-sig")
-        assert channel_names(tmp_path) == names
-    path.write_text('{"channel_names": {"1": "CT"}}')
-    with pytest.raises(InputError, match="expected channel_names as"):
-        channel_names(tmp_path)
-    assert [is_ct(name) for name in ("CT", "ct", "T1", "CTA")] == [True, True, False, False]
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("CT", (-200.0, 400.0)),
+        (" ct", (-200.0, 400.0)),
+        ("T1", None),
+        ("CTA", None),
+        ("zscore", None),
+        ("noNorm", "noNorm"),
+        ("NONORM", "noNorm"),
+        ("rescale_to_0_1", "rescale_to_0_1"),
+        ("rgb_to_0_1", "rgb_to_0_1"),
+    ],
+)
+def test_what_a_channels_name_says(name: str, how: object) -> None:
+    assert scaling(name, (-200.0, 400.0)) == how
+
+
+def test_schemes_are_nnunets() -> None:
+    image = np.random.default_rng(0).integers(3, 250, (5, 4, 4, 4)).astype(np.int16)
+    hows = ((-200.0, 400.0), None, "noNorm", "rescale_to_0_1", "rgb_to_0_1")
+    ct, standard, same, rescaled, rgb = scaled(image, hows)
+    assert np.array_equal(ct, image[0])
+    assert np.array_equal(same, image[2])
+    assert (standard.mean(), standard.std()) == pytest.approx((0, 1), abs=1e-5)
+    assert (rescaled.min(), rescaled.max()) == (0, 1)
+    assert rescaled * np.ptp(image[3]) + image[3].min() == pytest.approx(image[3].astype(float), rel=1e-6)
+    assert np.array_equal(rgb, image[4] / np.float32(255))
+    assert listed(hows) == "-200 to 400 HU, standardised, noNorm, rescale_to_0_1, rgb_to_0_1"
+    assert parse_window([[-200, 400], *hows[1:]]) == hows
+    assert [drawn(how, same) for how in hows] == [
+        (-200, 400), (-2, 2), (same.min(), same.max()), (0, 1), (0, 1)
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="rgb_to_0_1: expected values from 0 to 255, found 3 to 256"):
+        scaled(np.array([[[[3, 256]]]]), ("rgb_to_0_1",))
+    with pytest.raises(InputError, match="window: expected two HU values"):
+        parse_window(["noNorm", "anything"])
 
 
 def test_statistics_of_what_is_not_masked() -> None:

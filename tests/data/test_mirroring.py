@@ -24,7 +24,7 @@ NAMES = ("background", "parotid_left", "parotid_right", "Auge li", "Auge re", "l
     ],
 )
 def test_pairs(given, described, pairs):
-    assert mirror_pairs(NAMES, given, described) == pairs
+    assert mirror_pairs(NAMES, given, described, ("kidney R", "kidney L", "spleen")) == pairs
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,9 @@ def test_pairs(given, described, pairs):
         ("[1", None, "not readable as JSON"),
         (None, [["parotid_left", "kidney"]], "got 'kidney'"),
         (None, ["parotid_left"], "expected pairs of two names"),
+        (None, "parotid_left:parotid_right", "expected a list of pairs of two names"),
+        (None, {"parotid_left": "parotid_right"}, "expected a list of pairs of two names"),
+        (None, [["Parotid_left", "Parotid_right"]], "got 'Parotid_left'"),  # a rename that was forgotten here
     ],
 )
 def test_refused(given, described, message):

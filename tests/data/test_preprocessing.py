@@ -102,9 +102,10 @@ class TestCrop:
         assert prepared.rescued == 1
         assert Preprocessing(crop="none").prepare(scan_of(torso()), wanted).rescued == 0
 
-    def test_absurd_voxel_sizes_are_refused(self) -> None:
-        scan = scan_of(torso(), (1e6, 1e6, 1e6))
-        with pytest.raises(InputError, match=r"voxels of 1e\+06 x .* would become .* voxels of 1 x 1 x 1 mm"):
+    @pytest.mark.parametrize("sizes", [(1e6, 1e6, 1e6), (1.0, 32768.0, 1.0)])
+    def test_absurd_voxel_sizes_are_refused(self, sizes: tuple[float, float, float]) -> None:
+        scan = scan_of(torso(), sizes)
+        with pytest.raises(InputError, match=r"voxels of .* would become .* voxels of 1 x 1 x 1 mm"):
             Preprocessing(spacing=(1.0, 1.0, 1.0)).prepare(scan)
 
     def test_wrong_shapes(self) -> None:
@@ -199,6 +200,9 @@ class TestChannels:
         swapped = Scan(scan.array[::-1], scan.grid, scan.paths)
         expected = Preprocessing(window=((-200.0, 400.0), None)).prepare(scan).box
         assert Preprocessing(window=(None, (-200.0, 400.0))).prepare(swapped).box == expected
+        with pytest.warns(InputWarning, match="cannot be CT in HU"):  # the other one has a window, too
+            both = Preprocessing(window=((0.0, 250.0), (-200.0, 400.0))).prepare(swapped).box
+        assert both == expected
         whole = Preprocessing(window=(None, None)).prepare(swapped).box
         assert [side.stop for side in whole] == list(torso().shape)
 

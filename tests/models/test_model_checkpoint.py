@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from effseg.data.preprocessing import Preprocessing
 from effseg.errors import InputError
 from effseg.models.checkpoint import load
 from effseg.models.unet3d import UNet3D
@@ -134,3 +135,10 @@ def test_missing_and_unknown_tensors_are_named(saved, tmp_path):
         load(rewrite(saved, tmp_path / "a.safetensors", weights=without_head))
     with pytest.raises(InputError, match="holds an unknown 'zebra'"):
         load(rewrite(saved, tmp_path / "b.safetensors", weights=lambda t: t | {"zebra": torch.zeros(1)}))
+
+
+def test_windows_of_another_number_of_channels_are_not_saved(model, tmp_path):
+    two = Preprocessing(window=((-200, 400), (0, 1)))
+    with pytest.raises(InputError, match="window: expected one a channel, 1, got 2"):
+        model.save(tmp_path / "x.safetensors", preprocessing=two)
+    assert not list(tmp_path.iterdir())

@@ -61,6 +61,9 @@ def test_other_networks_are_refused(tmp_path):
         InputError, match=r"^init: .*expected weights of effseg-tiny, got those of effseg-base"
     ):
         take_weights(fresh(), path, names(3))
+    saved(path, norm="batch")
+    with pytest.raises(InputError, match=r"effseg-tiny with instance norm, got .* with batch norm"):
+        take_weights(fresh(), path, names(3))
     saved(path, classes=5)
     with pytest.raises(InputError, match=r"^init: "):
         take_weights(build_model("unet3d", 1, 3), path, names(3))

@@ -192,6 +192,10 @@ def another_value(data):
     edit_labels(data, lambda name, value: (name, 99 if value == 3 else value))
 
 
+def no_ct(data):
+    edit_json(data, lambda entries: entries["channel_names"].update({"0": "MR"}))
+
+
 def exchanged(data):
     names = {phantom.NAMES[1]: phantom.NAMES[2], phantom.NAMES[2]: phantom.NAMES[1]}
     edit_labels(data, lambda name, value: (names.get(name, name), value))
@@ -207,6 +211,7 @@ def exchanged(data):
         (one_class_more, r"11 classes .* now there are 12"),
         (another_value, r"another label map: .* was 3 and is 99"),
         (exchanged, r"another label map: .* was 1 and is 2"),
+        (no_ct, r"a run with window = \(-200.0, 400.0\), but now it is \(None,\)"),
     ],
 )
 def test_what_has_changed_is_refused(go_on, data, change, message):

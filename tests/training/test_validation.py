@@ -9,6 +9,7 @@ import torch
 
 from effseg.cli import main
 from effseg.data.labels import load_label_map
+from effseg.errors import InputError
 from effseg.evaluation import evaluate_folders
 from effseg.training import TrainingConfig, loop, train
 from effseg.training.data import load_training_data
@@ -102,6 +103,15 @@ def test_channels_that_are_no_ct_are_standardised_in_training_and_prediction(tmp
     chosen = settings.replace(window=((-200, 400), (0, 250)))
     windows = load_training_data(chosen, World(0, 1, torch.device("cpu")), said.append).preprocessing.window
     assert windows == ((-200.0, 400.0), (0.0, 250.0))
+
+
+def test_a_window_for_no_channel_is_refused(tmp_path):
+    settings = config(write(tmp_path / "data", ("PET",), satellite=False), tmp_path, window=(0, 250))
+    with pytest.raises(InputError, match=r"window: expected none, as no channel is CT \(PET\), got "):
+        load_training_data(settings, World(0, 1, torch.device("cpu")), print)
+    chosen = settings.replace(window=((0, 250),))
+    data = load_training_data(chosen, World(0, 1, torch.device("cpu")), print)
+    assert data.preprocessing.window == ((0.0, 250.0),)
 
 
 def test_scans_that_are_not_in_hu_are_told_in_training_and_prediction(tmp_path, capsys):
