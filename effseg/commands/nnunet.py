@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from importlib import import_module, metadata
 from typing import Any
 
+from effseg.commands import nnunet_predict
 from effseg.errors import InputError
 from effseg.nnunet import announce
 
 HELP = """Run nnU-Net (2.8 or newer) with this package's trainers, which it finds without being changed.
 nnUNetTrainerEffSeg, the trainer of `train` and `predict` unless -tr names another, is nnU-Net's in less
-memory; nnUNetTrainerEffSegFull trains an EffSegNet on whole volumes. All other arguments are nnU-Net's:
-`effseg nnunet train --help` shows them. Environment: EFFSEG_MEMORY (the network's memory mode),
+memory; nnUNetTrainerEffSegFull trains an EffSegNet on whole volumes. `predict` segments with these models
+and all of nnU-Net's own, in bounded memory: see `effseg nnunet predict --help`. All other arguments are
+nnU-Net's: `effseg nnunet train --help` shows them. Environment: EFFSEG_MEMORY (the network's memory mode),
 EFFSEG_MEMORY_BUDGET (of mode auto), EFFSEG_NNUNET_EPOCHS and EFFSEG_NNUNET_ITERATIONS (of an epoch)."""
 
 OLDEST = (2, 8)  # that looks for trainers outside of itself
@@ -30,11 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_installation()
-    if not {"-h", "--help"} & set(args.arguments):
+    if not {"-h", "--help"} & set(args.arguments) and not _names_folder(args):
         _check_folders()
     announce()
     ACTIONS[args.action](args.arguments)
     return 0
+
+
+def _names_folder(args: argparse.Namespace) -> bool:
+    return args.action == "predict" and nnunet_predict.names_folder(args.arguments)
 
 
 def _check_installation() -> None:
@@ -58,10 +64,14 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _predict(arguments: Sequence[str]) -> None:
     """nnU-Net's entry point looks its predictor up by name."""
+    arguments = _with_trainer(arguments)
+    if nnunet_predict.takes(arguments):
+        nnunet_predict.predict(arguments)
+        return
     from effseg.nnunet.predictor import Predictor
 
     with _replaced(import_module(PREDICTION), "nnUNetPredictor", Predictor):
-        _call(PREDICTION, "predict_entry_point", _with_trainer(arguments))
+        _call(PREDICTION, "predict_entry_point", arguments)
 
 
 def _plan_and_preprocess(arguments: Sequence[str]) -> None:

@@ -1,12 +1,18 @@
 """`effseg plan`: does it fit, and what would?"""
 
 import argparse
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from effseg.errors import InputError
-from effseg.memory.network_plan import NetworkPlan, plan_network
-from effseg.memory.nnunet_plans import read_plans
+from effseg.memory.network_plan import MODES, NetworkPlan, Tell, plan_network
+from effseg.memory.nnunet_plans import Size, read_plans
 from effseg.memory.planner import BASELINE, HEADROOM, MEMORY, Mode, Plan, Request, plan, total_gpu_memory
 from effseg.memory.report import OUTSIDE, MemoryReport
 from effseg.memory.units import format_bytes, parse_bytes, parse_volume
@@ -17,6 +23,8 @@ every memory mode, without a GPU and without the memory, choose the mode with th
 and find the largest volume that does; takes about a minute. With --network the same for nnU-Net's plans:
 their network as it is and converted, on its patches and on whole volumes. Exit code 0 if the volume, or the
 plans' patches, fit, 1 if not."""
+
+PREDICTIONS = 4  # in most modes: the patch, the whole volume, the largest patch and the next size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,14 +95,32 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan_network(args: argparse.Namespace, memory: int) -> NetworkPlan:
     network = read_plans(args.network, args.configuration, args.classes)
-    return plan_network(
-        network,
-        memory,
-        dtype=args.dtype,
-        batch=args.batch,
-        optimizer=args.optimizer or "sgd",
-        headroom=args.headroom,
-    )
+    gc.collect()
+    gc.freeze()  # what has been imported is not looked through again before every prediction
+    with _progress() as told:
+        return plan_network(
+            network,
+            memory,
+            dtype=args.dtype,
+            batch=args.batch,
+            optimizer=args.optimizer or "sgd",
+            headroom=args.headroom,
+            tell=told,
+        )
+
+
+@contextmanager
+def _progress() -> Iterator[Tell]:
+    """A bar on stderr, where that is a terminal: one step for every prediction that is begun."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(MODES) * PREDICTIONS, completed=-1)
+
+        def told(mode: str | None, size: Size) -> None:
+            bar.update(task, advance=1, description=f"{mode or 'as it is'} {'x'.join(map(str, size))}")
+
+        yield told
 
 
 def _text(answer: Plan) -> str:

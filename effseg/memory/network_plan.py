@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from effseg.memory.units import format_bytes
 
 MODES = (None, "raw", "block")
 Predict = Callable[[Size, int], MemoryReport]
+Tell = Callable[[str | None, Size], None]
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,13 @@ def plan_network(
     batch: int | None = None,
     optimizer: str = "sgd",
     headroom: float = HEADROOM,
+    tell: Tell = lambda mode, size: None,
 ) -> NetworkPlan:
     """Predict a training step on the plan's patches and on a whole volume, as it is and converted.
 
     batch: patches in a step, the plan's by default; gpu_memory: bytes; headroom: fraction kept free. Every
     size that is said to fit was predicted itself. The loss is Dice + cross-entropy with deep supervision.
+    tell: called before every prediction with the mode, one of MODES, and the size that is predicted.
     Raises InputError for amounts that make no sense, and for a network of which nothing can be converted.
     """
     if not 0 <= headroom < 1:
@@ -133,7 +136,8 @@ def plan_network(
     original = network.build()
     modes = []
     for memory in MODES:
-        predict = _prediction(_in_mode(original, network, memory), network.channels, dtype, optimizer)
+        model = _in_mode(original, network, memory)
+        predict = _prediction(model, network.channels, dtype, optimizer, partial(tell, memory))
         patch = predict(network.patch, batch)
         modes.append(NetworkMode(memory, patch, predict(whole, 1), _largest(network, predict, patch, usable)))
     return NetworkPlan(network, batch, whole, gpu_memory, usable, tuple(modes))
@@ -144,9 +148,12 @@ def _in_mode(original: nn.Module, network: PlannedNetwork, memory: str | None) -
     return original if memory is None else convert(original, memory=memory, shape=shape)
 
 
-def _prediction(model: nn.Module, channels: int, dtype: str, optimizer: str) -> Predict:
+def _prediction(
+    model: nn.Module, channels: int, dtype: str, optimizer: str, tell: Callable[[Size], None]
+) -> Predict:
     @cache
     def predict(size: Size, batch: int) -> MemoryReport:
+        tell(size)
         shape = (batch, channels, *size)
         return peak_training_memory(model, shape, dtype=dtype, optimizer=optimizer, device="cuda")
 

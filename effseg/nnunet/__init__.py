@@ -1,16 +1,29 @@
-"""effseg inside nnU-Net (2.8 or newer): trainers that it finds without a change to its files.
+"""effseg inside nnU-Net (2.8 or newer): trainers that it finds without a change to its files, and prediction.
 
 nnU-Net looks for trainers in the folders of its environment variable nnUNet_extTrainer; `effseg nnunet`
-sets it to TRAINERS.
+sets it to TRAINERS. `Predictor` segments scans with any model that nnU-Net has trained.
 """
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["TRAINERS", "VARIABLE", "announce"]
+if TYPE_CHECKING:
+    from effseg.nnunet.prediction.predictor import Predictor
+
+__all__ = ["TRAINERS", "VARIABLE", "Predictor", "announce"]
 
 VARIABLE = "nnUNet_extTrainer"
 TRAINERS = str(Path(__file__).resolve().parent / "trainers")
+
+
+def __getattr__(name: str) -> Any:
+    """`Predictor` is imported when asked for: torch takes a second."""
+    if name != "Predictor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from effseg.nnunet.prediction.predictor import Predictor
+
+    return Predictor
 
 
 def announce() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from effseg.errors import InputError
 from effseg.models.effsegnet import EffSegNet
 
 
@@ -14,5 +15,15 @@ class WholeVolumeNet(EffSegNet):
     """
 
     def forward(self, image: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
-        """The loss, `EffSegNet.loss`, or without labels the logits (N, K, D, H, W)."""
-        return super().forward(image) if labels is None else self.loss(image, labels, **options)
+        """The loss, `EffSegNet.loss`. Raises InputError without labels, as nnU-Net's own predictor calls it:
+        of windows, of which the network has never seen one, it would give other labels."""
+        if labels is None:
+            raise InputError(
+                "this network was trained on whole volumes and would segment windows wrongly: "
+                "predict with `effseg nnunet predict` instead of nnUNetv2_predict"
+            )
+        return self.loss(image, labels, **options)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """(N, K, D, H, W), of whole volumes."""
+        return super().forward(image)

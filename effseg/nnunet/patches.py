@@ -53,6 +53,12 @@ class nnUNetTrainerEffSeg(nnUNetTrainer):
         )
         return effseg.convert(network, shape=(1, num_input_channels, *patch), **options.memory(MEMORY, "raw"))
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        network: Any = getattr(self.network, "module", self.network)
+        saving = str(network.conversion_report).partition("\n")[0]
+        self.print_to_log_file(f"effseg: memory {network.effseg_settings.memory}: {saving}")
+
     def _do_i_compile(self) -> bool:
         return False  # there is little left to compile between the fused operators
 

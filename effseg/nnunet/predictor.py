@@ -43,7 +43,7 @@ class Predictor(nnUNetPredictor):
         """(C, D, H, W) -> (K, D, H, W), on the CPU, mean of the folds."""
         if not isinstance(self.network, WholeVolumeNet):
             return super().predict_logits_from_preprocessed_data(data)
-        logits = [self._run(data, fold, self.network) for fold in self._folds()]
+        logits = [self._run(data, fold, self.network.logits) for fold in self._folds()]
         return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
 
     def write(

@@ -57,6 +57,7 @@ class nnUNetTrainerEffSegFull(nnUNetTrainer):
         self.save_every = 10
         self.grad_scaler = None  # bf16 needs none
         self.loss_options: dict[str, Any] = {}
+        self.told_memory = ""
         options.set_length(self)
         self._check()
 
@@ -149,7 +150,16 @@ class nnUNetTrainerEffSegFull(nnUNetTrainer):
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
         if torch.isfinite(norm):
             self.optimizer.step()
+        self._tell_memory(image)
         return {"loss": loss.detach().cpu().numpy()}
+
+    def _tell_memory(self, image: Tensor) -> None:
+        """Once it has been chosen, and whenever it changes: `auto` chooses for the first volume of a size."""
+        mode = self._bare_network().active_memory
+        if mode != self.told_memory:
+            size = "x".join(map(str, image.shape[2:]))
+            self.print_to_log_file(f"effseg: memory {mode} from a volume of {size} on")
+            self.told_memory = mode
 
     def validation_step(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         image, labels = self._on_device(batch)

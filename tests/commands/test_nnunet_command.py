@@ -3,12 +3,14 @@
 import os
 import sys
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 
 from effseg import cli
 from effseg.commands import nnunet
 from effseg.nnunet import TRAINERS, VARIABLE
+from effseg.nnunet.prediction import trainers
 
 
 @pytest.fixture
@@ -76,3 +78,60 @@ def test_entry_points_read_their_own_arguments(monkeypatch):
     nnunet._call("entry_module", "entry", ["-d", "1"])
     assert seen == ["entry", "-d", "1"]
     assert sys.argv is before
+
+
+@pytest.fixture
+def predicted(called, monkeypatch):
+    """What this package's predictor would be given."""
+    seen = []
+    monkeypatch.setattr(nnunet.nnunet_predict, "predict", seen.append)
+    monkeypatch.setattr(trainers, "knows", lambda name: name.startswith("nnUNetTrainer"))
+    return seen
+
+
+@pytest.mark.parametrize("folder", [["-m", "model"], ["-m=model"]])
+def test_a_models_folder_needs_no_variables(called, predicted, monkeypatch, folder):
+    for name in nnunet.FOLDERS:
+        monkeypatch.delenv(name)
+    assert cli.main(["nnunet", "predict", "-i", "scans", "-o", "out", *folder]) == 0
+    assert predicted[0][:4] == ["-i", "scans", "-o", "out"]
+    assert not called
+    assert cli.main(["nnunet", "train", "1", "3d_fullres", "0", *folder]) == 2
+
+
+def test_known_trainers_models_by_name(called, predicted):
+    assert cli.main(["nnunet", "predict", "-d", "1", "-c", "2d", "-i", "a", "-o", "b"]) == 0
+    assert predicted == [["-d", "1", "-c", "2d", "-i", "a", "-o", "b", "-tr", "nnUNetTrainerEffSeg"]]
+    assert not called
+
+
+@pytest.mark.parametrize("others", [["-tr", "Mine"], ["-prev_stage_predictions", "c"]])
+def test_what_is_left_to_nnunet(called, predicted, monkeypatch, others):
+    monkeypatch.setitem(sys.modules, nnunet.PREDICTION, SimpleNamespace(nnUNetPredictor=None))
+    monkeypatch.setitem(sys.modules, "effseg.nnunet.predictor", SimpleNamespace(Predictor=None))
+    assert cli.main(["nnunet", "predict", "-d", "1", "-c", "2d", "-i", "a", "-o", "b", *others]) == 0
+    assert called["name"] == "predict_entry_point"
+    assert not predicted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "-m: expected a model's folder, or -d and -c"),
+        (["-m", "a", "-d", "1"], "-d: expected none with -m"),
+        (["-m", "a", "-prev_stage_predictions", "b"], "-prev_stage_predictions: expected none"),
+        (["-m", "a", "-f", "first"], "-f: expected numbers or all, got 'first'"),
+        (["-m", "a", "--unknown"], "unrecognized arguments: --unknown"),
+        (["-m", "a", "-step_size", "x"], "-step_size: invalid float value: 'x'"),
+    ],
+)
+def test_arguments_that_predict_refuses(called, capsys, arguments, message):
+    assert cli.main(["nnunet", "predict", "-i", "scans", "-o", "out", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_help_of_predict(called, capsys):
+    assert cli.main(["nnunet", "predict", "--help"]) == 0
+    assert "-m FOLDER" in capsys.readouterr().out

@@ -67,7 +67,14 @@ def test_plans_name_a_network_that_is_there(tmp_path):
 @pytest.fixture(scope="module")
 def answer():
     pytest.importorskip("dynamic_network_architectures")
-    return plan_network(read_plans(PLANS, classes=3), 10**8, headroom=0.0)
+    told = []
+    plan = plan_network(
+        read_plans(PLANS, classes=3), 10**8, headroom=0.0, tell=lambda *step: told.append(step)
+    )
+    for mode in (None, "raw", "block"):
+        assert told.count((mode, (16, 32, 32))) == 1
+        assert [size for name, size in told if name == mode][:2] == [(16, 32, 32), plan.whole]
+    return plan
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from effseg.errors import InputError
 from effseg.nnunet.network import WholeVolumeNet
 from effseg.nnunet.predictor import Predictor
 
@@ -24,7 +25,16 @@ def predictor():
 def test_logits_are_those_of_the_whole_volume(predictor):
     logits = predictor.predict_logits_from_preprocessed_data(DATA)
     with torch.no_grad():
-        torch.testing.assert_close(logits, predictor.network.eval()(DATA[None])[0])
+        torch.testing.assert_close(logits, predictor.network.eval().logits(DATA[None])[0])
+
+
+def test_nnunets_own_predictor_is_refused(predictor):
+    """It calls the network with windows."""
+    theirs = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False)
+    theirs.network = predictor.network
+    with pytest.raises(InputError, match=r"trained on whole volumes.*`effseg nnunet predict`") as error:
+        theirs._internal_maybe_mirror_and_predict(DATA[None])
+    assert "\n" not in str(error.value)
 
 
 def test_folds_are_averaged(predictor):
@@ -44,7 +54,7 @@ def test_classes_go_to_the_file_without_logits(predictor, monkeypatch):
         written[path] = labels
 
     expected = predictor.predict_logits_from_preprocessed_data(DATA).argmax(0).numpy()
-    monkeypatch.setattr(predictor.network, "forward", None)  # makes logits
+    monkeypatch.setattr(predictor.network, "logits", None)  # makes logits
     predictor.plans_manager = SimpleNamespace(
         transpose_backward=[0, 1, 2],
         image_reader_writer_class=lambda: SimpleNamespace(write_seg=write_seg),

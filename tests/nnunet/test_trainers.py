@@ -1,6 +1,8 @@
 """The trainers, step by step, beside nnU-Net's own."""
 
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +42,19 @@ def started(trainer, weights=None):
     if weights is not None:
         trainer.network.load_state_dict(weights)
     return trainer
+
+
+def log_of(trainer):
+    return Path(trainer.log_file).read_text().splitlines()
+
+
+def test_the_log_names_memory_mode_and_saving(make_trainer, monkeypatch):
+    monkeypatch.setenv("EFFSEG_MEMORY", "block")
+    trainer = started(make_trainer(nnUNetTrainerEffSeg))
+    monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+    trainer.on_train_start()
+    (told,) = (line for line in log_of(trainer) if "effseg: " in line)
+    assert re.search(r"effseg: memory block: .* on 1x1x16x32x32: \d+ bytes per voxel less are kept", told)
 
 
 def patches(channels=1):
@@ -123,6 +138,9 @@ def test_whole_volumes_of_any_size(make_trainer, monkeypatch, memory):
     trainer.network.train()
     losses = [float(trainer.train_step(volume())["loss"]) for _ in range(3)]
     assert losses[-1] < losses[0]
+    told = [line for line in log_of(trainer) if "effseg: memory" in line]
+    assert len(told) == 1
+    assert f"effseg: memory {memory} from a volume of 9x12x13 on" in told[0]
     found = trainer.validation_step(volume((7, 10, 8)))
     assert (found["tp_hard"] + found["fn_hard"]).tolist() == [
         int((volume((7, 10, 8))["target"] == k).sum()) for k in (1, 2)

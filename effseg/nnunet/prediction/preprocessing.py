@@ -1,0 +1,135 @@
+"""A scan as nnU-Net's networks expect it, with no more than a few copies of it in memory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from effseg.errors import InputError
+from effseg.nnunet.prediction.interpolation import resample_image
+
+SPLINES = "resample_data_or_seg_to_shape"
+SPLINE_SETTINGS = {"is_seg", "order", "order_z", "force_separate_z", "separate_z_anisotropy_threshold"}
+OUTSIDE = -1  # nnU-Net's mark of what lies around an image that is 0 there
+
+Properties = dict[str, Any]
+
+
+def read(reader: Any, files: Sequence[Path]) -> tuple[np.ndarray, Properties]:
+    """(C, z, y, x) float32 and nnU-Net's properties of the scan. Raises InputError naming the scan."""
+    try:
+        image, properties = reader.read_images([str(file) for file in files])
+    except (RuntimeError, AssertionError, OSError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise InputError(f"{files[0]}: cannot be read by {type(reader).__name__}: {reason}") from error
+    return image, properties
+
+
+def prepare(
+    image: np.ndarray, properties: Properties, plans: Any, configuration: Any
+) -> tuple[Tensor, Properties]:
+    """Transposed, cropped to what is not 0, normalised and resampled: (C, D, H, W) float32.
+
+    image: (C, z, y, x) float32, used up; properties: as of nnU-Net's readers, returned with those that
+    nnU-Net's preprocessing adds. plans, configuration: nnU-Net's managers.
+    Raises InputError for values that are not finite and for schemes that are none of nnU-Net's.
+    """
+    forward = plans.transpose_forward
+    image = image.transpose(0, *(axis + 1 for axis in forward))
+    spacing = [properties["spacing"][axis] for axis in forward]
+    box = nonzero_box(image)
+    planes, rows, columns = (slice(*bounds) for bounds in box)
+    cropped = image[:, planes, rows, columns]
+    added = {
+        "shape_before_cropping": image.shape[1:],
+        "bbox_used_for_cropping": box,
+        "shape_after_cropping_and_before_resampling": cropped.shape[1:],
+    }
+    cropped = np.ascontiguousarray(cropped, np.float32)
+    del image
+    _normalise(cropped, plans, configuration)
+    return torch.from_numpy(_resampled(cropped, spacing, configuration)), properties | added
+
+
+def nonzero_box(image: np.ndarray) -> list[list[int]]:
+    """First voxel and end of what is not 0 in any channel of (C, D, H, W), by axis; of all where all is 0."""
+    planes = np.zeros(image.shape[1], bool)
+    within = np.zeros(image.shape[2:], bool)
+    for channel in image:
+        for index, plane in enumerate(channel):
+            nonzero = plane != 0
+            planes[index] |= nonzero.any()
+            within |= nonzero
+    lines = [planes, np.any(within, axis=1), np.any(within, axis=0)]
+    if not planes.any():
+        return [[0, extent] for extent in image.shape[1:]]
+    return [[int(line.argmax()), len(line) - int(line[::-1].argmax())] for line in lines]
+
+
+def _normalise(image: np.ndarray, plans: Any, configuration: Any) -> None:
+    """Channel by channel with nnU-Net's schemes, in place."""
+    from nnunetv2.preprocessing.normalization import default_normalization_schemes as schemes
+
+    names = configuration.normalization_schemes
+    if len(names) != len(image):
+        raise InputError(f"scan: expected {len(names)} channels, got {len(image)}")
+    masked = configuration.use_mask_for_norm
+    outside = _outside(image) if any(masked) else None
+    for index, name in enumerate(names):
+        scheme = getattr(schemes, name, None)
+        if scheme is None:
+            raise InputError(f"normalization_schemes: expected one of nnU-Net's own, got {name!r}")
+        known = plans.foreground_intensity_properties_per_channel[str(index)]
+        run = scheme(use_mask_for_norm=masked[index], intensityproperties=known).run
+        image[index] = run(image[index], outside)
+        if not np.isfinite(image[index].sum(dtype=np.float64)):
+            raise InputError(f"scan: channel {index}: expected finite intensities, got inf or NaN")
+
+
+def _outside(image: np.ndarray) -> np.ndarray:
+    """(D, H, W) int8: OUTSIDE around what is not 0, which has no holes, else 0."""
+    nonzero = (image != 0).any(0)
+    return np.where(ndimage.binary_fill_holes(nonzero), np.int8(0), np.int8(OUTSIDE))
+
+
+def _resampled(image: np.ndarray, spacing: Sequence[float], configuration: Any) -> np.ndarray:
+    from nnunetv2.preprocessing.resampling.default_resampling import (
+        compute_new_shape,
+        determine_do_sep_z_and_axis,
+    )
+
+    target = with_own_first_axis(configuration.spacing, spacing)
+    shape = compute_new_shape(image.shape[1:], spacing, target)
+    if not all(shape):
+        raise InputError(
+            f"scan: too thin for the model's spacing of {_listed(target)} mm: {_listed(shape)} voxels"
+        )
+    settings = configuration.configuration["resampling_fn_data_kwargs"]
+    own = configuration.configuration["resampling_fn_data"] == SPLINES and not settings.get("is_seg")
+    if not own or not set(settings) <= SPLINE_SETTINGS:
+        found = configuration.resampling_fn_data(image, shape, spacing, target)
+        return np.ascontiguousarray(found, np.float32)
+    rule = {key: settings[key] for key in ("separate_z_anisotropy_threshold",) if key in settings}
+    separate, axis = determine_do_sep_z_and_axis(
+        settings.get("force_separate_z", False), spacing, target, **rule
+    )
+    return resample_image(
+        image,
+        [int(extent) for extent in shape],
+        settings.get("order", 3),
+        int(axis) if separate else None,
+        settings.get("order_z", 0),
+    )
+
+
+def with_own_first_axis(spacing: Sequence[float], own: Sequence[float]) -> list[float]:
+    """A configuration's spacing; a 2D one leaves the first axis of a scan with spacing `own` as it is."""
+    return [*own[: len(own) - len(spacing)], *spacing]
+
+
+def _listed(sizes: Sequence[float]) -> str:
+    return " x ".join(f"{size:g}" for size in sizes)
