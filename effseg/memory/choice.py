@@ -29,7 +29,7 @@ _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}
 
 @dataclass(frozen=True)
 class Settings:
-    """memory: raw or stream; recompute_levels: levels from half resolution down whose blocks run again in
+    """memory: raw or stream; recompute_levels: levels from half resolution down that run again in
     backward; rows: of a slab at the network's finest level, None: as a sweep would choose."""
 
     memory: str

@@ -52,8 +52,8 @@ class EffSegNet(SegmentationModel):
         allocator is predicted to reserve no more than the budget; `segment` streams.
     memory_budget: of ``auto``, for the whole training step with AdamW: bytes, or a text such as ``"24GB"``;
         None: nine tenths of the GPU's memory.
-    recompute: number of levels, from half resolution down, whose residual blocks keep only their output and
-        run again in backward.
+    recompute: number of levels, from half resolution down, that keep only their output and run again in
+        backward.
     auxiliary: also train heads on the decoder's levels at strides 2 and 4, against every second and fourth
         label, weighted 1/2 and 1/4; they serve the loss alone.
     thick_axis: 0, 1 or 2 (D, H, W): the axis along which voxels are much longer than along the others. The

@@ -461,10 +461,10 @@ def test_arithmetic_of_a_step(preset, size):
 @pytest.mark.parametrize(
     ("dtype", "levels", "classes", "preset", "bar"),
     [
-        ("bf16", 0, 15, "base", 76),
-        ("bf16", 1, 15, "base", 56),
-        ("fp32", 0, 15, "base", 145),
-        ("fp32", 1, 15, "base", 108),
+        ("bf16", 0, 15, "base", 60),
+        ("bf16", 1, 15, "base", 44),
+        ("fp32", 0, 15, "base", 118),
+        ("fp32", 1, 15, "base", 88),
         ("bf16", 0, 118, "large-w32", 116),
     ],
 )
