@@ -7,11 +7,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from effseg.conversion import rules as _rules  # noqa: F401  lazy tensors follow them
-from effseg.conversion.lazy import LazyTensor, lazy, real
+from effseg.conversion.boundary import (
+    NO_TRACE,
+    Carrier,
+    Noticing,
+    entering,
+    mapped,
+    real_at_hooks,
+    refuse_tracing,
+)
+from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.recompute import Block, blocks_run_again, is_block
 from effseg.conversion.report import ConversionReport, examine
 from effseg.errors import InputError
@@ -42,12 +51,18 @@ class Converted(nn.Module):
 
     @torch.compiler.disable  # a compiled caller runs it as it is
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_tracing()
         settings, own = self.effseg_settings, super().forward
-        args, kwargs = tree_map(lazy, (args, kwargs))
-        with blocks_run_again.set(self._mode((args, kwargs)) == "block"):
+        carrier = Carrier((args, kwargs))
+        args, kwargs = mapped(entering, (args, kwargs))
+        with blocks_run_again.set(self._mode((args, kwargs)) == "block"), real_at_hooks(self), Noticing():
             found = own(*args, **kwargs)
         defers = settings.lazy_logits and self.training and torch.is_grad_enabled()
-        return tree_map(_logits if defers else real, found)
+        return mapped(lambda x: carrier.carried(_logits(x) if defers else _ordinary(x)), found)
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script asks for it."""
+        raise RuntimeError(NO_TRACE.format("torch.jit.script"))
 
     def _mode(self, inputs: Any) -> str:
         settings = self.effseg_settings
@@ -171,8 +186,16 @@ def _shared(model: nn.Module) -> dict[int, Any]:
     return memo | {id(t): t if t.is_leaf else real(t).detach() for t in unregistered(model)}
 
 
-def _logits(x: Any) -> Any:
-    return x if isinstance(x, LazyTensor) and x.has_head else real(x)
+def _logits(x: Tensor) -> Tensor:
+    """Lazy ones stay so; parameters are remembered for whoever reads them after an optimizer's step."""
+    if not isinstance(x, LazyTensor) or not x.has_head:
+        return _ordinary(x)
+    x.keep_parameters()
+    return x
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    return x.laid_out() if isinstance(x, LazyTensor) else x
 
 
 _mixtures: dict[tuple[type, type], type] = {}

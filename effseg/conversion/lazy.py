@@ -2,107 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from effseg import functional
-from effseg.conversion import watch
-from effseg.conversion.outputs import convolve
+from effseg.conversion import mutation, watch
+from effseg.conversion.standing import Attached, Changed, Standing
+from effseg.conversion.values import Convolution, Value, computed, constant, operands, recipe
 from effseg.deferred import Deferred, plain
 from effseg.losses import LossOptions
 from effseg.settings import Captured
-from effseg.slabs import Window
 
-
-class Convolution(NamedTuple):
-    """One that has not run yet: what follows decides whether it needs statistics, or runs inside a loss."""
-
-    x: Deferred
-    weight: Tensor
-    bias: Tensor | None
-    window: Window
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        n, _, d, h, w = self.x.shape
-        return (n, self.weight.shape[0], *self.window.output_size((d, h, w)))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.x.dtype
-
-    @property
-    def is_head(self) -> bool:
-        """Whether it is a matrix for every voxel."""
-        return self.window == Window((1, 1, 1))
-
-
-Value = Tensor | Deferred | Convolution
-FOREIGN = (
-    "a torch.autograd.Function was given a lazy tensor, whose gradient would be lost; give it "
-    "tensor.materialise() (effseg.conversion.LazyTensor)"
-)
 Handler = Callable[..., Any]
+NEEDS_LOGITS = (
+    "DistributedDataParallel with find_unused_parameters or static_graph copies a network's outputs, so that "
+    "lazy logits would be made after all: convert with lazy_logits=False"
+)
+CHANGED = (
+    "a tensor changed in place after it had been used by an operator that has not run yet; convert with "
+    "lazy_logits=False, or use outputs before their network changes"
+)
+HOOK_TOO_LATE = (
+    "{}: expected before other operators read the tensor: a converted network's gradients do not pass "
+    "through one that is not stored; effseg.restore gives the network back"
+)
 
 
 class LazyTensor(Tensor):
     """Values (N, C, D, H, W) that are stored, deferred, or a convolution that has not run.
 
-    It is a `torch.Tensor` by type, shape, dtype and device. An operator that `rules` knows gives another
-    lazy tensor; any other gets `materialise()`, and the values are computed once. Gradients flow through
-    either way. It has no memory of its own: code in C++ that reads a tensor without asking torch's
-    function protocol cannot use it.
+    It is a `torch.Tensor` by type, shape, strides (contiguous), dtype, device and place in autograd's graph.
+    An operator that `rules` knows gives another lazy tensor; any other gets `materialise()`, and the values
+    are computed once, in the grad mode in which the tensor was made. Code that does not ask torch's function
+    protocol (a torch.autograd.Function, C++) finds the values and the gradient too: see `standing`.
     """
 
     handlers: ClassVar[dict[Any, Handler]] = {}
     """By torch's function; an entry returns NotImplemented for arguments that it does not take."""
     _value: Value
+    _versions: tuple[int, ...]
+    _was_taken: bool
+    _node: Any  # of autograd's graph, unless foreign code gave it another
+    _modes: tuple[bool, bool]  # grad mode, inference mode
     _captured: Captured
+    _snapshot: Value | None  # constant, with parameters as they were
 
     @staticmethod
     def __new__(cls, value: Value) -> LazyTensor:
-        shape, device = tuple(value.shape), _device(value)
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=device)
-        made._value, made._captured = value, Captured()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in made.operands()):
-            with torch._C.DisableTorchFunctionSubclass():
-                made.requires_grad_().register_hook(_refuse_gradient)
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if not modes[0] and not isinstance(value, Tensor):
+            value = constant(value)
+        inputs = operands(value)
+        with torch._C.DisableTorchFunctionSubclass():
+            if modes[0] and any(t.requires_grad for t in inputs):
+                how = None if isinstance(value, Tensor) else recipe(value)
+                made = Standing.apply(partial(_wrapper, cls, value), how, *inputs)
+            else:
+                made = _wrapper(cls, value)
+            made._node = made.grad_fn
+        made._modes, made._captured, made._was_taken = modes, Captured(), False
+        made._remember(value)
         return made
 
     @property
     def value(self) -> Value:
-        """Raises `RuntimeError` for what a torch.autograd.Function gave its own graph."""
-        with torch._C.DisableTorchFunctionSubclass():
-            foreign = self.grad_fn is not None
-        if foreign:
-            raise RuntimeError(FOREIGN)
+        """What it is now. Raises `RuntimeError` where that is no longer known."""
+        node = self._edge()
+        if node is not self._node:
+            if "_DDPSink" in node.name():
+                raise RuntimeError(NEEDS_LOGITS)
+            self._attach(self._constant())
+        elif not isinstance(self._value, Tensor) and self._versions != mutation.versions(self.operands()):
+            self._attach(computed(self._before_change()))
         return self._value
+
+    def taken(self) -> Value:
+        """For an operator that makes its own of it."""
+        self._was_taken = True
+        return self.value
+
+    @property
+    def records(self) -> bool:
+        """Whether this is the grad mode that it was made in: an operator in place may change what it is."""
+        return self._modes == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """The grad mode and the settings with which it was made."""
+        grad, inference = self._modes
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad), self._captured.restored():
+            yield
 
     def become(self, value: Value) -> LazyTensor:
         """Change in place, as an operator that works in place does."""
-        self._value = value
+        self._remember(value)
+        self._rebase()
         return self
+
+    def settle(self, value: Value) -> None:
+        """The same values by other means."""
+        self._remember(value)
 
     def deferred(self, dtype: torch.dtype) -> Deferred:
         """An expression in the compute type."""
         value = self.value
         if isinstance(value, Deferred) and value.dtype == dtype:
+            self._was_taken = True
             return value
         return plain(self.materialise(), dtype)
 
     def materialise(self) -> Tensor:
         """The values as an ordinary tensor; computed once, with the settings under which it was made."""
         value = self.value
-        if not isinstance(value, Tensor):
-            with self._captured.restored():
-                value = _computed(value)
-        self.become(value)
-        return value
+        if isinstance(value, Tensor):
+            return value
+        with self.modes():
+            self.settle(found := computed(value))
+        return found
+
+    def laid_out(self) -> Tensor:
+        """The values in memory as the strides say: for views and for code that reads memory."""
+        stored = self.materialise()
+        if not stored.is_contiguous():
+            with self.modes():
+                self.settle(stored := stored.contiguous())
+        return stored
 
     @property
     def has_head(self) -> bool:
@@ -111,21 +142,64 @@ class LazyTensor(Tensor):
 
     def segmentation_loss(self, labels: Tensor, options: LossOptions) -> Tensor:
         """`effseg.functional.segmentation_loss` of logits, which it does not make."""
-        assert isinstance(self.value, Convolution)
-        head = self.value
+        head = self.taken()
+        assert isinstance(head, Convolution)
         chosen = {f.name: getattr(options, f.name) for f in fields(options)}
         with self._captured.restored():
             return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
 
     def operands(self) -> tuple[Tensor, ...]:
-        """The tensors that gradients reach."""
-        value = self.value
+        """The tensors that it is made of."""
+        return operands(self._value)
+
+    def keep_parameters(self) -> None:
+        """Remember parameters as they are, for whoever reads the values after an optimizer's step."""
+        if not isinstance(self._value, Tensor):
+            parts = [t.clone() if _is_parameter(t) else t for t in self.operands()]
+            self._snapshot = constant(recipe(self._value)(parts))
+
+    def _before_change(self) -> Value:
+        """Of operands of which some have changed, if only parameters have."""
+        changed = [
+            t
+            for t, before in zip(self.operands(), self._versions, strict=True)
+            if mutation.versions((t,)) != (before,)
+        ]
+        if self._snapshot is None or not all(map(_is_parameter, changed)):
+            raise RuntimeError(CHANGED)
+        return self._snapshot
+
+    def _remember(self, value: Value) -> None:
+        self._value, self._snapshot = value, None
+        self._versions = mutation.versions(operands(value))
         if isinstance(value, Tensor):
-            return (value,)
-        if isinstance(value, Deferred):
-            return value.tensors
-        parameters = (value.weight,) if value.bias is None else (value.weight, value.bias)
-        return (*value.x.tensors, *parameters)
+            mutation.settled(self)
+        else:
+            mutation.recorded(self)
+
+    def _edge(self) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn
+
+    def _rebase(self) -> None:
+        """Take the place in autograd's graph of what it is made of now."""
+        inputs = self.operands()
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            how = None if isinstance(self._value, Tensor) else recipe(self._value)
+            with torch._C.DisableTorchFunctionSubclass():
+                Changed.apply(self, how, *inputs)
+            self._node = self._edge()
+
+    def _constant(self) -> Tensor:
+        """The values without a gradient."""
+        with torch.no_grad(), self._captured.restored():
+            return computed(constant(self._value))
+
+    def _attach(self, values: Tensor) -> None:
+        """Become stored values whose gradient goes where foreign code sees it go."""
+        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            self._remember(Attached.apply(self, values))
+            self._node = self.grad_fn
 
     @classmethod
     def __torch_function__(
@@ -141,32 +215,86 @@ class LazyTensor(Tensor):
             if found is not NotImplemented:
                 return found
         watch.materialised(func, args)
-        real_args, real_kwargs = tree_map(real, (args, kwargs))
-        return tree_map(lazy, func(*real_args, **real_kwargs))
+        return foreign(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise RuntimeError(f"{func}: a lazy tensor has no values here; pass tensor.materialise()")
+        """For code that asks no function protocol, below autograd: the values, stored from now on."""
+        real_args, real_kwargs = tree_map(_touched, (args, kwargs or {}))
+        if func in ALIASES and isinstance(args[0], LazyTensor) and _keeps_shape(func, args):
+            return _wrapped(cls, real_args[0])
+        return func(*real_args, **real_kwargs)
 
 
 METADATA = {
     *(getattr(Tensor, name).__get__ for name in (
         "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse", "is_quantized",
-        "is_mkldnn", "is_meta", "is_nested", "itemsize", "nbytes",
+        "is_mkldnn", "is_meta", "is_nested", "itemsize", "nbytes", "requires_grad",
     )),
     *(getattr(Tensor, name) for name in (
         "dim", "size", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "__len__",
-        "__hash__",
+        "__hash__", "stride", "is_contiguous", "storage_offset",
     )),
     torch.numel, torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
 
+LAID_OUT = {
+    *(getattr(Tensor, name) for name in (
+        "view", "view_as", "as_strided", "reshape", "reshape_as", "flatten", "ravel", "unbind", "select",
+        "squeeze", "data_ptr", "numpy", "__array__", "untyped_storage", "storage", "__getitem__",
+    )),
+    torch.reshape, torch.flatten, torch.ravel, torch.unbind, torch.select, torch.squeeze, torch.as_strided,
+}  # fmt: skip
+"""Functions whose answer, or whether there is one, depends on how memory is laid out."""
 
-def _refuse_gradient(grad: Tensor) -> None:
-    """Gradients go to what a lazy tensor is made of. Called where one came past torch's function protocol."""
-    raise RuntimeError(FOREIGN)
+ORDINARY = {Tensor.grad.__get__, torch.autograd.grad}  # type: ignore[attr-defined]
+"""Functions that give gradients, which stay ordinary tensors."""
+
+HOOKS = {Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook}
+
+ALIASES = {
+    torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.view.default,
+    torch.ops.aten.view_as.default,
+}  # fmt: skip
+
+
+def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function of torch with ordinary tensors; what it gives is lazy again."""
+    if func in HOOKS and isinstance(args[0], LazyTensor):
+        _check_hook(func, args[0])
+    written = mutation.written(func, args, kwargs)
+    store = _laid_out if func in LAID_OUT else real
+    originals: dict[int, LazyTensor] = {}
+
+    def stored(x: Any) -> Any:
+        if not isinstance(x, LazyTensor):
+            return x
+        found = store(x)
+        originals[id(found)] = x
+        return found
+
+    real_args, real_kwargs = tree_map(stored, (args, kwargs))
+    mutation.before([real(t) for t in written])
+    found = func(*real_args, **real_kwargs)
+    for changed in written:
+        if isinstance(changed, LazyTensor):
+            changed.become(changed._value)
+    if func in ORDINARY:
+        return found
+    return tree_map(lambda x: originals.get(id(x)) if id(x) in originals else lazy(x), found)
+
+
+def _check_hook(func: Any, x: LazyTensor) -> None:
+    if x._was_taken:
+        raise RuntimeError(HOOK_TOO_LATE.format(func.__name__))
+
+
+def _is_parameter(t: Tensor) -> bool:
+    """Or a view of one."""
+    base = t._base if t._is_view() and t._base is not None else t
+    return base.is_leaf and base.requires_grad
 
 
 def lazy(value: Any) -> Any:
@@ -181,13 +309,42 @@ def real(value: Any) -> Any:
     return value.materialise() if isinstance(value, LazyTensor) else value
 
 
-def _computed(value: Deferred | Convolution) -> Tensor:
-    if isinstance(value, Deferred):
-        return functional.materialise(value)
-    return convolve(value.x, value.weight, value.bias, value.window, statistics=False)[0]
+def _laid_out(value: LazyTensor) -> Tensor:
+    return value.laid_out()
 
 
-def _device(value: Value) -> torch.device:
-    if isinstance(value, Convolution):
-        return value.weight.device
-    return value.device
+def _wrapper(cls: type[LazyTensor], value: Value) -> Any:
+    """A tensor that has no memory."""
+    return Tensor._make_wrapper_subclass(cls, tuple(value.shape), dtype=value.dtype, device=value.device)
+
+
+def _wrapped(cls: type[LazyTensor], values: Tensor) -> LazyTensor:
+    """A lazy tensor of stored values, without a place in autograd's graph: whoever asked gives it one."""
+    made: LazyTensor = _wrapper(cls, values)
+    made._modes, made._captured = (True, False), Captured()
+    made._node, made._was_taken = None, False
+    made._remember(values)
+    return made
+
+
+def _touched(x: Any) -> Any:
+    """The values for code below autograd. What reads the tensor from now on reads them too, so that a pass
+    that is run again finds what the first one found."""
+    if not isinstance(x, LazyTensor):
+        return x
+    if not isinstance(x._value, Tensor):
+        x._remember(x._constant())
+        x._node = TOUCHED
+    return x._value.detach()
+
+
+class _Touched:
+    def name(self) -> str:
+        return "touched"
+
+
+TOUCHED = _Touched()
+
+
+def _keeps_shape(func: Any, args: Any) -> bool:
+    return func is not torch.ops.aten.view.default or tuple(args[1]) == tuple(args[0].shape)

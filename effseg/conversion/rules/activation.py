@@ -12,7 +12,7 @@ from torch import Tensor
 from effseg import nodes
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
-from effseg.conversion.rules.registry import IDENTITY, result, rule
+from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
 from effseg.deferred import Deferred, Raw, Residual
 
 
@@ -42,6 +42,10 @@ def _activated(input: Tensor, slope: float, inplace: bool) -> Any:
     spec = value.spec if isinstance(value, Deferred) else None
     if not isinstance(spec, (Raw, Residual)) or spec.slope != IDENTITY or not slope >= 0:
         return NotImplemented
+    if not may_change(input, inplace):
+        return NotImplemented
+    assert isinstance(input, LazyTensor)
+    value = input.value if inplace else input.taken()
     assert isinstance(value, Deferred)
     if isinstance(spec, Raw):
         changed: Raw | Residual = Raw(spec.shape, spec.dtype, slope)

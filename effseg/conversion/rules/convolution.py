@@ -11,8 +11,9 @@ from torch import Tensor
 
 from effseg.composed import transposed_conv
 from effseg.conversion import watch
-from effseg.conversion.lazy import Convolution, LazyTensor
+from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.rules.registry import Triple, rule, triple
+from effseg.conversion.values import Convolution
 from effseg.functional import compute_dtype
 from effseg.slabs import Window
 

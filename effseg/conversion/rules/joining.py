@@ -11,9 +11,10 @@ from torch import Tensor
 
 from effseg.composed import Shared, concatenation
 from effseg.conversion import watch
-from effseg.conversion.lazy import Convolution, LazyTensor, Value
+from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
-from effseg.conversion.rules.registry import IDENTITY, result, rule
+from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
+from effseg.conversion.values import Convolution, Value
 from effseg.deferred import Deferred, Normalisation, Raw, Residual, UpAdd, plain, residual, upsample_add
 
 
@@ -36,9 +37,12 @@ def _sum(first: Any, second: Any, alpha: Any, inplace: bool) -> Any:
     both = isinstance(first, LazyTensor) and isinstance(second, LazyTensor)
     if not both or alpha != 1 or first.shape != second.shape or first.dtype != second.dtype:
         return NotImplemented
+    if not may_change(first, inplace):
+        return NotImplemented
     for one, other in ((first, second), (second, first)):
         found = _added(one.value, other)
         if found is not None:
+            one.taken()
             return result(first, found, inplace)
     return NotImplemented
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.rules.registry import rule
+from effseg.deferred import plain
 
 
 @rule(F.dropout, F.dropout3d)
@@ -21,13 +22,17 @@ def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = F
 
 @rule(F.pad)
 def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
-    return NotImplemented if any(pad) else LazyTensor(input.value)
+    """Of nothing; a copy, as torch's is."""
+    if any(pad) or not isinstance(input, LazyTensor):
+        return NotImplemented
+    value = input.taken()
+    return LazyTensor(plain(value) if isinstance(value, Tensor) else value)
 
 
 @rule(Tensor.contiguous)
 def contiguous(input: Any, memory_format: Any = torch.contiguous_format) -> Any:
-    """Memory is channels last, whatever is asked for."""
-    return input
+    """Memory is channels last, whatever is asked for, and what depends on it gets another layout."""
+    return input if memory_format in (torch.contiguous_format, torch.channels_last_3d) else NotImplemented
 
 
 @rule(Tensor.to)
@@ -57,11 +62,6 @@ def getitem(input: Any, index: Any) -> Any:
     return input if whole else NotImplemented
 
 
-@rule(Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
-def requires_grad(input: LazyTensor) -> bool:
-    return any(t.requires_grad for t in input.operands())
-
-
 @rule(Tensor.is_leaf.__get__)  # type: ignore[attr-defined]
 def is_leaf(input: LazyTensor) -> bool:
-    return bool(real(input).is_leaf) if isinstance(input.value, Tensor) else not requires_grad(input)
+    return bool(real(input).is_leaf) if isinstance(input.value, Tensor) else not input.requires_grad

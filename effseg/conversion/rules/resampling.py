@@ -11,8 +11,9 @@ from torch import Tensor
 
 from effseg.composed import pooling
 from effseg.conversion import watch
-from effseg.conversion.lazy import Convolution, LazyTensor
+from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.rules.registry import rule, triple
+from effseg.conversion.values import Convolution
 from effseg.deferred import upsample_add
 
 
@@ -75,6 +76,8 @@ def interpolate(
         return NotImplemented
     if mode != "trilinear" or align_corners or recompute_scale_factor or antialias:
         return NotImplemented
+    assert isinstance(input, LazyTensor)
+    input.taken()
     d, h, w = (2 * n for n in value.x.shape[2:])
     watch.took("upsampling", value.weight.shape[0] * value.x.shape[0] * d * h * w)
     return LazyTensor(upsample_add(None, value.x, value.weight, value.bias, (d, h, w)))
