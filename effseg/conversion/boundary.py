@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map
 
 from effseg.conversion import mutation
@@ -43,12 +40,12 @@ def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = copy.copy(value)
+        record = copy.copy(value)
         for field in dataclasses.fields(value):
-            object.__setattr__(changed, field.name, mapped(function, getattr(value, field.name)))
-        return changed
+            object.__setattr__(record, field.name, mapped(function, getattr(value, field.name)))
+        return record
     if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
-        changed = copy.copy(value)
+        changed: Any = copy.copy(value)
         for key, item in value.items():
             changed[key] = mapped(function, item)
         return changed
@@ -93,21 +90,11 @@ class Noticing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.empty:
-            _settle_checkpointed(sys._getframe(1))
         mutation.before([t for t in mutation.written(func, args, kwargs) if not isinstance(t, LazyTensor)])
         if func in LazyTensor.handlers and args:
             first = [lazy(x) for x in args[0]] if isinstance(args[0], list | tuple) else lazy(args[0])
             args = (first, *args[1:])
         return func(*args, **kwargs)
-
-
-def _settle_checkpointed(frame: FrameType) -> None:
-    """Store what torch.utils.checkpoint is given, as it notes it down: the second pass must find in it what
-    the first one found. (Without this torch raises a CheckpointError where it does not.)"""
-    saving = getattr(checkpoint, "_NoopSaveInputs", None)
-    if saving is not None and frame.f_code is saving.forward.__code__:
-        mapped(real, frame.f_locals["tensors"])
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar
@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_map
 from effseg import functional
 from effseg.conversion import mutation, watch
 from effseg.conversion.standing import Attached, Changed, Standing
+from effseg.conversion.surroundings import Surroundings
 from effseg.conversion.values import Convolution, Value, computed, constant, operands, recipe
 from effseg.deferred import Deferred, plain
 from effseg.losses import LossOptions
-from effseg.settings import Captured
 
 Handler = Callable[..., Any]
 NEEDS_LOGITS = (
@@ -50,24 +50,23 @@ class LazyTensor(Tensor):
     _versions: tuple[int, ...]
     _was_taken: bool
     _node: Any  # of autograd's graph, unless foreign code gave it another
-    _modes: tuple[bool, bool]  # grad mode, inference mode
-    _captured: Captured
+    _around: Surroundings
     _snapshot: Value | None  # constant, with parameters as they were
 
     @staticmethod
     def __new__(cls, value: Value) -> LazyTensor:
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        if not modes[0] and not isinstance(value, Tensor):
+        around = Surroundings()
+        if not around.records and not isinstance(value, Tensor):
             value = constant(value)
         inputs = operands(value)
         with torch._C.DisableTorchFunctionSubclass():
-            if modes[0] and any(t.requires_grad for t in inputs):
+            if around.records and any(t.requires_grad for t in inputs):
                 how = None if isinstance(value, Tensor) else recipe(value)
                 made = Standing.apply(partial(_wrapper, cls, value), how, *inputs)
             else:
                 made = _wrapper(cls, value)
             made._node = made.grad_fn
-        made._modes, made._captured, made._was_taken = modes, Captured(), False
+        made._around, made._was_taken = around, False
         made._remember(value)
         return made
 
@@ -81,6 +80,8 @@ class LazyTensor(Tensor):
             self._attach(self._constant())
         elif not isinstance(self._value, Tensor) and self._versions != mutation.versions(self.operands()):
             self._attach(computed(self._before_change()))
+        elif not isinstance(self._value, Tensor) and self._around.are_outside():
+            self._store()
         return self._value
 
     def taken(self) -> Value:
@@ -91,14 +92,11 @@ class LazyTensor(Tensor):
     @property
     def records(self) -> bool:
         """Whether this is the grad mode that it was made in: an operator in place may change what it is."""
-        return self._modes == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        return self._around.are_now()
 
-    @contextmanager
-    def modes(self) -> Iterator[None]:
-        """The grad mode and the settings with which it was made."""
-        grad, inference = self._modes
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad), self._captured.restored():
-            yield
+    def surroundings(self) -> AbstractContextManager[None]:
+        """Those that it was made in: grad mode, settings."""
+        return self._around.restored()
 
     def become(self, value: Value) -> LazyTensor:
         """Change in place, as an operator that works in place does."""
@@ -123,15 +121,18 @@ class LazyTensor(Tensor):
         value = self.value
         if isinstance(value, Tensor):
             return value
-        with self.modes():
-            self.settle(found := computed(value))
+        return self._store()
+
+    def _store(self) -> Tensor:
+        with self._around.restored():
+            self.settle(found := computed(self._value))
         return found
 
     def laid_out(self) -> Tensor:
         """The values in memory as the strides say: for views and for code that reads memory."""
         stored = self.materialise()
         if not stored.is_contiguous():
-            with self.modes():
+            with self._around.settings(), torch.set_grad_enabled(stored.requires_grad):
                 self.settle(stored := stored.contiguous())
         return stored
 
@@ -145,7 +146,7 @@ class LazyTensor(Tensor):
         head = self.taken()
         assert isinstance(head, Convolution)
         chosen = {f.name: getattr(options, f.name) for f in fields(options)}
-        with self._captured.restored():
+        with self._around.settings():
             return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
 
     def operands(self) -> tuple[Tensor, ...]:
@@ -192,7 +193,7 @@ class LazyTensor(Tensor):
 
     def _constant(self) -> Tensor:
         """The values without a gradient."""
-        with torch.no_grad(), self._captured.restored():
+        with torch.no_grad(), self._around.settings():
             return computed(constant(self._value))
 
     def _attach(self, values: Tensor) -> None:
@@ -249,7 +250,7 @@ LAID_OUT = {
 }  # fmt: skip
 """Functions whose answer, or whether there is one, depends on how memory is laid out."""
 
-ORDINARY = {Tensor.grad.__get__, torch.autograd.grad}  # type: ignore[attr-defined]
+ORDINARY = {vars(torch._C.TensorBase)["grad"].__get__, torch.autograd.grad}
 """Functions that give gradients, which stay ordinary tensors."""
 
 HOOKS = {Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook}
@@ -321,8 +322,7 @@ def _wrapper(cls: type[LazyTensor], value: Value) -> Any:
 def _wrapped(cls: type[LazyTensor], values: Tensor) -> LazyTensor:
     """A lazy tensor of stored values, without a place in autograd's graph: whoever asked gives it one."""
     made: LazyTensor = _wrapper(cls, values)
-    made._modes, made._captured = (True, False), Captured()
-    made._node, made._was_taken = None, False
+    made._around, made._node, made._was_taken = Surroundings(), None, False
     made._remember(values)
     return made
 
@@ -335,6 +335,7 @@ def _touched(x: Any) -> Any:
     if not isinstance(x._value, Tensor):
         x._remember(x._constant())
         x._node = TOUCHED
+    assert isinstance(x._value, Tensor)
     return x._value.detach()
 
 

@@ -25,8 +25,8 @@ def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | N
     """Of nothing; a copy, as torch's is."""
     if any(pad) or not isinstance(input, LazyTensor):
         return NotImplemented
-    value = input.taken()
-    return LazyTensor(plain(value) if isinstance(value, Tensor) else value)
+    taken = input.taken()
+    return LazyTensor(plain(taken) if isinstance(taken, Tensor) else taken)
 
 
 @rule(Tensor.contiguous)

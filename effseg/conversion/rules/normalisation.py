@@ -87,7 +87,7 @@ def _normalised(
     value, offset = input.value, None
     if isinstance(value, Convolution):
         offset = value.bias
-        with input.modes():
+        with input.surroundings():
             y, mean, var = convolve(value.x, value.weight, None, value.window, statistics=True)
             assert mean is not None
             assert var is not None
