@@ -26,7 +26,8 @@ class SegmentationLoss(nn.Module):
     one such tensor for every output; one tensor is taken at the nearest voxels for smaller outputs.
 
     weights: of the outputs; by default 1, 1/2, 1/4, ... and 0 for the last of several, divided by their sum,
-    as in nnU-Net (Isensee et al., Nature Methods 2021); an output of weight 0 gets a gradient of 0. options: those of `dice_cross_entropy`.
+    as in nnU-Net (Isensee et al., Nature Methods 2021); an output of weight 0 gets a gradient of 0. options:
+    those of `dice_cross_entropy`.
     Memory kept for backward with lazy logits: the labels. Raises `ValueError` where shapes do not fit.
     """
 

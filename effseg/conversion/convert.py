@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from effseg.conversion import rules as _rules  # noqa: F401  lazy tensors follow them
 from effseg.conversion.boundary import (
@@ -20,9 +22,10 @@ from effseg.conversion.boundary import (
     real_at_hooks,
     refuse_tracing,
 )
+from effseg.conversion.examine import examine
 from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.recompute import Block, blocks_run_again, is_block
-from effseg.conversion.report import ConversionReport, examine
+from effseg.conversion.report import ConversionReport, StepBytes, one_line, step_bytes
 from effseg.errors import InputError
 from effseg.memory.choice import usable
 from effseg.memory.predict import peak_training_memory
@@ -46,8 +49,13 @@ class Converted(nn.Module):
 
     effseg_settings: Settings
     effseg_choices: dict[Any, str]
-    conversion_report: ConversionReport
+    effseg_report: ConversionReport
+    effseg_steps: list[tuple[StepBytes, StepBytes]]
     follows_autocast = True
+
+    @property
+    def conversion_report(self) -> ConversionReport:
+        return dataclasses.replace(self.effseg_report, steps=self._steps)
 
     @torch.compiler.disable  # a compiled caller runs it as it is
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,6 +72,17 @@ class Converted(nn.Module):
         """torch.jit.script asks for it."""
         raise RuntimeError(NO_TRACE.format("torch.jit.script"))
 
+    def _steps(self) -> tuple[StepBytes, StepBytes]:
+        """Of the original and of this network; found out once."""
+        if not self.effseg_steps:
+            shape = self.effseg_report.shape
+            if shape is None:
+                raise ValueError("report: expected a network that could be examined")
+            memory = self.effseg_settings.memory
+            like = as_converted(self, MODES[0] if memory == "auto" else memory)
+            self.effseg_steps.append((step_bytes(restore(self), shape), step_bytes(like, shape)))
+        return self.effseg_steps[0]
+
     def _mode(self, inputs: Any) -> str:
         settings = self.effseg_settings
         if settings.memory != "auto" or not (self.training and torch.is_grad_enabled()):
@@ -73,7 +92,8 @@ class Converted(nn.Module):
             raise InputError('memory: "auto" expects an image (N, C, D, H, W) among the inputs, got none')
         key = (tuple(image.shape), image.device.type, torch.is_autocast_enabled(image.device.type))
         if key not in self.effseg_choices:
-            self.effseg_choices[key] = choose(self, *key, usable(settings.budget, image.device))
+            budget = usable(settings.budget, image.device)
+            self.effseg_choices[key] = choose(self, *key, budget, _other_inputs(inputs, image))
         return self.effseg_choices[key]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -138,18 +158,35 @@ def _mix(model: M, settings: Settings, report: ConversionReport) -> M:
         if name and is_block(module):
             module.__class__ = _mixed(type(module), ConvertedBlock)
     model.__class__ = _mixed(type(model), Converted)
-    vars(model).update(effseg_settings=settings, effseg_choices={}, conversion_report=report)
+    vars(model).update(effseg_settings=settings, effseg_choices={}, effseg_report=report, effseg_steps=[])
     return model
 
 
-def choose(model: Converted, shape: tuple[int, ...], device: str, low: bool, budget: int) -> str:
-    """The first of "raw" and "block" that is predicted to reserve no more than `budget` bytes, with AdamW."""
+def as_converted(model: Converted, memory: str) -> nn.Module:
+    """The same network in another mode."""
+    return _mix(restore(model), Settings(memory, None, True), model.effseg_report)
+
+
+def choose(
+    model: Converted, shape: tuple[int, ...], device: str, low: bool, budget: int, others: Any = None
+) -> str:
+    """The first of "raw" and "block" that is predicted to reserve no more than `budget` bytes, with AdamW.
+
+    others: what the network is called with, if with more than the image.
+    """
     needed = {}
     dtype, kind = "bf16" if low else "fp32", "cpu" if device == "cpu" else "cuda"
     for mode in MODES[:2]:
-        like = _mix(restore(model), Settings(mode, None, True), model.conversion_report)
+        like = as_converted(model, mode)
+        called = like if others is None else _AsCalled(like, others)
         with torch.enable_grad(), torch.autocast(device, enabled=False):
-            needed[mode] = peak_training_memory(like, shape, dtype=dtype, device=kind).reserved
+            try:
+                needed[mode] = peak_training_memory(called, shape, dtype=dtype, device=kind).reserved
+            except Exception as error:  # a network may refuse fake tensors in any way
+                raise InputError(
+                    f'memory: "auto" could not try {_base(type(model)).__name__} on fake tensors, expected '
+                    f'"raw" or "block" instead: {one_line(error)}'
+                ) from error
         if needed[mode] <= budget:
             return mode
     needs = ", ".join(f"{format_bytes(count)} ({mode})" for mode, count in needed.items())
@@ -159,6 +196,33 @@ def choose(model: Converted, shape: tuple[int, ...], device: str, low: bool, bud
     )
 
 
+class _Image(Enum):
+    """Where the image was among a network's inputs."""
+
+    HERE = 0
+
+
+class _AsCalled(nn.Module):
+    """A network of an image, the other inputs being what they were."""
+
+    follows_autocast = True
+
+    def __init__(self, network: nn.Module, inputs: Any) -> None:
+        super().__init__()
+        self.network, self.inputs = network, inputs
+
+    def forward(self, image: Tensor) -> Any:
+        args, kwargs = tree_map(lambda x: image if x is _Image.HERE else x, self.inputs)
+        return self.network(*args, **kwargs)
+
+
+def _other_inputs(inputs: Any, image: Tensor) -> Any:
+    """The inputs with a place for the image; None where there are no others."""
+    if all(x is image for x in tree_leaves(inputs)):
+        return None
+    return tree_map(lambda x: _Image.HERE if x is image else real(x), inputs)
+
+
 def restore(model: M) -> M:
     """The network as it was before `convert`, with the converted one's parameters and buffers."""
     _check_model(model)
@@ -166,7 +230,7 @@ def restore(model: M) -> M:
     for module in plain.modules():
         if isinstance(module, (Converted, ConvertedBlock)):
             module.__class__ = _base(type(module))
-    for name in ("effseg_settings", "effseg_choices", "conversion_report"):
+    for name in ("effseg_settings", "effseg_choices", "effseg_report", "effseg_steps"):
         plain.__dict__.pop(name, None)
     return plain
 

@@ -215,7 +215,7 @@ class LazyTensor(Tensor):
             found = handler(*args, **kwargs)
             if found is not NotImplemented:
                 return found
-        watch.materialised(func, args)
+        watch.materialised(func)
         return foreign(func, args, kwargs)
 
     @classmethod

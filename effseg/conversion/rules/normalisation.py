@@ -92,11 +92,11 @@ def _normalised(
             assert mean is not None
             assert var is not None
             input.settle(y if offset is None else _shifted(y, offset, mean))  # should something else read it
-        watch.took("normalisation after convolution", y.numel())
+        watch.took("normalisation after convolution")
     else:
         y = input.materialise()
         mean, var = nodes.statistics(y)
-        watch.took("normalisation", y.numel())
+        watch.took("normalisation")
     moved = mean if offset is None else mean + offset.to(mean.dtype)
     if running is not None and not uses_running:
         update_running(running, moved, var, y[0, 0].numel(), momentum, how.samples)
