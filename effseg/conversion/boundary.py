@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from effseg.conversion import mutation
 from effseg.conversion.lazy import LazyTensor, lazy, real
+from effseg.conversion.surroundings import Surroundings
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NO_TRACE = (
@@ -86,12 +87,19 @@ def entering(x: Tensor) -> Any:
 
 class Noticing(TorchFunctionMode):
     """In a converted network's forward: ordinary tensors become lazy where an operator knows those, and
-    what is recorded runs before its memory changes."""
+    what is recorded runs before its memory changes.
+
+    In checkpoints of the network's own they stay as they are: this mode is not there when those run again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._around = Surroundings()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         mutation.before([t for t in mutation.written(func, args, kwargs) if not isinstance(t, LazyTensor)])
-        if func in LazyTensor.handlers and args:
+        if func in LazyTensor.handlers and args and not self._around.are_outside():
             first = [lazy(x) for x in args[0]] if isinstance(args[0], list | tuple) else lazy(args[0])
             args = (first, *args[1:])
         return func(*args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import partial
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from effseg import functional
 from effseg.conversion import mutation, watch
@@ -38,7 +38,8 @@ HOOK_TOO_LATE = (
 class LazyTensor(Tensor):
     """Values (N, C, D, H, W) that are stored, deferred, or a convolution that has not run.
 
-    It is a `torch.Tensor` by type, shape, strides (contiguous), dtype, device and place in autograd's graph.
+    It is a `torch.Tensor` by type, shape, strides (those that torch's own would have), dtype, device and
+    place in autograd's graph.
     An operator that `rules` knows gives another lazy tensor; any other gets `materialise()`, and the values
     are computed once, in the grad mode in which the tensor was made. Code that does not ask torch's function
     protocol (a torch.autograd.Function, C++) finds the values and the gradient too: see `standing`.
@@ -48,13 +49,15 @@ class LazyTensor(Tensor):
     """By torch's function; an entry returns NotImplemented for arguments that it does not take."""
     _value: Value
     _versions: tuple[int, ...]
-    _was_taken: bool
+    _was_taken: bool  # by an operator that keeps what it is made of
+    _memory_is_kept: bool  # by one that keeps the stored values
+    _memory_is_seen: bool  # by code that may look at the stored values again
     _node: Any  # of autograd's graph, unless foreign code gave it another
     _around: Surroundings
     _snapshot: Value | None  # constant, with parameters as they were
 
     @staticmethod
-    def __new__(cls, value: Value) -> LazyTensor:
+    def __new__(cls, value: Value, strides: Sequence[int] | None = None) -> LazyTensor:
         around = Surroundings()
         if not around.records and not isinstance(value, Tensor):
             value = constant(value)
@@ -62,9 +65,9 @@ class LazyTensor(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if around.records and any(t.requires_grad for t in inputs):
                 how = None if isinstance(value, Tensor) else recipe(value)
-                made = Standing.apply(partial(_wrapper, cls, value), how, *inputs)
+                made = Standing.apply(partial(_wrapper, cls, value, strides), how, *inputs)
             else:
-                made = _wrapper(cls, value)
+                made = _wrapper(cls, value, strides)
             made._node = made.grad_fn
         made._around, made._was_taken = around, False
         made._remember(value)
@@ -85,9 +88,17 @@ class LazyTensor(Tensor):
         return self._value
 
     def taken(self) -> Value:
-        """For an operator that makes its own of it."""
+        """For an operator that keeps what it is made of."""
         self._was_taken = True
-        return self.value
+        value = self.value
+        self._memory_is_kept = isinstance(value, Tensor)
+        return value
+
+    def stored(self) -> Tensor:
+        """The values for an operator that keeps them."""
+        found = self._values()
+        self._was_taken = self._memory_is_kept = True
+        return found
 
     @property
     def records(self) -> bool:
@@ -114,10 +125,16 @@ class LazyTensor(Tensor):
         if isinstance(value, Deferred) and value.dtype == dtype:
             self._was_taken = True
             return value
-        return plain(self.materialise(), dtype)
+        return plain(self.stored(), dtype)
 
     def materialise(self) -> Tensor:
         """The values as an ordinary tensor; computed once, with the settings under which it was made."""
+        found = self._values()
+        self._memory_is_seen = True
+        return found
+
+    def _values(self) -> Tensor:
+        """For code that does not look at them again."""
         value = self.value
         if isinstance(value, Tensor):
             return value
@@ -130,7 +147,7 @@ class LazyTensor(Tensor):
 
     def laid_out(self) -> Tensor:
         """The values in memory as the strides say: for views and for code that reads memory."""
-        stored = self.materialise()
+        stored = self._values()
         if not stored.is_contiguous():
             with self._around.settings(), torch.set_grad_enabled(stored.requires_grad):
                 self.settle(stored := stored.contiguous())
@@ -148,6 +165,18 @@ class LazyTensor(Tensor):
         chosen = {f.name: getattr(options, f.name) for f in fields(options)}
         with self._around.settings():
             return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
+
+    @property
+    def memory_is_seen(self) -> bool:
+        """Whether there are stored values that other code may look at or change."""
+        return isinstance(self._value, Tensor) and self._memory_is_seen
+
+    def own_memory(self) -> None:
+        """Copy stored values, which are about to change, where only operators kept them that are torch's no
+        longer: torch's own would have copied them, or need them no more."""
+        if self._memory_is_kept and not self._memory_is_seen and isinstance(self._value, Tensor):
+            with self._around.settings(), torch.set_grad_enabled(self._value.requires_grad):
+                self.settle(self._value.clone())
 
     def operands(self) -> tuple[Tensor, ...]:
         """The tensors that it is made of."""
@@ -172,6 +201,7 @@ class LazyTensor(Tensor):
 
     def _remember(self, value: Value) -> None:
         self._value, self._snapshot = value, None
+        self._memory_is_kept = self._memory_is_seen = False
         self._versions = mutation.versions(operands(value))
         if isinstance(value, Tensor):
             mutation.settled(self)
@@ -266,7 +296,10 @@ def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in HOOKS and isinstance(args[0], LazyTensor):
         _check_hook(func, args[0])
     written = mutation.written(func, args, kwargs)
-    store = _laid_out if func in LAID_OUT else real
+    for changing in written:
+        if isinstance(changing, LazyTensor):
+            changing.own_memory()
+    store = LazyTensor.laid_out if func in LAID_OUT else LazyTensor._values
     originals: dict[int, LazyTensor] = {}
 
     def stored(x: Any) -> Any:
@@ -277,14 +310,36 @@ def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return found
 
     real_args, real_kwargs = tree_map(stored, (args, kwargs))
-    mutation.before([real(t) for t in written])
+    mutation.before([t._values() if isinstance(t, LazyTensor) else t for t in written])
     found = func(*real_args, **real_kwargs)
     for changed in written:
         if isinstance(changed, LazyTensor):
             changed.become(changed._value)
     if func in ORDINARY:
         return found
-    return tree_map(lambda x: originals.get(id(x)) if id(x) in originals else lazy(x), found)
+    results = tree_map(lambda x: originals.get(id(x), x), found)
+    if not _see_views(results, originals.values()):
+        return tree_map(partial(lazy, seen=False), results)
+    shapes = tree_map(lambda x: _without_memory(x) if isinstance(x, LazyTensor) else x, (args, kwargs))
+    return tree_map(lambda x, like: lazy(x, strides=like.stride()), results, func(*shapes[0], **shapes[1]))
+
+
+def _without_memory(x: LazyTensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _see_views(results: Any, of: Iterable[LazyTensor]) -> bool:
+    """Let the memory of which results are views be looked at; whether there is any."""
+    made = [x for x in tree_leaves(results) if isinstance(x, Tensor) and not isinstance(x, LazyTensor)]
+    memory = {_storage(x) for x in made}
+    viewed = [x for x in of if isinstance(x._value, Tensor) and _storage(x._value) in memory]
+    for x in viewed:
+        x._memory_is_seen = True
+    return bool(viewed)
+
+
+def _storage(x: Tensor) -> int:
+    return 0 if x.layout != torch.strided else x.untyped_storage()._cdata
 
 
 def _check_hook(func: Any, x: LazyTensor) -> None:
@@ -298,25 +353,25 @@ def _is_parameter(t: Tensor) -> bool:
     return base.is_leaf and base.requires_grad
 
 
-def lazy(value: Any) -> Any:
-    """Floating-point features become lazy, anything else stays as it is."""
+def lazy(value: Any, seen: bool = True, strides: Sequence[int] | None = None) -> Any:
+    """Floating-point features become lazy, anything else stays as it is. seen: whether others have them."""
     if not isinstance(value, Tensor) or isinstance(value, LazyTensor):
         return value
-    is_features = value.dim() == 5 and value.is_floating_point() and value.numel() > 0
-    return LazyTensor(value) if is_features else value
+    if value.dim() != 5 or not value.is_floating_point() or value.numel() == 0:
+        return value
+    made = LazyTensor(value, strides)
+    made._memory_is_seen = seen
+    return made
 
 
 def real(value: Any) -> Any:
     return value.materialise() if isinstance(value, LazyTensor) else value
 
 
-def _laid_out(value: LazyTensor) -> Tensor:
-    return value.laid_out()
-
-
-def _wrapper(cls: type[LazyTensor], value: Value) -> Any:
-    """A tensor that has no memory."""
-    return Tensor._make_wrapper_subclass(cls, tuple(value.shape), dtype=value.dtype, device=value.device)
+def _wrapper(cls: type[LazyTensor], value: Value, strides: Sequence[int] | None = None) -> Any:
+    """A tensor that has no memory; contiguous unless `strides` say otherwise."""
+    shape = tuple(value.shape)
+    return Tensor._make_wrapper_subclass(cls, shape, strides, dtype=value.dtype, device=value.device)
 
 
 def _wrapped(cls: type[LazyTensor], values: Tensor) -> LazyTensor:
@@ -324,6 +379,7 @@ def _wrapped(cls: type[LazyTensor], values: Tensor) -> LazyTensor:
     made: LazyTensor = _wrapper(cls, values)
     made._around, made._node, made._was_taken = Surroundings(), None, False
     made._remember(values)
+    made._memory_is_seen = True
     return made
 
 
@@ -336,6 +392,7 @@ def _touched(x: Any) -> Any:
         x._remember(x._constant())
         x._node = TOUCHED
     assert isinstance(x._value, Tensor)
+    x._memory_is_seen = True
     return x._value.detach()
 
 

@@ -47,11 +47,11 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
     Raw outputs that leave the block live on in what reads them; the second pass takes them from there.
     """
     value = x.taken()
-    start = value if isinstance(value, Deferred) else plain(x.materialise())
+    start = value if isinstance(value, Deferred) else plain(x.stored())
     kept, specs, buffers = KeptOutputs(), list[Spec](), Buffers(block)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        with kept.active(), blocks_run_again.set(False):
+        with kept.active(), blocks_run_again.set(False), Noticing():
             found = forward(LazyTensor(Deferred(start.spec, tensors)))
             if not isinstance(found, LazyTensor):
                 raise TypeError(f"{type(block).__name__}: expected features, got {type(found).__name__}")
@@ -97,7 +97,7 @@ def _second_pass(buffers: Buffers, captured: Captured) -> Iterator[None]:
     """Settings are those of the first pass; buffers begin as they did in it and stay as it left them; lazy
     tensors work, whoever called backward."""
     after = buffers.exchange()
-    with captured.restored(), frozen_running_statistics(), torch._C._EnableTorchFunction(), Noticing():
+    with captured.restored(), frozen_running_statistics(), torch._C._EnableTorchFunction():
         try:
             yield
         finally:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ import torch
 from effseg.conversion import outputs
 from effseg.settings import Captured
 
-Hooks = tuple[Any, Any] | None
+Hooks = tuple[tuple[Any, Any], ...]
+"""Of saved tensors: pairs of pack and unpack, the innermost last."""
 
 
 class Surroundings:
@@ -20,7 +22,7 @@ class Surroundings:
 
     def __init__(self) -> None:
         self._modes = _modes()
-        self._hooks = _innermost_hooks()
+        self._hooks = _active_hooks()
         self._settings = Captured()
         self._block = outputs.current()
 
@@ -35,10 +37,8 @@ class Surroundings:
 
     def are_outside(self) -> bool:
         """Whether a checkpoint began since, or other hooks of saved tensors: what it saves is its own."""
-        if self._hooks == _innermost_hooks():
-            return False
-        with _without_hooks_after(self._hooks) as found:
-            return found
+        active = _active_hooks()
+        return len(active) > _common(active, self._hooks)
 
     @contextmanager
     def settings(self) -> Iterator[None]:
@@ -51,7 +51,7 @@ class Surroundings:
         with (
             torch.inference_mode(inference),
             torch.set_grad_enabled(grad),
-            _without_hooks_after(self._hooks),
+            _common_hooks(self._hooks),
             self.settings(),
         ):
             yield
@@ -61,28 +61,38 @@ def _modes() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-def _innermost_hooks() -> Hooks:
-    found: Hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return found
+def _innermost_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _active_hooks() -> Hooks:
+    found: list[tuple[Any, Any]] = []
+    while (top := _innermost_hooks()) is not None:
+        found.insert(0, top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    _push(found)
+    return tuple(found)
+
+
+def _common(active: Hooks, others: Hooks) -> int:
+    """How many hooks are among both, from the outermost on."""
+    same = (mine == other for mine, other in zip(active, others, strict=False))
+    return sum(takewhile(bool, same))
 
 
 @contextmanager
-def _without_hooks_after(last: Hooks) -> Iterator[bool]:
-    """Inside, `last` are the innermost hooks of saved tensors; where it is not one of them, all stay."""
-    removed = []
-    while (top := _innermost_hooks()) is not None and top != last:
-        removed.append(top)
+def _common_hooks(others: Hooks) -> Iterator[None]:
+    """Inside, hooks are those that are among both the active ones and these."""
+    active = _active_hooks()
+    removed = active[_common(active, others) :]
+    for _ in removed:
         torch._C._autograd._pop_saved_tensors_default_hooks()
-    found = top == last
-    if not found:
-        _push(removed)
     try:
-        yield found
+        yield
     finally:
-        if found:
-            _push(removed)
+        _push(removed)
 
 
-def _push(hooks: list[Any]) -> None:
-    for pack, unpack in reversed(hooks):
+def _push(hooks: Iterable[tuple[Any, Any]]) -> None:
+    for pack, unpack in hooks:
         torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from effseg import functional
+from effseg.composed import Concatenation
 from effseg.conversion.outputs import convolve
-from effseg.deferred import Deferred
+from effseg.deferred import Deferred, Plain
 from effseg.slabs import Window
 
 
@@ -79,8 +80,15 @@ def constant(value: Value) -> Value:
 def computed(value: Value) -> Tensor:
     """Stored. Nothing in here is for a converted network to see."""
     with torch._C.DisableTorchFunction():
+        if isinstance(value, Deferred) and _joins_stored(value):
+            return torch.cat([t.to(value.dtype) for t in value.tensors], 1)  # which keeps none of them
         if isinstance(value, Deferred):
             return functional.materialise(value)
         if isinstance(value, Convolution):
             return convolve(value.x, value.weight, value.bias, value.window, statistics=False)[0]
         return value
+
+
+def _joins_stored(value: Deferred) -> bool:
+    spec = value.spec
+    return isinstance(spec, Concatenation) and all(isinstance(part, Plain) for part in spec.parts)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effseg.composed import Shared, concatenation
 from effseg.conversion import watch
-from effseg.conversion.lazy import LazyTensor
+from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
 from effseg.conversion.values import Convolution, Value
@@ -52,7 +52,7 @@ def _added(value: Value, other: LazyTensor) -> Value | None:
         y, _, _ = convolve(value.x, value.weight, value.bias, value.window, statistics=False)
         watch.took("sum")
         # A stored sum: nothing keeps y, so that it may become the sum.
-        return y.add_(other.materialise())
+        return y.add_(real(other))
     if not isinstance(value, Deferred):
         return None
     if isinstance(value.spec, Raw) and value.spec.slope == IDENTITY:
@@ -77,7 +77,7 @@ def flat(x: LazyTensor, dtype: torch.dtype) -> Deferred:
     spec = found.spec
     while isinstance(spec, (Residual, Shared)):
         spec, depth = spec.inner, depth + isinstance(spec, Residual)
-    return plain(x.materialise(), dtype) if depth >= MOST_NESTED else found
+    return plain(x.stored(), dtype) if depth >= MOST_NESTED else found
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
@@ -88,6 +88,8 @@ def cat(tensors: Sequence[Any], dim: int = 0, *, out: None = None) -> Any:
     dtypes = {t.dtype for t in tensors}
     if not all(isinstance(t, LazyTensor) for t in tensors) or len(dtypes) != 1:
         return NotImplemented
+    if any(t.memory_is_seen for t in tensors):
+        return NotImplemented  # it may be changed, which a copy does not mind
     found = concatenation([t.deferred(t.dtype) for t in tensors])
     watch.took("concatenation")
     return LazyTensor(found)

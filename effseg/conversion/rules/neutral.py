@@ -31,8 +31,11 @@ def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | N
 
 @rule(Tensor.contiguous)
 def contiguous(input: Any, memory_format: Any = torch.contiguous_format) -> Any:
-    """Memory is channels last, whatever is asked for, and what depends on it gets another layout."""
-    return input if memory_format in (torch.contiguous_format, torch.channels_last_3d) else NotImplemented
+    """Memory is channels last, whatever is asked for, and what depends on it gets another layout. A copy
+    where torch would make one."""
+    if memory_format not in (torch.contiguous_format, torch.channels_last_3d):
+        return NotImplemented
+    return input if input.is_contiguous() else input.clone(memory_format=memory_format)
 
 
 @rule(Tensor.to)

@@ -94,7 +94,7 @@ def _normalised(
             input.settle(y if offset is None else _shifted(y, offset, mean))  # should something else read it
         watch.took("normalisation after convolution")
     else:
-        y = input.materialise()
+        y = input.stored()
         mean, var = nodes.statistics(y)
         watch.took("normalisation")
     moved = mean if offset is None else mean + offset.to(mean.dtype)
