@@ -65,6 +65,12 @@ def getitem(input: Any, index: Any) -> Any:
     return input if whole else NotImplemented
 
 
+@rule(vars(torch._C.TensorBase)["grad_fn"].__get__)
+def grad_fn(input: LazyTensor) -> Any:
+    """Of stored values, or what code that does not know lazy tensors has put in its place."""
+    return input.foreign_node or NotImplemented
+
+
 @rule(Tensor.is_leaf.__get__)  # type: ignore[attr-defined]
 def is_leaf(input: LazyTensor) -> bool:
     return bool(real(input).is_leaf) if isinstance(input.value, Tensor) else not input.requires_grad
