@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from effseg.conversion import mutation
-from effseg.conversion.lazy import LazyTensor, lazy, real
+from effseg.conversion.lazy import LazyTensor, lazy
 from effseg.conversion.surroundings import Surroundings
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -127,8 +127,13 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _real_inputs(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return mapped(real, (args, kwargs))
+    return mapped(ordinary, (args, kwargs))
 
 
 def _real_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
-    return mapped(real, output)
+    return mapped(ordinary, output)
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """Stored as torch would have it, for code that is not the network's."""
+    return x.laid_out_for_others() if isinstance(x, LazyTensor) else x

@@ -19,6 +19,7 @@ from effseg.conversion.boundary import (
     Noticing,
     entering,
     mapped,
+    ordinary,
     real_at_hooks,
     refuse_tracing,
 )
@@ -66,7 +67,7 @@ class Converted(nn.Module):
         with blocks_run_again.set(self._mode((args, kwargs)) == "block"), real_at_hooks(self), Noticing():
             found = own(*args, **kwargs)
         defers = settings.lazy_logits and self.training and torch.is_grad_enabled()
-        return mapped(lambda x: carrier.carried(_logits(x) if defers else _ordinary(x)), found)
+        return mapped(lambda x: carrier.carried(_logits(x) if defers else ordinary(x)), found)
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script asks for it."""
@@ -253,13 +254,9 @@ def _shared(model: nn.Module) -> dict[int, Any]:
 def _logits(x: Tensor) -> Tensor:
     """Lazy ones stay so; parameters are remembered for whoever reads them after an optimizer's step."""
     if not isinstance(x, LazyTensor) or not x.has_head:
-        return _ordinary(x)
+        return ordinary(x)
     x.keep_parameters()
     return x
-
-
-def _ordinary(x: Tensor) -> Tensor:
-    return x.laid_out() if isinstance(x, LazyTensor) else x
 
 
 _mixtures: dict[tuple[type, type], type] = {}

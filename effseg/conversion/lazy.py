@@ -151,10 +151,15 @@ class LazyTensor(Tensor):
     def laid_out(self) -> Tensor:
         """The values in memory as the strides say: for views and for code that reads memory."""
         stored = self._values()
-        if not stored.is_contiguous():
+        if stored.stride() != self.stride() and not stored.is_contiguous():
             with self._around.settings(), torch.set_grad_enabled(stored.requires_grad):
                 self.settle(stored := stored.contiguous())
         return stored
+
+    def laid_out_for_others(self) -> Tensor:
+        found = self.laid_out()
+        self._memory_is_seen = True
+        return found
 
     @property
     def has_head(self) -> bool:
@@ -283,14 +288,21 @@ METADATA = {
     torch.numel, torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
 
+VIEWS = (
+    "as_strided", "permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "chunk", "split",
+    "tensor_split", "narrow", "unsqueeze", "squeeze", "unflatten", "flatten", "ravel", "reshape", "unbind",
+    "select", "diagonal", "detach",
+)  # fmt: skip
 LAID_OUT = {
     *(getattr(Tensor, name) for name in (
-        "view", "view_as", "as_strided", "reshape", "reshape_as", "flatten", "ravel", "unbind", "select",
-        "squeeze", "data_ptr", "numpy", "__array__", "untyped_storage", "storage", "__getitem__",
+        *VIEWS, "view", "view_as", "reshape_as", "unfold", "expand", "expand_as", "data_ptr", "numpy",
+        "__array__", "untyped_storage", "storage", "__getitem__",
     )),
-    torch.reshape, torch.flatten, torch.ravel, torch.unbind, torch.select, torch.squeeze, torch.as_strided,
+    *(getattr(torch, name) for name in VIEWS),
+    *(vars(torch._C.TensorBase)[name].__get__ for name in ("data", "T", "mT")),
 }  # fmt: skip
-"""Functions whose answer, or whether there is one, depends on how memory is laid out."""
+"""Functions whose answer, or whether there is one, depends on how memory is laid out; those that give views
+fix it."""
 
 ORDINARY = {vars(torch._C.TensorBase)["grad"].__get__, torch.autograd.grad}
 """Functions that give gradients, which stay ordinary tensors."""
@@ -330,14 +342,7 @@ def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in ORDINARY:
         return found
     results = tree_map(lambda x: originals.get(id(x), x), found)
-    if not _see_views(results, originals.values()):
-        return tree_map(partial(lazy, seen=False), results)
-    shapes = tree_map(lambda x: _without_memory(x) if isinstance(x, LazyTensor) else x, (args, kwargs))
-    return tree_map(lambda x, like: lazy(x, strides=like.stride()), results, func(*shapes[0], **shapes[1]))
-
-
-def _without_memory(x: LazyTensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return tree_map(partial(lazy, seen=_see_views(results, originals.values())), results)
 
 
 def _see_views(results: Any, of: Iterable[LazyTensor]) -> bool:
@@ -373,13 +378,14 @@ def _is_parameter(t: Tensor) -> bool:
     return base.is_leaf and base.requires_grad
 
 
-def lazy(value: Any, seen: bool = True, strides: Sequence[int] | None = None) -> Any:
-    """Floating-point features become lazy, anything else stays as it is. seen: whether others have them."""
+def lazy(value: Any, seen: bool = True) -> Any:
+    """Floating-point features become lazy, anything else stays as it is. seen: whether others have them, who
+    know their strides."""
     if not isinstance(value, Tensor) or isinstance(value, LazyTensor):
         return value
     if value.dim() != 5 or not value.is_floating_point() or value.numel() == 0:
         return value
-    made = LazyTensor(value, strides)
+    made = LazyTensor(value, value.stride() if seen else None)
     made._memory_is_seen = seen
     return made
 
