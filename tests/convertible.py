@@ -86,3 +86,33 @@ def make(name, dtype=torch.float64):
 
 def listed(outputs):
     return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+
+
+def step(network, image):
+    """Outputs, gradients of image and parameters, buffers."""
+    network.zero_grad()
+    image = image.clone().requires_grad_()
+    outputs = listed(network(image))
+    random = torch.Generator().manual_seed(1)
+    loss = 0
+    for output in outputs:
+        # The same numbers in any type: drawn in float64 they would be others.
+        weights = torch.randn(output.shape, generator=random, dtype=torch.float32).to(output.dtype)
+        loss = loss + (output * weights).sum()
+    loss.backward()
+    grads = [image.grad, *(p.grad for p in network.parameters())]
+    return [o.detach() for o in outputs], grads, list(network.buffers())
+
+
+def assert_alike(found, expected, tolerance):
+    """Relative to the norm of a tensor, and of gradients to all of them: that of a bias under instance
+    normalisation is 0 but for rounding."""
+    whole = torch.stack([g.norm() for g in expected[1] if g is not None]).norm()
+    for ours, theirs, floor in zip(found, expected, (0.0, whole, 0.0), strict=True):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b.is_floating_point():
+                assert (a - b).norm() <= tolerance * max(b.norm(), 1e-3 * floor, 1e-30)
+            elif a is not None:
+                assert torch.equal(a, b)

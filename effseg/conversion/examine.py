@@ -59,9 +59,12 @@ def _modules(model: nn.Module, shape: tuple[int, ...], watcher: _Watcher) -> tup
         network = fake_copy(model)
         names = {module: name for name, module in network.named_modules()}
         dtype = next(network.parameters()).dtype
+        image = torch.empty(shape, dtype=dtype)
+        with watcher.first_convolution():
+            network(image)  # in torch, where a size that does not fit costs little
         watcher.stack.append(network)
         with watching(watcher), watcher.calls(), Noticing():
-            network(LazyTensor(torch.empty(shape, dtype=dtype)))
+            network(LazyTensor(image))
     return tuple(
         ModuleReport(
             names.get(module, "?"),
@@ -107,7 +110,7 @@ class _Watcher:
     @contextmanager
     def calls(self) -> Iterator[None]:
         """Follow which module is being called."""
-        before = register_module_forward_pre_hook(self._enter)
+        before = register_module_forward_pre_hook(lambda module, _: self.stack.append(module))
         after = register_module_forward_hook(lambda *_: self._leave())
         try:
             yield
@@ -115,8 +118,15 @@ class _Watcher:
             before.remove()
             after.remove()
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self.stack.append(module)
+    @contextmanager
+    def first_convolution(self) -> Iterator[None]:
+        hook = register_module_forward_pre_hook(self._look_at_channels)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _look_at_channels(self, module: nn.Module, args: Any) -> None:
         if isinstance(module, nn.Conv3d) and args and not self._has_met_convolution:
             self._has_met_convolution = True
             self.channels_missing = module.in_channels - args[0].shape[1]
