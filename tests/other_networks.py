@@ -1,4 +1,4 @@
-"""Small networks of more families than `convertible` has: those of MONAI, and the blocks of others in own words."""
+"""Small networks of more families than `convertible` has: MONAI's, and blocks of others in own words."""
 
 import pytest
 import torch
