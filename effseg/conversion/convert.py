@@ -73,6 +73,21 @@ class Converted(nn.Module):
         """torch.jit.script asks for it."""
         raise RuntimeError(NO_TRACE.format("torch.jit.script"))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Buffers, like parameters, go where `.to` sends them and stay shared with the original."""
+        before = [(module, name, t) for module in self.modules() for name, t in module._buffers.items()]
+        super()._apply(fn, recurse)
+        for module, name, tensor in before:
+            moved = module._buffers[name]
+            if (
+                tensor is not None
+                and moved is not None
+                and torch._has_compatible_shallow_copy_type(tensor, moved)
+            ):
+                tensor.data = moved
+                module._buffers[name] = tensor
+        return self
+
     def _steps(self) -> tuple[StepBytes, StepBytes]:
         """Of the original and of this network; found out once."""
         if not self.effseg_steps:

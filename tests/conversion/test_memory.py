@@ -21,7 +21,8 @@ def bytes_per_voxel(make, memory, dtype, shape=(1, 1, 512, 512, 256)):
 @pytest.mark.parametrize(
     ("network", "dtype", "bars", "original"),
     [
-        pytest.param("plain_conv_unet", "fp32", (0.50, 0.38), 2231, id="nnunet-fp32"),
+        pytest.param("plain_conv_unet", "fp32", (None, 0.38), 2231, id="nnunet-fp32"),
+        pytest.param("plain_conv_unet", "fp32", (0.50,), 2231, marks=pytest.mark.slow, id="nnunet-fp32-raw"),
         pytest.param("plain_conv_unet", "bf16", (0.50, 0.38), 1126, marks=pytest.mark.slow, id="nnunet-bf16"),
         pytest.param(
             "residual_encoder_unet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="resenc"
@@ -37,8 +38,8 @@ def test_predicted_peak_of_a_step(network, dtype, bars, original):
     stock = bytes_per_voxel(make, None, dtype)
     if original is not None:
         assert stock == pytest.approx(original, rel=0.02)
-    for memory, bar in zip(("raw", "block"), bars, strict=True):
-        assert bytes_per_voxel(make, memory, dtype) <= bar * stock
+    for memory, bar in zip(("raw", "block"), bars, strict=False):
+        assert bar is None or bytes_per_voxel(make, memory, dtype) <= bar * stock
 
 
 @pytest.mark.parametrize("memory", ["raw", "block"])

@@ -37,7 +37,13 @@ def test_a_step_of_more_families(name, memory):
     assert_alike(*found, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["plain deep", "residual", "basic", "dynunet", "segresnet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain deep",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("residual", "basic", "dynunet", "segresnet")),
+    ],
+)
 def test_a_step_in_float32(name):
     network, image = make(name, torch.float32)
     converted = effseg.convert(copy.deepcopy(network))

@@ -22,7 +22,12 @@ def assert_same_outputs(first, second, image):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+FEW = ("plain deep", "residual", "basic batch", "dynunet residual, deep", "segresnet")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FEW)) for n in NETWORKS]
+)
 def test_weights_go_both_ways(name):
     network, image = make(name)
     converted = effseg.convert(copy.deepcopy(network))
@@ -53,6 +58,14 @@ def test_the_original_is_left_and_shares_its_weights():
     optimizer.step()
     assert not torch.allclose(converted(image), before)
     assert_same_outputs(converted, network, image)
+
+
+def test_buffers_stay_shared_after_to():
+    network, _ = make("plain batch")
+    converted = effseg.convert(network).to(torch.float32)
+    assert {t.dtype for t in network.buffers()} == {torch.float32, torch.int64}
+    assert all(a is b for a, b in zip(converted.buffers(), network.buffers(), strict=True))
+    assert all(a is b for a, b in zip(converted.parameters(), network.parameters(), strict=True))
 
 
 def test_restoring():
@@ -319,9 +332,9 @@ def test_a_running_training_goes_on():
 def test_with_kernels_in_the_interpreter(name, kernel_device):
     """The Triton algorithm computes what ATen's does, in the size of its tests."""
     network, image = make(name, torch.float32)
-    image = image[:1, :, :8, :8, :8].contiguous()
+    image = image[:1, :, :8, :4, :4].contiguous()
     converted = effseg.convert(network.to(kernel_device))
-    labels = torch.randint(3, (1, 8, 8, 8), device=kernel_device)
+    labels = torch.randint(3, (1, 8, 4, 4), device=kernel_device)
     found = []
     for algorithm in ("triton", "aten"):
         converted.zero_grad()
