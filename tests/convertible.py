@@ -13,6 +13,15 @@ def plain(norm=nn.InstanceNorm3d, nonlin=nn.LeakyReLU, deep=False, dropout=0.0, 
     )  # fmt: skip
 
 
+def small():
+    """Two levels of one convolution each and a head."""
+    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    return unet.PlainConvUNet(
+        1, 2, (4, 8), nn.Conv3d, 3, (1, 2), 1, 3, 1, conv_bias=True,
+        **dna(nn.InstanceNorm3d, nn.LeakyReLU, 0.0),
+    )  # fmt: skip
+
+
 def residual(norm=nn.InstanceNorm3d, nonlin=nn.LeakyReLU, deep=False, dropout=0.0):
     unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
     return unet.ResidualEncoderUNet(
@@ -70,6 +79,9 @@ NETWORKS = {
     ),
     "segresnet batch, dropout 0": lambda: segresnet(norm="batch", dropout_prob=0.0),
 }
+FEW = ("plain deep", "residual", "basic batch", "dynunet residual, deep", "segresnet")
+A_FEW = [pytest.param(n, marks=[pytest.mark.slow] * (n not in FEW)) for n in NETWORKS]
+"""Those of each family by default, all of them in the slow tests."""
 SIZE = (2, 1, 16, 20, 24)
 SIZES = {name: (2, 1, 16, 32, 16) for name in NETWORKS if name.startswith("basic")}
 
@@ -77,7 +89,7 @@ SIZES = {name: (2, 1, 16, 32, 16) for name in NETWORKS if name.startswith("basic
 def make(name, dtype=torch.float64):
     """The network with norms that do something, and an image that it takes."""
     torch.manual_seed(0)
-    network = NETWORKS[name]().to(dtype)
+    network = (small if name == "small" else NETWORKS[name])().to(dtype)
     for parameter in network.parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, 1, 0.2)

@@ -42,7 +42,7 @@ def test_predicted_peak_of_a_step(network, dtype, bars, original):
         assert bar is None or bytes_per_voxel(make, memory, dtype) <= bar * stock
 
 
-@pytest.mark.parametrize("memory", ["raw", "block"])
+@pytest.mark.parametrize("memory", ["raw", pytest.param("block", marks=pytest.mark.slow)])
 def test_prediction_equals_the_measured_step(memory):
     """But for scratch inside the CPU's batch norm, which is as large as a slab: here much of the volume."""
     pytest.importorskip(NNUNET)

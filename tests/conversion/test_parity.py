@@ -5,15 +5,18 @@ import copy
 import other_networks
 import pytest
 import torch
-from convertible import NETWORKS, assert_alike, listed, make, step
+from convertible import A_FEW, FEW, NETWORKS, assert_alike, listed, make, step
 from tolerances import assert_as_rounded, joined, rounding_noise
 from torch import nn
 
 import effseg
 
 
-@pytest.mark.parametrize("memory", ["raw", "block"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [(name, "block") for name in NETWORKS]
+    + [pytest.param(name, "raw", marks=[pytest.mark.slow] * (name not in FEW)) for name in NETWORKS],
+)
 def test_a_step_in_float64(name, memory):
     network, image = make(name)
     converted = effseg.convert(copy.deepcopy(network), memory=memory)
@@ -59,7 +62,7 @@ def test_a_step_in_float32(name):
     assert_as_rounded(joined_step(converted, image), exact, noise)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", A_FEW)
 def test_evaluation(name):
     """Running statistics, no deep supervision of MONAI's; real tensors come out."""
     network, image = make(name)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from convertible import NETWORKS, make, plain
+from convertible import A_FEW, make, plain
 from torch import nn
 
 import effseg
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", A_FEW)
 def test_every_norm_of_known_networks_is_taken(name):
     network, _ = make(name)
     report = effseg.convert(network).conversion_report

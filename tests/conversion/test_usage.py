@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from convertible import NETWORKS, listed, make
+from convertible import A_FEW, listed, make
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -22,12 +22,7 @@ def assert_same_outputs(first, second, image):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-FEW = ("plain deep", "residual", "basic batch", "dynunet residual, deep", "segresnet")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FEW)) for n in NETWORKS]
-)
+@pytest.mark.parametrize("name", A_FEW)
 def test_weights_go_both_ways(name):
     network, image = make(name)
     converted = effseg.convert(copy.deepcopy(network))
@@ -327,7 +322,10 @@ def test_a_running_training_goes_on():
 
 @pytest.mark.parametrize(
     "name",
-    ["plain deep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("residual", "segresnet"))],
+    [
+        "small",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain deep", "residual", "segresnet")),
+    ],
 )
 def test_with_kernels_in_the_interpreter(name, kernel_device):
     """The Triton algorithm computes what ATen's does, in the size of its tests."""
