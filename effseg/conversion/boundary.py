@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -30,6 +31,7 @@ def refuse_tracing() -> None:
     for name, active in (
         ("torch.jit.trace", torch.jit.is_tracing()),
         ("torch.export", is_exporting()),
+        ("forward-mode differentiation", forward_ad._current_level >= 0),
         ("torch.func (vmap, grad, jvp)", torch._C._are_functorch_transforms_active()),
     ):
         if active:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from effseg.conversion.values import Recipe, computed
+from effseg.nodes.backward import once_differentiable
 from effseg.settings import Function
 
 

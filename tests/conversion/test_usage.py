@@ -292,6 +292,39 @@ def test_no_gradient_is_lost_in_a_function_of_ones_own():
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9)
 
 
+def second_derivative(network, image):
+    image = image.requires_grad_()
+    (grad,) = torch.autograd.grad(network(image).square().sum(), image, create_graph=True)
+    grad.square().sum().backward()
+
+
+def hessian(network, image):
+    """Which takes a gradient that does not arrive for zeros."""
+    torch.autograd.functional.hessian(lambda x: network(x).square().sum(), image[:, :, :2, :2, :2])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        second_derivative,
+        hessian,
+        lambda network, image: torch.jit.trace(network, image, check_trace=False),
+        lambda network, image: torch.jit.script(network),
+        lambda network, image: torch.export.export(network, (image,)),
+        lambda network, image: torch.onnx.export(network, (image,), io.BytesIO(), dynamo=False),
+        lambda network, image: torch.func.vmap(network)(image[None]),
+    ],
+    ids=["second derivative", "hessian", "trace", "script", "export", "onnx", "vmap"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_work_names_the_way_back(use):
+    network = nn.Sequential(
+        nn.Conv3d(1, 2, 3, padding=1), nn.InstanceNorm3d(2), nn.ReLU(), nn.Conv3d(2, 2, 1)
+    )
+    with pytest.raises(Exception, match=r"effseg\.restore"):
+        use(effseg.convert(network), torch.randn(1, 1, 4, 4, 4))
+
+
 def test_a_running_training_goes_on():
     """Three steps as it is, then three converted or not: the same losses."""
     network, image = make("residual")
