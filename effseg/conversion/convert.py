@@ -136,7 +136,8 @@ def convert(
     model: any `nn.Module` over (N, C, D, H, W) whose `forward` calls torch's functions: networks of
         dynamic-network-architectures (nnU-Net), MONAI, and others. It is left as it is; the converted one is
         an instance of the same class and has the same parameters and buffers, not copies of them (as with
-        `torch.compile`), the same `state_dict` keys, and its own hooks.
+        `torch.compile`), the same `state_dict` keys, and its own hooks. They stay shared when the converted
+        one is moved by `.to()`; moving the original replaces its buffers, as torch does, and leaves these.
     memory: "raw" keeps one tensor per convolution, its raw output. "block" keeps what leaves each block of
         convolutions and runs the block's inside again in backward. "auto" takes for every new input shape
         the first of the two whose predicted reservation fits `memory_budget` (bytes, or as in "24GB"; by
@@ -148,8 +149,14 @@ def convert(
         default (1, C, 64, 64, 64) and a few more where that does not fit.
     strict: whether to refuse a model of which nothing could be taken over.
 
-    What was taken over, and what was left and why, is in `.conversion_report`, printable. Values and
-    gradients equal the original's but for rounding. Compute types follow autocast as convolutions do.
+    What was taken over, what was left and why, and what a step keeps and peaks at before and after is in
+    `.conversion_report`, printable. Values, gradients and buffers equal the original's but for rounding,
+    whatever surrounds the layers: grad modes, in-place operators, hooks, checkpoints, functions of one's own.
+    Compute types follow autocast as convolutions do. What differs: dropout of single elements draws another
+    mask at the same seed, for memory is channels last; a tensor that is changed in place after a view of it
+    was taken and another operator has used it may raise torch's error of a modified tensor where the original
+    does not. Modules with hooks get and give stored tensors, which costs their memory. torch.jit, ONNX,
+    torch.export, torch.func and second derivatives raise `RuntimeError`: `effseg.restore` is for them.
     Raises `TypeError` for what is no module or is wrapped already (DDP, torch.compile: convert first), and
     `InputError` (a `ValueError`) for unknown options, or where nothing can be taken over.
     """

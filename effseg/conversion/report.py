@@ -108,9 +108,10 @@ class ConversionReport:
             before, after = self.steps()
         except Exception as error:  # a network may refuse a step in any way
             return f": a step could not be measured: {one_line(error)}"
+        worth = "" if after.peak < before.peak else ": conversion saves nothing here, train the original"
         return (
             f": a step keeps {after.kept:.0f} of {before.kept:.0f} bytes per voxel for backward and "
-            f"peaks at {after.peak:.0f} of {before.peak:.0f}"
+            f"peaks at {after.peak:.0f} of {before.peak:.0f}{worth}"
         )
 
 

@@ -53,6 +53,27 @@ def test_prediction_equals_the_measured_step(memory):
     assert predicted.peak == pytest.approx(measured.outside_convolutions, rel=0.08)
 
 
+class Any(torch.nn.Module):
+    """Two images in, a dictionary of one class and of a number out."""
+
+    def __init__(self):
+        super().__init__()
+        conv, norm = torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.InstanceNorm3d(4)
+        self.body, self.head = torch.nn.Sequential(conv, norm, torch.nn.ReLU()), torch.nn.Conv3d(4, 1, 1)
+
+    def forward(self, image, other):
+        features = self.body(image) + other["image"]
+        return {"mask": self.head(features), "size": features.mean()}
+
+
+def test_auto_takes_any_inputs_and_outputs():
+    converted = effseg.convert(Any(), memory="auto", memory_budget="1GB", strict=False)
+    image = torch.randn(1, 1, 6, 6, 6)
+    found = converted(image, other={"image": image.square()})
+    (found["mask"].square().mean() + found["size"]).backward()
+    assert list(converted.effseg_choices.values()) == ["raw"]
+
+
 def test_auto_takes_what_fits_for_every_size(monkeypatch):
     network, image = make("plain", torch.float32)
     peaks = {}
