@@ -57,7 +57,7 @@ def compare(found, expected):
     values, requires, seen, gradients, buffers = expected
     compare_values(found[0], values)
     assert found[1] == requires
-    assert found[2] == pytest.approx(seen, rel=1e-9)
+    assert found[2] == pytest.approx(seen, rel=TOLERANCE, abs=TOLERANCE)
     whole = torch.stack([g.norm() for g in gradients.values() if g is not None]).norm()
     for name, b in gradients.items():
         a = found[3][name]
