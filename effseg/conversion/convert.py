@@ -144,7 +144,7 @@ def convert(
         default the GPU's memory).
     lazy_logits: in training, a network that ends in a 1x1x1 convolution returns logits as a `LazyTensor`:
         `effseg.SegmentationLoss` and `effseg.losses.dice_cross_entropy` then never make them; any other
-        use makes them once. Needs False under DDP with find_unused_parameters=True.
+        use makes them once. Needs False under DDP with find_unused_parameters or static_graph.
     shape: an input's (N, C, D, H, W) to examine the network with, on fake tensors, for the report; by
         default (1, C, 64, 64, 64) and a few more where that does not fit.
     strict: whether to refuse a model of which nothing could be taken over.

@@ -32,8 +32,8 @@ from effseg.losses import LossOptions
 
 Handler = Callable[..., Any]
 NEEDS_LOGITS = (
-    "DistributedDataParallel with find_unused_parameters or static_graph copies a network's outputs, so that "
-    "lazy logits would be made after all: convert with lazy_logits=False"
+    "expected lazy_logits=False in effseg.convert under DistributedDataParallel with find_unused_parameters "
+    "or static_graph, which copies a network's outputs, so that lazy logits would be made after all"
 )
 CHANGED = (
     "a tensor changed in place after it had been used by an operator that has not run yet; convert with "
