@@ -399,6 +399,29 @@ def test_monais_loss_takes_lazy_logits():
     assert all((a - b).norm() <= 1e-3 * whole for a, b in zip(*found, strict=True))
 
 
+def test_a_metatensor_in_gives_one_out_with_its_metadata():
+    data = pytest.importorskip("monai.data")
+    network = nn.Sequential(
+        nn.Conv3d(1, 2, 3, padding=1), nn.InstanceNorm3d(2), nn.ReLU(), nn.Conv3d(2, 2, 1)
+    )
+    image = data.MetaTensor(torch.randn(1, 1, 4, 4, 4), affine=torch.diag(torch.tensor([0.8, 0.8, 2.5, 1.0])))
+    image.meta["filename_or_obj"] = "patient7.nii.gz"
+    with torch.no_grad():
+        found, expected = effseg.convert(network)(image), network(image)
+    assert type(found) is type(expected)
+    assert torch.equal(found.affine, expected.affine)
+    assert found.meta["filename_or_obj"] == "patient7.nii.gz"
+    torch.testing.assert_close(found.as_tensor(), expected.as_tensor())
+
+
+@pytest.mark.parametrize("memory", ["raw", "block"])
+def test_logits_have_the_strides_of_torchs(memory):
+    network, image = make("plain")
+    logits = effseg.convert(network, memory=memory)(image)
+    assert logits.is_contiguous()
+    assert logits.contiguous().view(2, -1).shape == (2, logits[0].numel())
+
+
 def test_what_is_one_tensor_in_torch_is_one_here():
     """In place on the result of a dropout that drops nothing is in place on its input; padding copies."""
 
