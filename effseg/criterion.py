@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from effseg.errors import InputError
 from effseg.losses import LossOptions, dice_cross_entropy
+from effseg.settings import Function
 
 Labels = Tensor | Sequence[Tensor]
 
@@ -25,7 +26,8 @@ class SegmentationLoss(nn.Module):
     one such tensor for every output; one tensor is taken at the nearest voxels for smaller outputs.
 
     weights: of the outputs; by default 1, 1/2, 1/4, ... and 0 for the last of several, divided by their sum,
-    as in nnU-Net (Isensee et al., Nature Methods 2021). options: those of `dice_cross_entropy`.
+    as in nnU-Net (Isensee et al., Nature Methods 2021); an output of weight 0 gets a gradient of 0. options:
+    those of `dice_cross_entropy`.
     Memory kept for backward with lazy logits: the labels. Raises `ValueError` where shapes do not fit.
     """
 
@@ -43,8 +45,9 @@ class SegmentationLoss(nn.Module):
             raise InputError(f"labels: expected one for each of {len(given)} outputs, got {len(wanted)}")
         losses = [
             weight * dice_cross_entropy(logits, nearest(own, logits), **self._options())
-            for weight, logits, own in zip(self._weights(len(given)), given, wanted, strict=True)
             if weight
+            else Unused.apply(logits)
+            for weight, logits, own in zip(self._weights(len(given)), given, wanted, strict=True)
         ]
         return torch.stack(losses).sum()
 
@@ -57,6 +60,24 @@ class SegmentationLoss(nn.Module):
         if len(self.weights) != count:
             raise InputError(f"outputs: expected {len(self.weights)}, one for each weight, got {count}")
         return self.weights
+
+
+class Unused(Function):
+    """0 of a tensor, whose gradient is 0: DistributedDataParallel waits for a gradient of every parameter.
+
+    Saved: nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.like = logits.shape, logits.dtype, logits.device
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return torch.zeros((), dtype=wide, device=logits.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        shape, dtype, device = ctx.like
+        return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
 def nnunet_weights(count: int) -> tuple[float, ...]:

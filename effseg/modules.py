@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from effseg import functional, nodes
 from effseg.deferred import Deferred, Normalisation, convolved, plain, raw, residual
 from effseg.normalisation import frozen_running_statistics, make_norm, normalisation
-from effseg.settings import Captured
+from effseg.settings import Captured, Repeated
 
 SLOPE = 0.01
 
@@ -129,7 +130,7 @@ class ResidualBlock3d(nn.Module):
             return functional.materialise(block, slab_elements=slab_elements)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _second_pass(Captured())
+            return nullcontext(), Repeated(partial(_second_pass, Captured()))
 
         # torch.compile takes no contexts here, and updates running statistics once without them.
         options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import Context, ContextVar
 from functools import wraps
 from typing import Any, Generic, TypeVar, cast
@@ -94,6 +94,23 @@ class Captured:
                 if setting.get() is not value:
                     stack.enter_context(setting.set(value))
             yield
+
+
+class Repeated:
+    """A context that can be entered any number of times: made anew for each, for backward passes that are run
+    again."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> None:
+        context = self._make()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
 
 
 class Function(torch.autograd.Function):

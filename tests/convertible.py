@@ -13,6 +13,15 @@ def plain(norm=nn.InstanceNorm3d, nonlin=nn.LeakyReLU, deep=False, dropout=0.0, 
     )  # fmt: skip
 
 
+def small():
+    """Two levels of one convolution each and a head."""
+    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    return unet.PlainConvUNet(
+        1, 2, (4, 8), nn.Conv3d, 3, (1, 2), 1, 3, 1, conv_bias=True,
+        **dna(nn.InstanceNorm3d, nn.LeakyReLU, 0.0),
+    )  # fmt: skip
+
+
 def residual(norm=nn.InstanceNorm3d, nonlin=nn.LeakyReLU, deep=False, dropout=0.0):
     unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
     return unet.ResidualEncoderUNet(
@@ -70,6 +79,9 @@ NETWORKS = {
     ),
     "segresnet batch, dropout 0": lambda: segresnet(norm="batch", dropout_prob=0.0),
 }
+FEW = ("plain deep", "residual", "basic batch", "dynunet residual, deep", "segresnet")
+A_FEW = [pytest.param(n, marks=[pytest.mark.slow] * (n not in FEW)) for n in NETWORKS]
+"""Those of each family by default, all of them in the slow tests."""
 SIZE = (2, 1, 16, 20, 24)
 SIZES = {name: (2, 1, 16, 32, 16) for name in NETWORKS if name.startswith("basic")}
 
@@ -77,7 +89,7 @@ SIZES = {name: (2, 1, 16, 32, 16) for name in NETWORKS if name.startswith("basic
 def make(name, dtype=torch.float64):
     """The network with norms that do something, and an image that it takes."""
     torch.manual_seed(0)
-    network = NETWORKS[name]().to(dtype)
+    network = (small if name == "small" else NETWORKS[name])().to(dtype)
     for parameter in network.parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, 1, 0.2)
@@ -86,3 +98,33 @@ def make(name, dtype=torch.float64):
 
 def listed(outputs):
     return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+
+
+def step(network, image):
+    """Outputs, gradients of image and parameters, buffers."""
+    network.zero_grad()
+    image = image.clone().requires_grad_()
+    outputs = listed(network(image))
+    random = torch.Generator().manual_seed(1)
+    loss = 0
+    for output in outputs:
+        # The same numbers in any type: drawn in float64 they would be others.
+        weights = torch.randn(output.shape, generator=random, dtype=torch.float32).to(output.dtype)
+        loss = loss + (output * weights).sum()
+    loss.backward()
+    grads = [image.grad, *(p.grad for p in network.parameters())]
+    return [o.detach() for o in outputs], grads, list(network.buffers())
+
+
+def assert_alike(found, expected, tolerance):
+    """Relative to the norm of a tensor, and of gradients to all of them: that of a bias under instance
+    normalisation is 0 but for rounding."""
+    whole = torch.stack([g.norm() for g in expected[1] if g is not None]).norm()
+    for ours, theirs, floor in zip(found, expected, (0.0, whole, 0.0), strict=True):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b.is_floating_point():
+                assert (a - b).norm() <= tolerance * max(b.norm(), 1e-3 * floor, 1e-30)
+            elif a is not None:
+                assert torch.equal(a, b)

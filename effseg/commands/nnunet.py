@@ -80,7 +80,11 @@ def _plan_and_preprocess(arguments: Sequence[str]) -> None:
 
 
 def _with_trainer(arguments: Sequence[str]) -> list[str]:
-    return [*arguments] if "-tr" in arguments else [*arguments, "-tr", TRAINER]
+    """Whether one is named, argparse says, as it does to nnU-Net: it takes -tr NAME and -tr=NAME."""
+    trainer = argparse.ArgumentParser(prog="effseg nnunet", add_help=False)
+    trainer.add_argument("-tr")
+    given, _ = trainer.parse_known_args([*arguments])
+    return [*arguments] if given.tr is not None else [*arguments, "-tr", TRAINER]
 
 
 def _call(module: str, name: str, arguments: Sequence[str]) -> None:

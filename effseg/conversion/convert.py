@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from effseg.conversion import rules as _rules  # noqa: F401  lazy tensors follow them
-from effseg.conversion.lazy import LazyTensor, lazy, real
+from effseg.conversion.boundary import (
+    NO_TRACE,
+    Carrier,
+    Noticing,
+    entering,
+    mapped,
+    ordinary,
+    real_at_hooks,
+    refuse_tracing,
+)
+from effseg.conversion.examine import examine
+from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.recompute import Block, blocks_run_again, is_block
-from effseg.conversion.report import ConversionReport, examine
+from effseg.conversion.report import ConversionReport, StepBytes, one_line, step_bytes
 from effseg.errors import InputError
 from effseg.memory.choice import usable
 from effseg.memory.predict import peak_training_memory
@@ -37,17 +50,54 @@ class Converted(nn.Module):
 
     effseg_settings: Settings
     effseg_choices: dict[Any, str]
-    conversion_report: ConversionReport
+    effseg_report: ConversionReport
+    effseg_steps: list[tuple[StepBytes, StepBytes]]
     follows_autocast = True
+
+    @property
+    def conversion_report(self) -> ConversionReport:
+        return dataclasses.replace(self.effseg_report, steps=self._steps)
 
     @torch.compiler.disable  # a compiled caller runs it as it is
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_tracing()
         settings, own = self.effseg_settings, super().forward
-        args, kwargs = tree_map(lazy, (args, kwargs))
-        with blocks_run_again.set(self._mode((args, kwargs)) == "block"):
+        carrier = Carrier((args, kwargs))
+        args, kwargs = mapped(entering, (args, kwargs))
+        with blocks_run_again.set(self._mode((args, kwargs)) == "block"), real_at_hooks(self), Noticing():
             found = own(*args, **kwargs)
         defers = settings.lazy_logits and self.training and torch.is_grad_enabled()
-        return tree_map(_logits if defers else real, found)
+        return mapped(lambda x: carrier.carried(_logits(x) if defers else ordinary(x)), found)
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script asks for it."""
+        raise RuntimeError(NO_TRACE.format("torch.jit.script"))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Buffers, like parameters, go where `.to` sends them and stay shared with the original."""
+        before = [(module, name, t) for module in self.modules() for name, t in module._buffers.items()]
+        super()._apply(fn, recurse)
+        for module, name, tensor in before:
+            moved = module._buffers[name]
+            if (
+                tensor is not None
+                and moved is not None
+                and torch._has_compatible_shallow_copy_type(tensor, moved)
+            ):
+                tensor.data = moved
+                module._buffers[name] = tensor
+        return self
+
+    def _steps(self) -> tuple[StepBytes, StepBytes]:
+        """Of the original and of this network; found out once."""
+        if not self.effseg_steps:
+            shape = self.effseg_report.shape
+            if shape is None:
+                raise ValueError("report: expected a network that could be examined")
+            memory = self.effseg_settings.memory
+            like = as_converted(self, MODES[0] if memory == "auto" else memory)
+            self.effseg_steps.append((step_bytes(restore(self), shape), step_bytes(like, shape)))
+        return self.effseg_steps[0]
 
     def _mode(self, inputs: Any) -> str:
         settings = self.effseg_settings
@@ -58,7 +108,8 @@ class Converted(nn.Module):
             raise InputError('memory: "auto" expects an image (N, C, D, H, W) among the inputs, got none')
         key = (tuple(image.shape), image.device.type, torch.is_autocast_enabled(image.device.type))
         if key not in self.effseg_choices:
-            self.effseg_choices[key] = choose(self, *key, usable(settings.budget, image.device))
+            budget = usable(settings.budget, image.device)
+            self.effseg_choices[key] = choose(self, *key, budget, _other_inputs(inputs, image))
         return self.effseg_choices[key]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -85,20 +136,27 @@ def convert(
     model: any `nn.Module` over (N, C, D, H, W) whose `forward` calls torch's functions: networks of
         dynamic-network-architectures (nnU-Net), MONAI, and others. It is left as it is; the converted one is
         an instance of the same class and has the same parameters and buffers, not copies of them (as with
-        `torch.compile`), the same `state_dict` keys, and its own hooks.
+        `torch.compile`), the same `state_dict` keys, and its own hooks. They stay shared when the converted
+        one is moved by `.to()`; moving the original replaces its buffers, as torch does, and leaves these.
     memory: "raw" keeps one tensor per convolution, its raw output. "block" keeps what leaves each block of
         convolutions and runs the block's inside again in backward. "auto" takes for every new input shape
         the first of the two whose predicted reservation fits `memory_budget` (bytes, or as in "24GB"; by
         default the GPU's memory).
     lazy_logits: in training, a network that ends in a 1x1x1 convolution returns logits as a `LazyTensor`:
         `effseg.SegmentationLoss` and `effseg.losses.dice_cross_entropy` then never make them; any other
-        use makes them once. Needs False under DDP with find_unused_parameters=True.
+        use makes them once. Needs False under DDP with find_unused_parameters or static_graph.
     shape: an input's (N, C, D, H, W) to examine the network with, on fake tensors, for the report; by
         default (1, C, 64, 64, 64) and a few more where that does not fit.
     strict: whether to refuse a model of which nothing could be taken over.
 
-    What was taken over, and what was left and why, is in `.conversion_report`, printable. Values and
-    gradients equal the original's but for rounding. Compute types follow autocast as convolutions do.
+    What was taken over, what was left and why, and what a step keeps and peaks at before and after is in
+    `.conversion_report`, printable. Values, gradients and buffers equal the original's but for rounding,
+    whatever surrounds the layers: grad modes, in-place operators, hooks, checkpoints, functions of one's own.
+    Compute types follow autocast as convolutions do. What differs: dropout of single elements draws another
+    mask at the same seed, for memory is channels last; a tensor that is changed in place after a view of it
+    was taken and another operator has used it may raise torch's error of a modified tensor where the original
+    does not. Modules with hooks get and give stored tensors, which costs their memory. torch.jit, ONNX,
+    torch.export, torch.func and second derivatives raise `RuntimeError`: `effseg.restore` is for them.
     Raises `TypeError` for what is no module or is wrapped already (DDP, torch.compile: convert first), and
     `InputError` (a `ValueError`) for unknown options, or where nothing can be taken over.
     """
@@ -123,18 +181,35 @@ def _mix(model: M, settings: Settings, report: ConversionReport) -> M:
         if name and is_block(module):
             module.__class__ = _mixed(type(module), ConvertedBlock)
     model.__class__ = _mixed(type(model), Converted)
-    vars(model).update(effseg_settings=settings, effseg_choices={}, conversion_report=report)
+    vars(model).update(effseg_settings=settings, effseg_choices={}, effseg_report=report, effseg_steps=[])
     return model
 
 
-def choose(model: Converted, shape: tuple[int, ...], device: str, low: bool, budget: int) -> str:
-    """The first of "raw" and "block" that is predicted to reserve no more than `budget` bytes, with AdamW."""
+def as_converted(model: Converted, memory: str) -> nn.Module:
+    """The same network in another mode."""
+    return _mix(restore(model), Settings(memory, None, True), model.effseg_report)
+
+
+def choose(
+    model: Converted, shape: tuple[int, ...], device: str, low: bool, budget: int, others: Any = None
+) -> str:
+    """The first of "raw" and "block" that is predicted to reserve no more than `budget` bytes, with AdamW.
+
+    others: what the network is called with, if with more than the image.
+    """
     needed = {}
     dtype, kind = "bf16" if low else "fp32", "cpu" if device == "cpu" else "cuda"
     for mode in MODES[:2]:
-        like = _mix(restore(model), Settings(mode, None, True), model.conversion_report)
+        like = as_converted(model, mode)
+        called = like if others is None else _AsCalled(like, others)
         with torch.enable_grad(), torch.autocast(device, enabled=False):
-            needed[mode] = peak_training_memory(like, shape, dtype=dtype, device=kind).reserved
+            try:
+                needed[mode] = peak_training_memory(called, shape, dtype=dtype, device=kind).reserved
+            except Exception as error:  # a network may refuse fake tensors in any way
+                raise InputError(
+                    f'memory: "auto" could not try {_base(type(model)).__name__} on fake tensors, expected '
+                    f'"raw" or "block" instead: {one_line(error)}'
+                ) from error
         if needed[mode] <= budget:
             return mode
     needs = ", ".join(f"{format_bytes(count)} ({mode})" for mode, count in needed.items())
@@ -144,6 +219,33 @@ def choose(model: Converted, shape: tuple[int, ...], device: str, low: bool, bud
     )
 
 
+class _Image(Enum):
+    """Where the image was among a network's inputs."""
+
+    HERE = 0
+
+
+class _AsCalled(nn.Module):
+    """A network of an image, the other inputs being what they were."""
+
+    follows_autocast = True
+
+    def __init__(self, network: nn.Module, inputs: Any) -> None:
+        super().__init__()
+        self.network, self.inputs = network, inputs
+
+    def forward(self, image: Tensor) -> Any:
+        args, kwargs = tree_map(lambda x: image if x is _Image.HERE else x, self.inputs)
+        return self.network(*args, **kwargs)
+
+
+def _other_inputs(inputs: Any, image: Tensor) -> Any:
+    """The inputs with a place for the image; None where there are no others."""
+    if all(x is image for x in tree_leaves(inputs)):
+        return None
+    return tree_map(lambda x: _Image.HERE if x is image else real(x), inputs)
+
+
 def restore(model: M) -> M:
     """The network as it was before `convert`, with the converted one's parameters and buffers."""
     _check_model(model)
@@ -151,7 +253,7 @@ def restore(model: M) -> M:
     for module in plain.modules():
         if isinstance(module, (Converted, ConvertedBlock)):
             module.__class__ = _base(type(module))
-    for name in ("effseg_settings", "effseg_choices", "conversion_report"):
+    for name in ("effseg_settings", "effseg_choices", "effseg_report", "effseg_steps"):
         plain.__dict__.pop(name, None)
     return plain
 
@@ -171,8 +273,12 @@ def _shared(model: nn.Module) -> dict[int, Any]:
     return memo | {id(t): t if t.is_leaf else real(t).detach() for t in unregistered(model)}
 
 
-def _logits(x: Any) -> Any:
-    return x if isinstance(x, LazyTensor) and x.has_head else real(x)
+def _logits(x: Tensor) -> Tensor:
+    """Lazy ones stay so; parameters are remembered for whoever reads them after an optimizer's step."""
+    if not isinstance(x, LazyTensor) or not x.has_head:
+        return ordinary(x)
+    x.keep_parameters()
+    return x
 
 
 _mixtures: dict[tuple[type, type], type] = {}

@@ -60,6 +60,18 @@ def detached(found: Outputs) -> Outputs:
 _kept: Setting[KeptOutputs | None] = Setting("effseg_kept_outputs", None, lasting=False)
 
 
+def current() -> KeptOutputs | None:
+    """Of the block that is being run."""
+    return _kept.get()
+
+
+@contextmanager
+def belonging_to(kept: KeptOutputs | None) -> Iterator[None]:
+    """Inside, convolutions count as those of that block if it is being run, else of none."""
+    with _kept.set(kept if _kept.get() is kept else None):
+        yield
+
+
 def convolve(x: Deferred, weight: Tensor, bias: Tensor | None, window: Window, statistics: bool) -> Outputs:
     """y and, with `statistics`, its mean and variance."""
     kept = _kept.get()

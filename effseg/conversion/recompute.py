@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from effseg.conversion.boundary import Noticing
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import KeptOutputs
 from effseg.deferred import Deferred, Spec, plain
 from effseg.normalisation import frozen_running_statistics
-from effseg.settings import Captured, Setting
+from effseg.settings import Captured, Repeated, Setting
 
 blocks_run_again: Setting[bool] = Setting("effseg_blocks_run_again", False, lasting=False)
 """Whether blocks do, in the pass that is under way."""
@@ -44,12 +46,12 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
 
     Raw outputs that leave the block live on in what reads them; the second pass takes them from there.
     """
-    value = x.value
-    start = value if isinstance(value, Deferred) else plain(x.materialise())
-    kept, specs = KeptOutputs(), list[Spec]()
+    value = x.taken()
+    start = value if isinstance(value, Deferred) else plain(x.stored())
+    kept, specs, buffers = KeptOutputs(), list[Spec](), Buffers(block)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        with kept.active(), blocks_run_again.set(False):
+        with kept.active(), blocks_run_again.set(False), Noticing():
             found = forward(LazyTensor(Deferred(start.spec, tensors)))
             if not isinstance(found, LazyTensor):
                 raise TypeError(f"{type(block).__name__}: expected features, got {type(found).__name__}")
@@ -59,26 +61,44 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
         return end.tensors
 
     tensors = checkpoint(
-        run, *start.tensors, use_reentrant=False, preserve_rng_state=_is_random(block),
-        context_fn=lambda: (nullcontext(), _second_pass(block, Captured())),
+        run, *start.tensors, use_reentrant=False,
+        context_fn=lambda: (nullcontext(), Repeated(partial(_second_pass, buffers, Captured()))),
     )  # fmt: skip
     kept.keep(tensors)
+    buffers.first_pass_is_over()
     return LazyTensor(Deferred(specs[0], tensors))
 
 
-def _is_random(block: nn.Module) -> bool:
-    return any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) for m in block.modules())
+class Buffers:
+    """A block's buffers as they were before its first pass, where that changed them: running statistics, a
+    spectral norm's vectors, counters."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._before = [(buffer, buffer._version, buffer.clone()) for buffer in block.buffers()]
+
+    def first_pass_is_over(self) -> None:
+        self._before = [entry for entry in self._before if entry[0]._version != entry[1]]
+
+    @torch.no_grad()
+    def exchange(self) -> list[Tensor]:
+        """Set them to what they were; returns what they are."""
+        after = [buffer.clone() for buffer, _, _ in self._before]
+        self.set([before for _, _, before in self._before])
+        return after
+
+    @torch.no_grad()
+    def set(self, values: list[Tensor]) -> None:
+        for (buffer, _, _), value in zip(self._before, values, strict=True):
+            buffer.data.copy_(value)  # what the graph has saved of it is not changed for long
 
 
 @contextmanager
-def _second_pass(block: nn.Module, captured: Captured) -> Iterator[None]:
-    """Settings are those of the first pass; running statistics and counters stay as it left them."""
-    counters = [m.num_batches_tracked for m in block.modules() if isinstance(m, nn.BatchNorm3d)]
-    before = [None if c is None else c.clone() for c in counters]
-    with captured.restored(), frozen_running_statistics():
+def _second_pass(buffers: Buffers, captured: Captured) -> Iterator[None]:
+    """Settings are those of the first pass; buffers begin as they did in it and stay as it left them; lazy
+    tensors work, whoever called backward."""
+    after = buffers.exchange()
+    with captured.restored(), frozen_running_statistics(), torch._C._EnableTorchFunction():
         try:
             yield
         finally:
-            for counter, value in zip(counters, before, strict=True):
-                if counter is not None and value is not None:
-                    counter.copy_(value)
+            buffers.set(after)

@@ -1,51 +1,62 @@
-"""What `effseg.convert` took over, and what it left."""
+"""What `effseg.convert` took over, what it left, and what that saves."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from effseg.conversion.lazy import LazyTensor
-from effseg.conversion.watch import watching
-from effseg.memory.predict import fake_copy
-from effseg.slabs import abridged
+from effseg.memory.predict import peak_training_memory
 
-EDGES = (64, 32, 128, 96)
-"""Of the images that a network is tried on."""
-BYTES = 4
+STATE = ("parameters", "optimizer", "batch")
+
+
+class StepBytes(NamedTuple):
+    """Bytes of a training step without autocast, per voxel of the image, but for parameters, their state and
+    the batch. kept: live once the loss is known; peak: the most that are."""
+
+    kept: float
+    peak: float
+
+
+def step_bytes(network: nn.Module, shape: tuple[int, ...]) -> StepBytes:
+    """Of one step on fake tensors."""
+    dtype = next(network.parameters()).dtype
+    report = peak_training_memory(network, shape, dtype="fp32", image_dtype=dtype)
+    state = sum(report.split[kind] for kind in STATE)
+    return StepBytes((report.after_forward - state) / report.voxels, (report.peak - state) / report.voxels)
 
 
 @dataclass(frozen=True)
 class ModuleReport:
     """One module's own operators, not those of its children.
 
-    name: as in `named_modules`; kind: its class; taken: what was taken over; left: what was not, and why;
-    bytes_saved: of tensors that it no longer keeps for backward, per voxel of the image, in float32.
+    name: as in `named_modules`; kind: its class; taken: what was taken over; left: what was not, and why.
     """
 
     name: str
     kind: str
     taken: tuple[str, ...]
     left: tuple[str, ...]
-    bytes_saved: float
 
 
 @dataclass(frozen=True)
 class ConversionReport:
     """modules: those with operators that were taken over or left, in the order of the forward pass; shape:
-    of the image it was found out on; problem: why it could not be found out, if so."""
+    of the image it was found out on; problem: why it could not be found out, if so.
+
+    `before` and `after` run a training step of the original and of the converted network (in its memory mode,
+    "raw" for "auto") on fake tensors of that shape when they are first asked for, which takes some seconds
+    and no memory. They raise what the networks raise there.
+    """
 
     model: str
     modules: tuple[ModuleReport, ...]
     shape: tuple[int, ...] | None
     problem: str | None = None
+    steps: Callable[[], tuple[StepBytes, StepBytes]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def taken(self) -> tuple[ModuleReport, ...]:
@@ -57,98 +68,52 @@ class ConversionReport:
         return tuple(m for m in self.modules if m.left)
 
     @property
+    def before(self) -> StepBytes:
+        return self._measured()[0]
+
+    @property
+    def after(self) -> StepBytes:
+        return self._measured()[1]
+
+    @property
     def bytes_saved(self) -> float:
-        """Per voxel of the image, in float32."""
-        return sum(m.bytes_saved for m in self.modules)
+        """That are no longer kept for backward, per voxel of the image."""
+        return self.before.kept - self.after.kept
+
+    @property
+    def peak_saved(self) -> float:
+        """By which the peak of a step is lower, per voxel of the image."""
+        return self.before.peak - self.after.peak
+
+    def _measured(self) -> tuple[StepBytes, StepBytes]:
+        if self.steps is None:
+            raise ValueError(f"report: expected that of a converted network, got {self.model}'s alone")
+        return self.steps()
 
     def __str__(self) -> str:
         if self.problem is not None:
             return f"{self.model}: could not be examined: {self.problem}"
-        size = "x".join(map(str, self.shape or ()))
-        lines = [f"{self.model} on {size}: {self.bytes_saved:.0f} bytes per voxel less are kept (float32)"]
+        lines = [f"{self.model} on {'x'.join(map(str, self.shape or ()))}{self._figures()}"]
         for module in self.modules:
             name = module.name or "the network itself"
             taken = f"taken: {', '.join(module.taken)}" if module.taken else ""
             left = f"left: {'; '.join(module.left)}" if module.left else ""
-            saved = f" ({module.bytes_saved:.1f} B/voxel)" if module.bytes_saved else ""
-            lines.append(f"  {name} ({module.kind}): {'; '.join(filter(None, (taken, left)))}{saved}")
+            lines.append(f"  {name} ({module.kind}): {'; '.join(filter(None, (taken, left)))}")
         return "\n".join(lines)
 
-
-def examine(model: nn.Module, shape: Sequence[int] | None = None) -> ConversionReport:
-    """Run the network on fake tensors, which takes a second and no memory, and look on."""
-    kind = type(model).__name__
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv3d)), None)
-    if first is None:
-        return ConversionReport(kind, (), None)
-    shapes = [(1, first.in_channels, edge, edge, edge) for edge in EDGES] if shape is None else [tuple(shape)]
-    problem = ""
-    for tried in shapes:
+    def _figures(self) -> str:
+        if self.steps is None:
+            return ""
         try:
-            return ConversionReport(kind, tuple(_modules(model, tried)), tried)
-        except Exception as error:  # a network may refuse a size in any way
-            problem = problem or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return ConversionReport(kind, (), shapes[0], problem)
-
-
-def _modules(model: nn.Module, shape: tuple[int, ...]) -> Iterator[ModuleReport]:
-    with FakeTensorMode(allow_non_fake_inputs=True), abridged(), torch.no_grad():
-        network = fake_copy(model)
-        names = {module: name for name, module in network.named_modules()}
-        dtype = next(network.parameters()).dtype
-        watcher = _Watcher(network)
-        with watching(watcher), watcher.calls():
-            network(LazyTensor(torch.empty(shape, dtype=dtype)))
-    voxels = shape[0] * math.prod(shape[2:])
-    for module, entry in watcher.entries.items():
-        yield ModuleReport(
-            names.get(module, "?"),
-            type(module).__name__,
-            tuple(dict.fromkeys(entry.taken)),
-            tuple(dict.fromkeys(entry.left)),
-            BYTES * entry.elements / voxels,
+            before, after = self.steps()
+        except Exception as error:  # a network may refuse a step in any way
+            return f": a step could not be measured: {one_line(error)}"
+        worth = "" if after.peak < before.peak else ": conversion saves nothing here, train the original"
+        return (
+            f": a step keeps {after.kept:.0f} of {before.kept:.0f} bytes per voxel for backward and "
+            f"peaks at {after.peak:.0f} of {before.peak:.0f}{worth}"
         )
 
 
-@dataclass
-class _Entry:
-    taken: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    elements: int = 0
-
-
-class _Watcher:
-    """Knows in whose `forward` an operator was met."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.stack = [network]
-        self.entries: dict[nn.Module, _Entry] = {}
-
-    def took(self, what: str, elements: int) -> None:
-        entry = self._entry()
-        entry.taken.append(what)
-        entry.elements += elements
-
-    def left(self, what: str) -> None:
-        module = self.stack[-1]
-        known = any(getattr(f, "__name__", "") == what for f in LazyTensor.handlers)
-        reason = "not of a kind that is taken over" if known else "not known"
-        shown = f" in {module}" if not list(module.children()) else ""
-        self._entry().left.append(f"{what}{shown}: {reason}")
-
-    def _entry(self) -> _Entry:
-        return self.entries.setdefault(self.stack[-1], _Entry())
-
-    @contextmanager
-    def calls(self) -> Iterator[None]:
-        """Follow which module is being called."""
-        before = register_module_forward_pre_hook(lambda module, _: self.stack.append(module))
-        after = register_module_forward_hook(lambda *_: self._leave())
-        try:
-            yield
-        finally:
-            before.remove()
-            after.remove()
-
-    def _leave(self) -> None:
-        self.stack.pop()
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

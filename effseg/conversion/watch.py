@@ -10,8 +10,8 @@ from effseg.settings import Setting
 
 
 class Watcher(Protocol):
-    def took(self, what: str, elements: int) -> None:
-        """An operator was taken over, and a tensor of so many elements is not kept for backward."""
+    def took(self, what: str) -> None:
+        """An operator was taken over."""
 
     def left(self, what: str) -> None:
         """Something needed the values of a tensor that was not stored."""
@@ -26,13 +26,13 @@ def watching(watcher: Watcher) -> Iterator[None]:
         yield
 
 
-def took(what: str, elements: int = 0) -> None:
+def took(what: str) -> None:
     watcher = _watcher.get()
     if watcher is not None:
-        watcher.took(what, elements)
+        watcher.took(what)
 
 
-def materialised(func: Any, args: Any) -> None:
+def materialised(func: Any) -> None:
     """A function of torch that no rule takes got ordinary tensors."""
     watcher = _watcher.get()
     if watcher is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 # https://docs.pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior: the entries that a segmentation
 # network or its loss can meet.
@@ -16,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 LOW_PRECISION = frozenset({
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
     "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "chain_matmul", "prelu",
-    "scaled_dot_product_attention",
+    "scaled_dot_product_attention", "einsum", "tensordot", "inner", "multi_dot",
+    "multi_head_attention_forward",  # the last five are made of others that are on CUDA's list
 })
 FULL_PRECISION = frozenset({
     "softmax", "log_softmax", "group_norm", "layer_norm", "nll_loss", "cross_entropy", "cross_entropy_loss",
@@ -45,7 +47,8 @@ class CudaAutocast(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in LOW_PRECISION:
-            return func(*map(self._lower, args), **{key: self._lower(value) for key, value in kwargs.items()})
+            args, kwargs = tree_map(self._lower, (args, kwargs))
+            return func(*args, **kwargs)
         if name in FULL_PRECISION:
             return func(*map(_raise, args), **{key: _raise(value) for key, value in kwargs.items()})
         return func(*args, **kwargs)

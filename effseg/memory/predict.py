@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import gc
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def peak_training_memory(
     check_step(shape, dtype, device)
     n, _, *size = shape
     gc.collect()  # cycles of earlier steps would be freed in the middle of this one
-    with FakeTensorMode(allow_non_fake_inputs=True), abridged() as abridgement, pretending(device):
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with fakes, quiet_fakes(), abridged() as abridgement, pretending(device):
         network = fake_copy(model)
         tracker = LiveStorages(abridgement, workspaces=device == "cuda")
         steps = make_optimizer(optimizer, network.parameters())
@@ -113,6 +115,21 @@ def _step(
         tracker.start_phase("optimizer")
         optimizer.step()
         tracker.start_phase("done")
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Inside, torch does not log what fake tensors refuse: it raises that, too."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def none(_record: logging.LogRecord) -> bool:
+        return False
+
+    log.addFilter(none)
+    try:
+        yield
+    finally:
+        log.removeFilter(none)
 
 
 def fake_copy(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:

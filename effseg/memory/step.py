@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from effseg.errors import InputError
 from effseg.losses import dice_cross_entropy
@@ -36,19 +37,44 @@ def label_dtype_for(model: nn.Module, asked: torch.dtype | None) -> torch.dtype:
 def training_loss(
     model: nn.Module, image: torch.Tensor, labels: torch.Tensor, loss: Loss | None, options: dict[str, Any]
 ) -> torch.Tensor:
-    """The model's own loss if it has one and none is given, else `loss` of what it returns.
+    """The model's own loss if it has one and none is given, else `loss` of what it returns, or Dice and
+    cross-entropy of its logits and the mean square of any other tensor.
 
-    Lists of outputs (deep supervision) are weighted as in nnU-Net: 1, 1/2, 1/4 ..., and the coarsest not.
+    Several outputs (deep supervision) are weighted as in nnU-Net: 1, 1/2, 1/4 ..., and the coarsest not.
     """
     if loss is None and isinstance(model, SegmentationModel):
         return model.loss(image, labels, **options)
-    loss = loss or dice_cross_entropy
-    outputs = model(image)
-    if isinstance(outputs, torch.Tensor):
-        return loss(outputs, labels, **options)
-    total = loss(outputs[0], labels, **options)
-    for i, output in enumerate(outputs[1:-1], start=1):
-        step = [size // small for size, small in zip(labels.shape[1:], output.shape[2:], strict=True)]
-        coarse = labels[:, :: step[0], :: step[1], :: step[2]].contiguous()
-        total = total + loss(output, coarse, **options) / 2**i
-    return total
+    outputs = _outputs(model(image))
+    if len(outputs) > 1 and outputs[-1].dim() == 5 and outputs[-1].shape[2:] != outputs[0].shape[2:]:
+        outputs = outputs[:-1]
+    parts = []
+    for i, output in enumerate(outputs):
+        if loss is None and not _are_logits(output, labels):
+            part = output.float().square().mean()
+        else:
+            part = (loss or dice_cross_entropy)(output, _coarse(labels, output), **options)
+        parts.append(part / 2**i)
+    return sum(parts[1:], start=parts[0])
+
+
+def _outputs(found: Any) -> list[torch.Tensor]:
+    """Whatever is in there that a loss may be of; MONAI's DynUNet stacks its outputs."""
+    tensors = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if len(tensors) == 1 and tensors[0].dim() == 6:
+        return list(tensors[0].unbind(1))
+    return tensors
+
+
+def _are_logits(output: torch.Tensor, labels: torch.Tensor) -> bool:
+    return (
+        output.dim() == 5
+        and output.shape[1] > 1
+        and all(size % small == 0 for size, small in zip(labels.shape[1:], output.shape[2:], strict=True))
+    )
+
+
+def _coarse(labels: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    if output.dim() != 5 or labels.shape[1:] == output.shape[2:]:
+        return labels
+    d, h, w = (size // small for size, small in zip(labels.shape[1:], output.shape[2:], strict=True))
+    return labels[:, ::d, ::h, ::w].contiguous()

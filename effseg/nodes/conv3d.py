@@ -43,6 +43,7 @@ class Conv3dFunction(Function):
             y, mean, var = known
             y = y.detach()
             mean, var = (None if t is None else t.detach() for t in (mean, var))
+        y = y.data  # a view may not be changed in place afterwards, and an algorithm may give one
         ctx.output_shape = y.shape
         ctx.save_for_backward(weight, y if statistics else None, mean, *tensors)
         return y, mean, var

@@ -41,6 +41,8 @@ def test_train_has_a_trainer(called):
 def test_train_with_another_trainer(called):
     assert cli.main(["nnunet", "train", "1", "3d_fullres", "all", "-tr", "nnUNetTrainerEffSegFull"]) == 0
     assert called["arguments"] == ["1", "3d_fullres", "all", "-tr", "nnUNetTrainerEffSegFull"]
+    assert cli.main(["nnunet", "train", "1", "3d_fullres", "all", "-tr=nnUNetTrainerEffSegFull"]) == 0
+    assert called["arguments"] == ["1", "3d_fullres", "all", "-tr=nnUNetTrainerEffSegFull"]
 
 
 def test_planning_needs_no_trainer(called):

@@ -2,54 +2,51 @@
 
 import copy
 
+import other_networks
 import pytest
 import torch
-from convertible import NETWORKS, listed, make
+from convertible import A_FEW, FEW, NETWORKS, assert_alike, listed, make, step
 from tolerances import assert_as_rounded, joined, rounding_noise
 from torch import nn
 
 import effseg
 
 
-def step(network, image):
-    """Outputs, gradients of image and parameters, buffers."""
-    network.zero_grad()
-    image = image.clone().requires_grad_()
-    outputs = listed(network(image))
-    random = torch.Generator().manual_seed(1)
-    loss = 0
-    for output in outputs:
-        # The same numbers in any type: drawn in float64 they would be others.
-        weights = torch.randn(output.shape, generator=random, dtype=torch.float32).to(output.dtype)
-        loss = loss + (output * weights).sum()
-    loss.backward()
-    grads = [image.grad, *(p.grad for p in network.parameters())]
-    return [o.detach() for o in outputs], grads, list(network.buffers())
-
-
-def assert_alike(found, expected, tolerance):
-    """Relative to the norm of a tensor, and of gradients to all of them: that of a bias under instance
-    normalisation is 0 but for rounding."""
-    whole = torch.stack([g.norm() for g in expected[1] if g is not None]).norm()
-    for ours, theirs, floor in zip(found, expected, (0.0, whole, 0.0), strict=True):
-        assert len(ours) == len(theirs)
-        for a, b in zip(ours, theirs, strict=True):
-            assert (a is None) == (b is None)
-            if a is not None and b.is_floating_point():
-                assert (a - b).norm() <= tolerance * max(b.norm(), 1e-3 * floor, 1e-30)
-            elif a is not None:
-                assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("memory", ["raw", "block"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [(name, "block") for name in NETWORKS]
+    + [pytest.param(name, "raw", marks=[pytest.mark.slow] * (name not in FEW)) for name in NETWORKS],
+)
 def test_a_step_in_float64(name, memory):
     network, image = make(name)
     converted = effseg.convert(copy.deepcopy(network), memory=memory)
     assert_alike(step(converted, image), step(network, image), 1e-9)
 
 
-@pytest.mark.parametrize("name", ["plain deep", "residual", "basic", "dynunet", "segresnet"])
+LARGE = ("vnet", "swin unetr")
+
+
+@pytest.mark.parametrize("memory", ["raw", "block"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in other_networks.NETWORKS]
+)
+def test_a_step_of_more_families(name, memory):
+    network, image = other_networks.make(name)
+    converted = effseg.convert(copy.deepcopy(network), memory=memory, shape=image.shape, strict=False)
+    found = []
+    for each in (converted, network):
+        torch.manual_seed(1)
+        found.append(step(each, image))
+    assert_alike(*found, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain deep",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("residual", "basic", "dynunet", "segresnet")),
+    ],
+)
 def test_a_step_in_float32(name):
     network, image = make(name, torch.float32)
     converted = effseg.convert(copy.deepcopy(network))
@@ -65,7 +62,7 @@ def test_a_step_in_float32(name):
     assert_as_rounded(joined_step(converted, image), exact, noise)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", A_FEW)
 def test_evaluation(name):
     """Running statistics, no deep supervision of MONAI's; real tensors come out."""
     network, image = make(name)

@@ -219,3 +219,11 @@ def test_augmentation_never_decides_which_mode_fits():
     shape = (1, 1, 64, 48, 32)
     peaks = [peak_training_memory(model, shape, augmented=augmented).peak for augmented in (False, True)]
     assert peaks[0] == peaks[1]
+
+
+def test_attention_written_as_einsum_takes_autocasts_type():
+    """Softmax gives float32, values are bfloat16: einsum, which is matrix products inside, casts both."""
+    attention, values = torch.rand(1, 3, 3), torch.rand(1, 3, 4, dtype=torch.bfloat16)
+    with CudaAutocast():
+        assert torch.einsum("nij,njc->nic", attention, values).dtype == torch.bfloat16
+        assert torch.einsum("nij,njc->nic", [attention, values]).dtype == torch.bfloat16

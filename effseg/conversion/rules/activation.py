@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from effseg import nodes
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
-from effseg.conversion.rules.registry import IDENTITY, result, rule
+from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
 from effseg.deferred import Deferred, Raw, Residual
 
 
@@ -42,11 +41,15 @@ def _activated(input: Tensor, slope: float, inplace: bool) -> Any:
     spec = value.spec if isinstance(value, Deferred) else None
     if not isinstance(spec, (Raw, Residual)) or spec.slope != IDENTITY or not slope >= 0:
         return NotImplemented
+    if not may_change(input, inplace):
+        return NotImplemented
+    assert isinstance(input, LazyTensor)
+    value = input.value if inplace else input.taken()
     assert isinstance(value, Deferred)
     if isinstance(spec, Raw):
         changed: Raw | Residual = Raw(spec.shape, spec.dtype, slope)
     else:
         changed = Residual(spec.shape, spec.dtype, slope, spec.inner)
-    watch.took("activation", 0 if inplace else math.prod(value.shape))
+    watch.took("activation")
     found = Deferred(changed, value.tensors)
     return result(input, nodes.share(found) if isinstance(changed, Residual) else found, inplace)

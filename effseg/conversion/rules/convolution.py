@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from effseg.composed import transposed_conv
 from effseg.conversion import watch
-from effseg.conversion.lazy import Convolution, LazyTensor
+from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.rules.registry import Triple, rule, triple
+from effseg.conversion.values import Convolution
 from effseg.functional import compute_dtype
 from effseg.slabs import Window
 
@@ -60,5 +60,5 @@ def conv_transpose3d(
     if triple(stride) != triple(weight.shape[2:]):
         return NotImplemented
     found = transposed_conv(input.deferred(compute_dtype(weight.device, weight)), weight, bias)
-    watch.took("transposed convolution", math.prod(found.shape))
+    watch.took("transposed convolution")
     return LazyTensor(found)

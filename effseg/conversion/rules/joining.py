@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from effseg.composed import Shared, concatenation
 from effseg.conversion import watch
-from effseg.conversion.lazy import Convolution, LazyTensor, Value
+from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.outputs import convolve
-from effseg.conversion.rules.registry import IDENTITY, result, rule
+from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
+from effseg.conversion.values import Convolution, Value
 from effseg.deferred import Deferred, Normalisation, Raw, Residual, UpAdd, plain, residual, upsample_add
 
 
@@ -36,9 +36,12 @@ def _sum(first: Any, second: Any, alpha: Any, inplace: bool) -> Any:
     both = isinstance(first, LazyTensor) and isinstance(second, LazyTensor)
     if not both or alpha != 1 or first.shape != second.shape or first.dtype != second.dtype:
         return NotImplemented
+    if not may_change(first, inplace):
+        return NotImplemented
     for one, other in ((first, second), (second, first)):
         found = _added(one.value, other)
         if found is not None:
+            one.taken()
             return result(first, found, inplace)
     return NotImplemented
 
@@ -49,7 +52,7 @@ def _added(value: Value, other: LazyTensor) -> Value | None:
         y, _, _ = convolve(value.x, value.weight, value.bias, value.window, statistics=False)
         watch.took("sum")
         # A stored sum: nothing keeps y, so that it may become the sum.
-        return y.add_(other.materialise())
+        return y.add_(real(other))
     if not isinstance(value, Deferred):
         return None
     if isinstance(value.spec, Raw) and value.spec.slope == IDENTITY:
@@ -60,7 +63,7 @@ def _added(value: Value, other: LazyTensor) -> Value | None:
         end = len(value.tensors) - 1 - value.spec.has_bias
         coarse = Deferred(value.spec.coarse, value.tensors[:end])
         weight, bias = value.tensors[end], value.tensors[end + 1] if value.spec.has_bias else None
-        watch.took("sum", math.prod(value.shape))
+        watch.took("sum")
         return upsample_add(other.deferred(value.dtype), coarse, weight, bias, factors=value.spec.factors)
     return None
 
@@ -74,7 +77,7 @@ def flat(x: LazyTensor, dtype: torch.dtype) -> Deferred:
     spec = found.spec
     while isinstance(spec, (Residual, Shared)):
         spec, depth = spec.inner, depth + isinstance(spec, Residual)
-    return plain(x.materialise(), dtype) if depth >= MOST_NESTED else found
+    return plain(x.stored(), dtype) if depth >= MOST_NESTED else found
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
@@ -85,6 +88,8 @@ def cat(tensors: Sequence[Any], dim: int = 0, *, out: None = None) -> Any:
     dtypes = {t.dtype for t in tensors}
     if not all(isinstance(t, LazyTensor) for t in tensors) or len(dtypes) != 1:
         return NotImplemented
+    if any(t.memory_is_seen for t in tensors):
+        return NotImplemented  # it may be changed, which a copy does not mind
     found = concatenation([t.deferred(t.dtype) for t in tensors])
-    watch.took("concatenation", math.prod(found.shape))
+    watch.took("concatenation")
     return LazyTensor(found)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.rules.registry import rule
+from effseg.deferred import plain
 
 
 @rule(F.dropout, F.dropout3d)
@@ -21,13 +22,20 @@ def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = F
 
 @rule(F.pad)
 def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
-    return NotImplemented if any(pad) else LazyTensor(input.value)
+    """Of nothing; a copy, as torch's is."""
+    if any(pad) or not isinstance(input, LazyTensor):
+        return NotImplemented
+    taken = input.taken()
+    return LazyTensor(plain(taken) if isinstance(taken, Tensor) else taken)
 
 
 @rule(Tensor.contiguous)
 def contiguous(input: Any, memory_format: Any = torch.contiguous_format) -> Any:
-    """Memory is channels last, whatever is asked for."""
-    return input
+    """Memory is channels last, whatever is asked for, and what depends on it gets another layout. A copy
+    where torch would make one."""
+    if memory_format not in (torch.contiguous_format, torch.channels_last_3d):
+        return NotImplemented
+    return input if input.is_contiguous() else input.clone(memory_format=memory_format)
 
 
 @rule(Tensor.to)
@@ -57,11 +65,12 @@ def getitem(input: Any, index: Any) -> Any:
     return input if whole else NotImplemented
 
 
-@rule(Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
-def requires_grad(input: LazyTensor) -> bool:
-    return any(t.requires_grad for t in input.operands())
+@rule(vars(torch._C.TensorBase)["grad_fn"].__get__)
+def grad_fn(input: LazyTensor) -> Any:
+    """Of stored values, or what code that does not know lazy tensors has put in its place."""
+    return input.foreign_node or NotImplemented
 
 
 @rule(Tensor.is_leaf.__get__)  # type: ignore[attr-defined]
 def is_leaf(input: LazyTensor) -> bool:
-    return bool(real(input).is_leaf) if isinstance(input.value, Tensor) else not requires_grad(input)
+    return bool(real(input).is_leaf) if isinstance(input.value, Tensor) else not input.requires_grad

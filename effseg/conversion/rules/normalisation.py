@@ -10,9 +10,10 @@ from torch import Tensor
 
 from effseg import nodes
 from effseg.conversion import watch
-from effseg.conversion.lazy import Convolution, LazyTensor
+from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, rule
+from effseg.conversion.values import Convolution
 from effseg.deferred import Deferred, Normalisation, raw
 from effseg.normalisation import Merging, terms, update_running
 
@@ -85,16 +86,17 @@ def _normalised(
         return NotImplemented
     value, offset = input.value, None
     if isinstance(value, Convolution):
-        y, mean, var = convolve(value.x, value.weight, None, value.window, statistics=True)
-        assert mean is not None
-        assert var is not None
         offset = value.bias
-        input.become(y if offset is None else _shifted(y, offset, mean))  # should something else read it
-        watch.took("normalisation after convolution", y.numel())
+        with input.surroundings():
+            y, mean, var = convolve(value.x, value.weight, None, value.window, statistics=True)
+            assert mean is not None
+            assert var is not None
+            input.settle(y if offset is None else _shifted(y, offset, mean))  # should something else read it
+        watch.took("normalisation after convolution")
     else:
-        y = input.materialise()
+        y = input.stored()
         mean, var = nodes.statistics(y)
-        watch.took("normalisation", y.numel())
+        watch.took("normalisation")
     moved = mean if offset is None else mean + offset.to(mean.dtype)
     if running is not None and not uses_running:
         update_running(running, moved, var, y[0, 0].numel(), momentum, how.samples)

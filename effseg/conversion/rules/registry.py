@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from effseg.conversion.lazy import LazyTensor, Value
+from effseg.conversion.lazy import LazyTensor
+from effseg.conversion.values import Value
 
 Triple = tuple[int, int, int]
 IDENTITY = 1.0
@@ -26,6 +27,14 @@ def result(input: Tensor, value: Value, inplace: bool) -> LazyTensor:
     """What an operator gives, in place or not."""
     assert isinstance(input, LazyTensor)
     return input.become(value) if inplace else LazyTensor(value)
+
+
+def may_change(input: Tensor, inplace: bool) -> bool:
+    """Whether an operator may work in place by changing what a lazy tensor is. Stored memory has other
+    readers, and another grad mode keeps the graph as it is: torch's own operator does that."""
+    return not inplace or (
+        isinstance(input, LazyTensor) and input.records and not isinstance(input.value, Tensor)
+    )
 
 
 def triple(value: Any) -> Triple:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from effseg.composed import pooling
 from effseg.conversion import watch
-from effseg.conversion.lazy import Convolution, LazyTensor
+from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.rules.registry import rule, triple
+from effseg.conversion.values import Convolution
 from effseg.deferred import upsample_add
 
 
@@ -54,7 +54,7 @@ def _pooled(input: Any, kind: str, kernel: Any, stride: Any, padding: Any, ceil:
     if not isinstance(input, LazyTensor) or set(triple(padding)) != {0}:
         return NotImplemented
     found = pooling(input.deferred(input.dtype), kind, window, ceil)
-    watch.took("pooling", math.prod(found.shape))
+    watch.took("pooling")
     return LazyTensor(found)
 
 
@@ -75,6 +75,8 @@ def interpolate(
         return NotImplemented
     if mode != "trilinear" or align_corners or recompute_scale_factor or antialias:
         return NotImplemented
+    assert isinstance(input, LazyTensor)
+    input.taken()
     d, h, w = (2 * n for n in value.x.shape[2:])
-    watch.took("upsampling", value.weight.shape[0] * value.x.shape[0] * d * h * w)
+    watch.took("upsampling")
     return LazyTensor(upsample_add(None, value.x, value.weight, value.bias, (d, h, w)))

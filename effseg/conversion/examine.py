@@ -1,0 +1,135 @@
+"""Finding out what `effseg.convert` takes over of a network, by running it once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from effseg.conversion.boundary import Noticing
+from effseg.conversion.lazy import LazyTensor
+from effseg.conversion.report import ConversionReport, ModuleReport, one_line
+from effseg.conversion.watch import watching
+from effseg.memory.predict import fake_copy, quiet_fakes
+from effseg.slabs import abridged
+
+EDGES = (64, 32, 128, 96)
+"""Of the images that a network is tried on."""
+
+
+def examine(model: nn.Module, shape: Sequence[int] | None = None) -> ConversionReport:
+    """Run the network on fake tensors, which takes a second and no memory, and look on."""
+    kind = type(model).__name__
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv3d)), None)
+    if first is None:
+        return ConversionReport(kind, (), None)
+    shapes = [(1, first.in_channels, edge, edge, edge) for edge in EDGES] if shape is None else [tuple(shape)]
+    problem, tried = "", set()
+    while shapes:
+        size = shapes.pop(0)
+        tried.add(size)
+        watcher = _Watcher()
+        try:
+            return ConversionReport(kind, _modules(model, size, watcher), size)
+        except Exception as error:  # a network may refuse a size in any way
+            problem = problem or one_line(error)
+        channels = size[1] + watcher.channels_missing
+        other = (size[0], channels, *size[2:])
+        if shape is None and channels > 0 and other not in tried:
+            problem, shapes = "", [(1, channels, edge, edge, edge) for edge in EDGES]
+    return ConversionReport(kind, (), size, problem)
+
+
+def _modules(model: nn.Module, shape: tuple[int, ...], watcher: _Watcher) -> tuple[ModuleReport, ...]:
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        abridged(),
+        torch.no_grad(),
+        quiet_fakes(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        network = fake_copy(model)
+        names = {module: name for name, module in network.named_modules()}
+        dtype = next(network.parameters()).dtype
+        image = torch.empty(shape, dtype=dtype)
+        with watcher.first_convolution():
+            network(image)  # in torch, where a size that does not fit costs little
+        watcher.stack.append(network)
+        with watching(watcher), watcher.calls(), Noticing():
+            network(LazyTensor(image))
+    return tuple(
+        ModuleReport(
+            names.get(module, "?"),
+            type(module).__name__,
+            tuple(dict.fromkeys(entry.taken)),
+            tuple(dict.fromkeys(entry.left)),
+        )
+        for module, entry in watcher.entries.items()
+    )
+
+
+@dataclass
+class _Entry:
+    taken: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+class _Watcher:
+    """Knows in whose `forward` an operator was met.
+
+    channels_missing: what the first convolution that ran expected more than it got.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[nn.Module] = []
+        self.entries: dict[nn.Module, _Entry] = {}
+        self.channels_missing = 0
+        self._has_met_convolution = False
+
+    def took(self, what: str) -> None:
+        self._entry().taken.append(what)
+
+    def left(self, what: str) -> None:
+        module = self.stack[-1]
+        known = any(getattr(f, "__name__", "") == what for f in LazyTensor.handlers)
+        reason = "not of a kind that is taken over" if known else "not known"
+        shown = f" in {module}" if not list(module.children()) else ""
+        self._entry().left.append(f"{what}{shown}: {reason}")
+
+    def _entry(self) -> _Entry:
+        return self.entries.setdefault(self.stack[-1], _Entry())
+
+    @contextmanager
+    def calls(self) -> Iterator[None]:
+        """Follow which module is being called."""
+        before = register_module_forward_pre_hook(lambda module, _: self.stack.append(module))
+        after = register_module_forward_hook(lambda *_: self._leave())
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    @contextmanager
+    def first_convolution(self) -> Iterator[None]:
+        hook = register_module_forward_pre_hook(self._look_at_channels)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _look_at_channels(self, module: nn.Module, args: Any) -> None:
+        if isinstance(module, nn.Conv3d) and args and not self._has_met_convolution:
+            self._has_met_convolution = True
+            self.channels_missing = module.in_channels - args[0].shape[1]
+
+    def _leave(self) -> None:
+        self.stack.pop()
