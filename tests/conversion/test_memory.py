@@ -21,14 +21,14 @@ def bytes_per_voxel(make, memory, dtype, shape=(1, 1, 512, 512, 256)):
 @pytest.mark.parametrize(
     ("network", "dtype", "bars", "original"),
     [
-        pytest.param("plain_conv_unet", "fp32", (None, 0.38), 2231, id="nnunet-fp32"),
-        pytest.param("plain_conv_unet", "fp32", (0.50,), 2231, marks=pytest.mark.slow, id="nnunet-fp32-raw"),
+        pytest.param("plain_conv_unet", "fp32", (0.50, 0.38), 2231, marks=pytest.mark.slow, id="nnunet-fp32"),
         pytest.param("plain_conv_unet", "bf16", (0.50, 0.38), 1126, marks=pytest.mark.slow, id="nnunet-bf16"),
         pytest.param(
             "residual_encoder_unet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="resenc"
         ),
         pytest.param("dynunet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="dynunet"),
-        pytest.param("basic_unet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="basic-unet"),
+        pytest.param("basic_unet", "fp32", (None, 0.38), None, id="basic-unet"),
+        pytest.param("basic_unet", "fp32", (0.50,), None, marks=pytest.mark.slow, id="basic-unet-raw"),
         pytest.param("segresnet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="segresnet"),
     ],
 )

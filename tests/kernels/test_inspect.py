@@ -222,6 +222,7 @@ def test_main_loops_issue_few_instructions(rows, which, bar):
     assert 0 < rows[which]["issue"] <= bar
 
 
+@pytest.mark.long
 def test_issue_clocks_are_no_worse_than_the_guards_baseline(rows):
     version = pytest.importorskip("triton").__version__
     known = guard.read(guard.BASELINE).kernels
@@ -232,6 +233,7 @@ def test_issue_clocks_are_no_worse_than_the_guards_baseline(rows):
     assert [str(finding) for finding in findings if finding.is_worse] == []
 
 
+@pytest.mark.long
 def test_shipped_configurations_use_wgmma_and_do_not_spill(rows):
     for row in rows.values():
         assert row["fault"] == ""
@@ -241,6 +243,7 @@ def test_shipped_configurations_use_wgmma_and_do_not_spill(rows):
         assert row["issue_all"] >= row["issue"]
 
 
+@pytest.mark.long
 def test_a_configuration_that_spills_is_a_fault(inspection):
     """And the only one: nothing else fails beside it."""
     done, rows = inspection

@@ -88,12 +88,14 @@ def test_conversion_saves_memory_and_takes_larger_patches(answer):
     assert voxels[0] < voxels[1]
 
 
+@pytest.mark.long
 def test_sizes_are_ones_that_the_network_takes(answer):
     assert answer.whole == (22, 52, 52)
     for mode in answer.modes:
         assert all(n % m == 0 for n, m in zip(mode.largest, answer.network.multiple, strict=True))
 
 
+@pytest.mark.long
 def test_command_prints_a_table_or_json(answer, monkeypatch, capsys):
     monkeypatch.setattr("effseg.commands.plan.plan_network", lambda *_, **__: answer)
     command = ["plan", "--network", str(PLANS), "--classes", "3", "--gpu-memory", "100MB"]

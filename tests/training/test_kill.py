@@ -95,7 +95,7 @@ def assert_same_runs(whole, killed, steps):
 
 @pytest.mark.long
 def test_killed_and_continued_runs_end_like_an_uninterrupted_one(context, tmp_path):
-    check_kills(context, tmp_path, kills=3, steps=30, seed=0)
+    check_kills(context, tmp_path, kills=2, steps=20, seed=0)
 
 
 @pytest.mark.slow
