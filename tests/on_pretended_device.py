@@ -99,7 +99,7 @@ def step(
         ({"memory": "stream", "preset": "deep", "auxiliary": True, "thick_axis": 0}, "fp16", "triton"),
         ({"memory": "stream", "norm": "group"}, "fp32", "triton"),
         ({"memory": "raw", "preset": "strided", "auxiliary": True}, "bf16", "triton"),
-        ({"memory": "auto", "memory_budget": "1GB"}, "fp32", "auto"),
+        pytest.param({"memory": "auto", "memory_budget": "1GB"}, "fp32", "auto", marks=pytest.mark.slow),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
@@ -171,7 +171,7 @@ def converted(name: str, memory: str, **options: Any) -> Any:
     [
         ("dynunet residual, deep", "block", "triton"),
         ("segresnet", "raw", "triton"),
-        ("plain", "auto", "auto"),
+        pytest.param("plain", "auto", "auto", marks=pytest.mark.slow),
         *(
             pytest.param(name, memory, algorithm, marks=pytest.mark.slow)
             for name in NETWORKS

@@ -133,7 +133,7 @@ def test_segmentation_loss(dtype):
     assert_as_eager(run, x, weight, bias, torch.rand(4, dtype=dtype), atol=TOLERANCE[dtype])
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("norm", "training"), [("instance", True), ("group", True), ("batch", False)])
 @pytest.mark.parametrize("classes", [3, 20])  # the sums of the normalisation are collected, or swept for
 def test_tail_segmentation_loss(dtype, norm, training, classes):

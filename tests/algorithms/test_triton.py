@@ -139,7 +139,7 @@ def network_like(preset, memory, state=None, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("preset", "memory"),
     [
-        ("small", "raw"),
+        pytest.param("small", "raw", marks=pytest.mark.slow),
         ("small", "stream"),
         pytest.param("base", "raw", marks=pytest.mark.slow),
         pytest.param("base", "stream", marks=pytest.mark.slow),
@@ -164,6 +164,7 @@ def test_a_whole_step(preset, memory, tiny):
     assert_as_rounded(ours, more_than_noise, noise)
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits():
     """A block, an upsampled sum and the head: every kernel that adds up."""
     torch.manual_seed(0)

@@ -345,7 +345,7 @@ def test_faults_cost_a_row_each(fake):
     assert fake.measured.read_text().splitlines() == [f"{name}, {size}, train" for name, size in STEPS]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_run_has_what_it_measured_and_goes_on(fake, tmp_path, monkeypatch):
     path, hung = tmp_path / "rows.json", tmp_path / "measured.hung"
     command = [sys.executable, "-m", "fake_gpu", "benchmarks.gpu_steps", "steps", "--output", str(path)]

@@ -27,8 +27,7 @@ def bytes_per_voxel(make, memory, dtype, shape=(1, 1, 512, 512, 256)):
             "residual_encoder_unet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="resenc"
         ),
         pytest.param("dynunet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="dynunet"),
-        pytest.param("basic_unet", "fp32", (None, 0.38), None, id="basic-unet"),
-        pytest.param("basic_unet", "fp32", (0.50,), None, marks=pytest.mark.slow, id="basic-unet-raw"),
+        pytest.param("basic_unet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="basic-unet"),
         pytest.param("segresnet", "fp32", (0.50, 0.38), None, marks=pytest.mark.slow, id="segresnet"),
     ],
 )

@@ -29,7 +29,7 @@ class Small(nn.Module):
         return checkpoint(body, x, use_reentrant=False) if self.recompute else body(x)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_prediction_equals_the_measured_step(optimizer):
     shape, options = (1, 1, 33, 24, 24), {"include_background": True}
     make = lambda: UNet3D(1, 4)  # noqa: E731
@@ -211,6 +211,7 @@ def test_augmentation_on_the_device_is_counted(batch, bytes_per_voxel):
     assert augmented.after_forward == alone.after_forward
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_preset")
 def test_augmentation_never_decides_which_mode_fits():
     """A step of the leanest mode needs several times as much."""

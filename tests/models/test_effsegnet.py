@@ -64,7 +64,7 @@ def test_every_preset(preset):
 
 
 @pytest.mark.parametrize("memory", ["raw", "stream"])
-@pytest.mark.parametrize("preset", ["base", "tiny"])
+@pytest.mark.parametrize("preset", ["base", pytest.param("tiny", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "options",
     [{"auxiliary": True}, {"thick_axis": 0}, {"thick_axis": 1, "auxiliary": True}, {"thick_axis": 2}],
