@@ -175,11 +175,11 @@ for dtype in (torch.bfloat16, torch.float16):
                 g = torch.randn_like(y).to(dtype)
                 exact = ops.convolution_backward(g.double(), x.double(), w.double(), window, pad, True, True)
                 got = ops.convolution_backward(g, x, w, window, pad, True, True)
-                # Some kernels add up in the narrow type: see tolerances.py on sums.
-                terms = 16 * kernel**3, 32 * kernel**3, y.numel() // 32
-                for a, b, n in zip((ops.convolution(x, w, None, window, pad), *got), (y, *exact), terms):
+                # Without AVX-512 dgrad adds up its products in the narrow type: see tolerances.py on sums.
+                summed = 0.2 * (32 * kernel**3) ** 0.5 * torch.finfo(dtype).eps
+                bounds = 1e-2, max(1e-2, summed), 1e-2
+                for a, b, allowed in zip((ops.convolution(x, w, None, window, pad), *got), (y, *exact), bounds):
                     error = float((a.double() - b).norm() / b.norm())
-                    allowed = (2 + 0.2 * n**0.5) * torch.finfo(dtype).eps
                     assert error < allowed, (dtype, kernel, stride, size, pad, error, allowed)
                 count += 1
 print(count)
