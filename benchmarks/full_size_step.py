@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from effseg import EffSegNet, UNet3D, peak_training_memory
-from effseg.atomic import atomic_path
 from effseg.benchmarking.record import processor
+from effseg.common.atomic import atomic_path
+from effseg.common.device import keep_freed_memory, trim_freed_memory
 from effseg.data.nifti import read_image, read_labels
 from effseg.data.preprocessing import CROPS, Preprocessing
-from effseg.device import keep_freed_memory, trim_freed_memory
 from effseg.errors import InputError
 from effseg.models.effsegnet import PRESETS
 

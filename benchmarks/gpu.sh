@@ -134,7 +134,7 @@ steps() {
 }
 
 check() {
-  limit "$1" "$python" -m effseg.benchmarking.real_size --dtype bf16 --minutes "$(minutes "$1")" \
+  limit "$1" "$python" -m benchmarks.real_size --dtype bf16 --minutes "$(minutes "$1")" \
     --problems benchmarks/problems.json --json "$state/real-size.json" --resume
 }
 
@@ -175,12 +175,12 @@ tests() {
   fi
   # Plugins that happen to be there may warn, which would be an error.
   PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 limit "$1" "$python" -m pytest --gpu --minutes "$(minutes "$1")" -v \
-    -p no:cacheprovider "${workers[@]}" tests/kernels tests/algorithms --ignore=tests/kernels/test_inspect.py &&
+    -p no:cacheprovider "${workers[@]}" tests/kernels tests/algorithms --ignore=tests/inspection/test_inspect.py &&
     touch "$state/.tests-passed"
 }
 
 accuracy() {
-  limit "$1" "$python" -m effseg.benchmarking.accuracy --minutes "$(minutes "$1")" --output "$state" --resume
+  limit "$1" "$python" -m benchmarks.accuracy --minutes "$(minutes "$1")" --output "$state" --resume
 }
 
 more() {

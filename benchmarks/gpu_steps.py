@@ -22,7 +22,7 @@ from effseg.benchmarking.journal import Journal, continued
 from effseg.benchmarking.record import INTERRUPTED, Row, begin
 from effseg.benchmarking.registry import Case, contenders, workloads
 from effseg.benchmarking.timing import ROUNDS
-from effseg.device import find_device
+from effseg.common.device import find_device
 from effseg.errors import InputError
 from effseg.memory.units import format_bytes
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
-from effseg.benchmarking.real_size import VOLUMES
-from effseg.kernels import autotune
+from benchmarks.real_size import VOLUMES
 from effseg.memory.units import parse_volume
+from effseg.tuning import autotune
 from effseg.tuning.problem_lists import Listed, write
 
 FILE = Path(__file__).with_name("problems.json")

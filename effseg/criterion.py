@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effseg.common.settings import Function
 from effseg.errors import InputError
 from effseg.losses import LossOptions, dice_cross_entropy
-from effseg.settings import Function
 
 Labels = Tensor | Sequence[Tensor]
 

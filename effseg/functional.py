@@ -1,7 +1,7 @@
-"""Operators as users call them: validation here, saved tensors in `effseg.nodes`, arithmetic in
+"""Operators as users call them: validation here, saved tensors in `effseg.operators`, arithmetic in
 `effseg.algorithms`.
 
-Images and features are (N, C, D, H, W); a feature may also be a deferred expression (`effseg.deferred`).
+Images and features are (N, C, D, H, W); a feature may also be a deferred expression (`effseg.expressions`).
 Every operator walks through D slab by slab; `slab_elements` asks for slabs of about so many elements and
 by default follows from the size. Internally memory is channels last; other layouts are taken as they are.
 """
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from effseg import checks, nodes
+from effseg import operators
 from effseg.algorithms.interface import Sums
-from effseg.checks import convolution_window
-from effseg.deferred import Deferred, Normalisation, convolved, plain, raw, residual, upsample_add
+from effseg.expressions.layers import Deferred, Normalisation, convolved, plain, raw, residual, upsample_add
 from effseg.losses import LossOptions
-from effseg.normalisation import Norm, track
+from effseg.operators import checks
+from effseg.operators.checks import convolution_window
+from effseg.operators.normalisation import Norm, track
 
 __all__ = [
     "Deferred",
@@ -85,7 +86,7 @@ def convolve(
     slab_elements: int | None = None,
     consumes: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`conv3d`; consumes: see `nodes.conv3d`."""
+    """`conv3d`; consumes: see `operators.conv3d`."""
     checks.features("x", x)
     if isinstance(x, Tensor):
         x = plain(x, dtype or compute_dtype(x.device, weight))
@@ -93,7 +94,7 @@ def convolve(
         raise ValueError(f"dtype: expected None or the expression's {x.dtype}, got {dtype}")
     checks.convolution(weight, bias, x.shape[1])
     window = convolution_window(weight.shape[2:], stride)
-    return nodes.conv3d(x, weight, bias, window, statistics, slab_elements, consumes=consumes)
+    return operators.conv3d(x, weight, bias, window, statistics, slab_elements, consumes=consumes)
 
 
 def materialise(x: Deferred, *, slab_elements: int | None = None) -> Tensor:
@@ -102,7 +103,7 @@ def materialise(x: Deferred, *, slab_elements: int | None = None) -> Tensor:
     Memory kept for backward: what x stores (not the value).
     """
     checks.features("x", x)
-    return nodes.materialise(x, slab_elements)
+    return operators.materialise(x, slab_elements)
 
 
 def stem_statistics(
@@ -126,7 +127,7 @@ def stem_statistics(
         )
     window = convolution_window(weight.shape[2:], stride)
     dtype = dtype or compute_dtype(image.device, weight)
-    return nodes.stem_statistics(image, weight, window, dtype, slab_elements)
+    return operators.stem_statistics(image, weight, window, dtype, slab_elements)
 
 
 def segmentation_loss(
@@ -159,7 +160,9 @@ def segmentation_loss(
     classes = checks.head(x.shape[1], weight, bias)
     labels = checks.labels(labels, x)
     checks.vector("class_weights", chosen.class_weights, classes)
-    sums = nodes.head_sums(x, weight, bias, labels, chosen.class_weights, chosen.ignore_index, slab_elements)
+    sums = operators.head_sums(
+        x, weight, bias, labels, chosen.class_weights, chosen.ignore_index, slab_elements
+    )
     return _loss(chosen, sums, x)
 
 
@@ -188,7 +191,7 @@ def tail_segmentation_loss(
     classes = checks.head(kernel.shape[0], weight, bias)
     labels = checks.labels(labels, x)
     checks.vector("class_weights", chosen.class_weights, classes)
-    sums, mean, var = nodes.tail_sums(
+    sums, mean, var = operators.tail_sums(
         x, kernel, window, norm, slope, weight, bias, labels, chosen.class_weights, chosen.ignore_index,
         slab_elements,
     )  # fmt: skip
@@ -209,7 +212,7 @@ def segment(
     """
     x = _head_input(x, weight)
     checks.head(x.shape[1], weight, bias)
-    return nodes.segment(x, weight, bias, slab_elements)
+    return operators.segment(x, weight, bias, slab_elements)
 
 
 def _head_input(x: Tensor | Deferred, weight: Tensor | None) -> Deferred:

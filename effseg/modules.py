@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from effseg import functional, nodes
-from effseg.deferred import Deferred, Normalisation, convolved, plain, raw, residual
-from effseg.normalisation import frozen_running_statistics, make_norm, normalisation
-from effseg.settings import Captured, Repeated
+from effseg import functional, operators
+from effseg.common.settings import Captured, Repeated
+from effseg.expressions.layers import Deferred, Normalisation, convolved, plain, raw, residual
+from effseg.operators.normalisation import frozen_running_statistics, make_norm, normalisation
 
 SLOPE = 0.01
 
@@ -74,7 +74,7 @@ class ConvNormAct3d(nn.Module):
         again where it is used."""
         self._refuse_hooks()
         window = functional.convolution_window(self.conv.kernel_size, self.conv.stride)
-        mean, var = nodes.layer_statistics(x, self.conv.weight, window, slab_elements)
+        mean, var = operators.layer_statistics(x, self.conv.weight, window, slab_elements)
         voxels = math.prod(window.output_size((x.shape[2], x.shape[3], x.shape[4])))
         norm = normalisation(self.norm, mean, var, voxels)
         return convolved(x, self.conv.weight, window, norm, self.negative_slope)
@@ -149,7 +149,7 @@ def recomputed(
     units = (enter, block.unit, block.last)
     for unit in units:
         unit._refuse_hooks()
-    return nodes.level(x, units, block.negative_slope, slab_elements)
+    return operators.level(x, units, block.negative_slope, slab_elements)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from effseg.common.settings import Setting
 from effseg.kernels.config import INTERPRETER, Config, Problem, by_heuristic, read_tuned, tuned_files
-from effseg.settings import Setting
 
 Answer = Callable[[Problem], Config]
 _answer: Setting[Answer | None] = Setting("effseg_answer", None)

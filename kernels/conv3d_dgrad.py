@@ -9,11 +9,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from effseg.expressions.slabs import Window
 from effseg.kernels.choose import choose
 from effseg.kernels.config import Config, Triple
 from effseg.kernels.conv3d_host import Positions, check_dtypes, contract
 from effseg.kernels.launch import NormAct, channels_last, problem
-from effseg.slabs import Window
 
 
 @lru_cache(maxsize=256)

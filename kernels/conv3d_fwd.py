@@ -8,12 +8,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from effseg.expressions.slabs import Window
 from effseg.kernels.choose import choose
 from effseg.kernels.config import Config
 from effseg.kernels.conv3d_host import Positions, check_dtypes, contract
 from effseg.kernels.launch import NormAct, channels_last, problem
 from effseg.kernels.statistics import merged
-from effseg.slabs import Window
 
 
 def conv3d_forward(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from effseg.expressions.slabs import Window
 from effseg.kernels.choose import choose
 from effseg.kernels.config import Config
 from effseg.kernels.conv3d_wgrad_loops import march, tap
@@ -27,7 +28,6 @@ from effseg.kernels.launch import (
     problem,
     sample_stride,
 )
-from effseg.slabs import Window
 
 
 class Fold(NamedTuple):

@@ -15,10 +15,10 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from effseg.common.settings import Setting
 from effseg.kernels import device as gpus
 from effseg.kernels.config import DTYPES as DTYPE_NAMES
 from effseg.kernels.config import INTERPRETER, Problem
-from effseg.settings import Setting
 
 CHANNELS_LAST = torch.channels_last_3d
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

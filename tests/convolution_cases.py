@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from tolerances import assert_rounded, slack, stored
 from torch import Tensor
 
+from effseg.expressions.slabs import Window
 from effseg.kernels.config import Config
 from effseg.kernels.launch import NormAct
-from effseg.slabs import Window
 
 # The interpreter's time goes with the number of operations and hardly with their size.
 SLIDE = Config("slide", block_d=2, block_h=4, block_w=8, block_n=16)

@@ -22,14 +22,14 @@ import effseg
 import effseg.algorithms
 from effseg import inference, modules
 from effseg.algorithms.aten import ops as aten_ops
+from effseg.common.settings import Captured, Setting, settings
 from effseg.data.device_augmentation import Changes, change
+from effseg.expressions.slabs import Abridgement
 from effseg.kernels import config as kernel_config
 from effseg.kernels import launch
 from effseg.losses import dice_cross_entropy
 from effseg.models import effsegnet
 from effseg.models.levels import Architecture
-from effseg.settings import Captured, Setting, settings
-from effseg.slabs import Abridgement
 
 pytestmark = pytest.mark.skipif(
     pretended_device.missing() is not None, reason=pretended_device.missing() or ""

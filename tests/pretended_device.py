@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import effseg
-from effseg.settings import Function, Setting
+from effseg.common.settings import Function, Setting
 
 M = TypeVar("M", bound=nn.Module)
 DEVICE = "gpu"

@@ -14,7 +14,7 @@ from effseg import functional
 from effseg.functional import Normalisation
 from effseg.models import effsegnet
 from effseg.models.levels import Architecture
-from effseg.normalisation import make_norm
+from effseg.operators.normalisation import make_norm
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from effseg import ConvNormAct3d, ResidualBlock3d
-from effseg.normalisation import make_norm, normalisation
+from effseg.operators.normalisation import make_norm, normalisation
 
 NORMS = ["instance", "batch", "group"]
 

@@ -1,6 +1,6 @@
 """The seam between operators and the ways to compute them.
 
-An operator (`effseg.nodes`) decides what is saved for backward and knows no arithmetic; a sweep
+An operator (`effseg.operators`) decides what is saved for backward and knows no arithmetic; a sweep
 (`effseg.algorithms.sweeps`) walks over slabs; an algorithm (`effseg.algorithms.interface`) is a module of
 operations on slabs. `select` names the one to use.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from effseg.settings import Setting
+from effseg.common.settings import Setting
 
 if TYPE_CHECKING:
     from effseg.algorithms.interface import Algorithm

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from effseg.slabs import Window
+from effseg.expressions.slabs import Window
 
 if TYPE_CHECKING:
-    from effseg.deferred import Spec
+    from effseg.expressions.layers import Spec
 
 CHANNELS_LAST = torch.channels_last_3d
 

@@ -17,7 +17,7 @@ from effseg.errors import InputError
 from effseg.memory import MemoryReport, measure_training_memory, peak_training_memory
 
 FILE = "memory.json"
-"""Of benchmarks/results: the committed predictions, see `effseg.benchmarking.predictions`."""
+"""Of benchmarks/results: the committed predictions, see `benchmarks.predictions`."""
 
 
 def predicted(case: Case, dtype: str, device: str = "cuda") -> Row:

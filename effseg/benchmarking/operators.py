@@ -158,7 +158,7 @@ def problems(workload: Workload, dtype: str, device: torch.device) -> list[Probl
 @lru_cache(maxsize=16)
 def _asked(workload: Workload, dtype: str, architecture: str) -> list[Problem]:
     """As a committed list says, for what a GPU should not wait; else as a step on fake tensors does."""
-    from effseg.kernels import autotune
+    from effseg.tuning import autotune
 
     known = asked(_committed(), Listed(MODEL, workload.volume, dtype, workload.classes, architecture))
     if known is not None:
@@ -192,7 +192,7 @@ def shape(problem: Problem) -> str:
 
 
 def _operator(problem: Problem, device: torch.device) -> Operator:
-    from effseg.kernels import trials
+    from effseg.tuning import trials
 
     measured = trials.cropped(problem)
     return Operator(
@@ -208,7 +208,8 @@ def _operator(problem: Problem, device: torch.device) -> Operator:
 @torch.no_grad()
 def _kernel_and_aten(problem: Problem, device: torch.device) -> dict[str, Run | Failure]:
     """The kernel as it is chosen, or as it would be were the problem not left to ATen."""
-    from effseg.kernels import config, trials
+    from effseg.kernels import config
+    from effseg.tuning import trials
 
     run = trials.trial(problem, device)
     aten = torch.no_grad()(run.aten)
@@ -222,7 +223,7 @@ def _kernel_and_aten(problem: Problem, device: torch.device) -> dict[str, Run | 
 
 def _checked(run: Run, expected: Results, dtype: str) -> Run | Failure:
     """The function, unless it gives something else."""
-    from effseg.kernels import search
+    from effseg.tuning import search
 
     wrong = attempt(lambda: search.disagreement(run(), expected, dtype))
     if isinstance(wrong, Failure):
@@ -234,7 +235,8 @@ def _checked(run: Run, expected: Results, dtype: str) -> Run | Failure:
 
 
 def _layer(channels: int, size: Triple, dtype: str, device: torch.device, compiled: bool) -> Operator:
-    from effseg.kernels import launch, trials
+    from effseg.kernels import launch
+    from effseg.tuning import trials
 
     like = torch.empty(0, channels, *size, dtype=DTYPES[dtype], device=device)
     size = trials.cropped(launch.problem("conv3d_fwd", like, size=size)).size

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from effseg.atomic import atomic_path
+from effseg.common.atomic import atomic_path
 from effseg.doctor import versions as package_versions
 from effseg.errors import InputError
 

@@ -13,7 +13,7 @@ import torch
 
 from effseg.benchmarking.failure import Failure, attempt
 from effseg.benchmarking.record import Row
-from effseg.kernels.timer import cuda_seconds
+from effseg.tuning.timer import cuda_seconds
 
 ROUNDS = 7
 LEAST_ROUNDS = 3

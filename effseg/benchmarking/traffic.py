@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
+from effseg.expressions.slabs import Window
 from effseg.kernels.config import Problem, Triple
-from effseg.slabs import Window
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 TENSORS = {"norm_act": 2, "norm_act_backward": 4, "fold": 3, "moments": 1, "channel_sums": 1}

@@ -84,7 +84,7 @@ def _measure(args: argparse.Namespace) -> int:
     if args.resume and args.output is None:
         raise InputError("--resume: expected with --output only")
     from effseg.benchmarking import suites
-    from effseg.device import find_device
+    from effseg.common.device import find_device
 
     device = find_device(args.device)
     with _progress() as show:

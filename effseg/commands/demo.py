@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from effseg.demo import run_demo
-    from effseg.device import keep_freed_memory
+    from effseg.common.device import keep_freed_memory
+    from effseg.phantom.demo import run_demo
 
     keep_freed_memory()
     run_demo(args.output, args.minutes, args.seed, console=Console())

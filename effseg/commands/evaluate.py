@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
     from effseg.data.labels import load_label_map
-    from effseg.evaluation import describe_pairs, evaluate_folders, summary_table, write_summary
+    from effseg.evaluation.folders import describe_pairs, evaluate_folders, summary_table, write_summary
 
     if args.output.is_dir():
         raise InputError(f"{args.output}: expected the name of a JSON file to write, found a folder")

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from effseg.errors import InputError
-from effseg.memory.network_plan import MODES, NetworkPlan, Tell, plan_network
-from effseg.memory.nnunet_plans import Size, read_plans
-from effseg.memory.planner import BASELINE, HEADROOM, MEMORY, Mode, Plan, Request, plan, total_gpu_memory
 from effseg.memory.report import OUTSIDE, MemoryReport
 from effseg.memory.units import format_bytes, parse_bytes, parse_volume
 from effseg.models import MODEL_NAMES
+from effseg.planning.network_plan import MODES, NetworkPlan, Tell, plan_network
+from effseg.planning.nnunet_plans import Size, read_plans
+from effseg.planning.planner import BASELINE, HEADROOM, MEMORY, Mode, Plan, Request, plan, total_gpu_memory
 
 HELP = """Predict the GPU memory of a training step on a whole volume (forward, loss, backward, optimizer) in
 every memory mode, without a GPU and without the memory, choose the mode with the least arithmetic that fits,

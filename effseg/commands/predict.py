@@ -82,7 +82,7 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from effseg.device import find_device, keep_freed_memory
+    from effseg.common.device import find_device, keep_freed_memory
     from effseg.inference import load_predictor, predict_files
 
     keep_freed_memory()

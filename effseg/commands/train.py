@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from effseg.device import keep_freed_memory
+    from effseg.common.device import keep_freed_memory
     from effseg.training import TrainingConfig, train
 
     keep_freed_memory()

@@ -16,8 +16,8 @@ from effseg.memory.units import parse_volume
 from effseg.models import MODEL_NAMES
 
 if TYPE_CHECKING:
-    from effseg.kernels.autotune import Outcome
     from effseg.kernels.config import Problem, Triple
+    from effseg.tuning.autotune import Outcome
 
 OWN = tuple(name for name in MODEL_NAMES if name.startswith("effseg-"))
 """Those whose operators are ours."""
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     volume = parse_volume(args.volume)
     if args.minutes is not None and not args.minutes > 0:
         raise InputError(f"--minutes: expected more than 0, got {args.minutes:g}")
-    from effseg.kernels import autotune
+    from effseg.tuning import autotune
 
     machine = autotune.Machine.here()
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _needed(args: argparse.Namespace, volume: Triple, architecture: str) -> list[Problem]:
     """From the file where that has it."""
-    from effseg.kernels import autotune
+    from effseg.tuning import autotune
     from effseg.tuning.problem_lists import Listed, asked, read
 
     known = read(args.problems) if args.problems else {}
@@ -94,8 +94,8 @@ def _needed(args: argparse.Namespace, volume: Triple, architecture: str) -> list
 
 def _text(outcome: Outcome) -> str:
     """A line for every problem measured, one for every configuration dropped, and the sum of it."""
-    from effseg.kernels.autotune import label
     from effseg.kernels.config import heuristic, key
+    from effseg.tuning.autotune import label
 
     file, lines = outcome.file, []
     for problem, found in outcome.searches.items():

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-PRELOADED = ["effseg.benchmarking.suites", "effseg.benchmarking.kernel_checks"]
+PRELOADED = ["effseg.benchmarking.suites", "benchmarks.kernel_checks"]
 """Modules that most of the work here needs; importing them should not touch a GPU."""
 MOST_CHARACTERS = 300
 PATIENCE = 10.0

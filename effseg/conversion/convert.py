@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from effseg.common.tensors import unregistered
 from effseg.conversion import rules as _rules  # noqa: F401  lazy tensors follow them
 from effseg.conversion.boundary import (
     NO_TRACE,
@@ -31,7 +32,6 @@ from effseg.errors import InputError
 from effseg.memory.choice import usable
 from effseg.memory.predict import peak_training_memory
 from effseg.memory.units import format_bytes
-from effseg.tensors import unregistered
 
 MODES = ("raw", "block", "auto")
 M = TypeVar("M", bound=nn.Module)

@@ -17,8 +17,8 @@ from effseg.conversion.boundary import Noticing
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.report import ConversionReport, ModuleReport, one_line
 from effseg.conversion.watch import watching
+from effseg.expressions.slabs import abridged
 from effseg.memory.predict import fake_copy, quiet_fakes
-from effseg.slabs import abridged
 
 EDGES = (64, 32, 128, 96)
 """Of the images that a network is tried on."""

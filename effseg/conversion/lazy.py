@@ -27,7 +27,7 @@ from effseg.conversion.functions import (
 from effseg.conversion.standing import Attached, Changed, Standing
 from effseg.conversion.surroundings import Surroundings
 from effseg.conversion.values import Convolution, Value, computed, constant, operands, recipe
-from effseg.deferred import Deferred, plain
+from effseg.expressions.layers import Deferred, plain
 from effseg.losses import LossOptions
 
 Handler = Callable[..., Any]

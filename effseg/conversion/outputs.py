@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from effseg import nodes
-from effseg.deferred import Deferred
-from effseg.nodes.conv3d import Outputs
-from effseg.settings import Setting
-from effseg.slabs import Window
+from effseg import operators
+from effseg.common.settings import Setting
+from effseg.expressions.layers import Deferred
+from effseg.expressions.slabs import Window
+from effseg.operators.conv3d import Outputs
 
 
 class KeptOutputs:
@@ -76,7 +76,7 @@ def convolve(x: Deferred, weight: Tensor, bias: Tensor | None, window: Window, s
     """y and, with `statistics`, its mean and variance."""
     kept = _kept.get()
     known = None if kept is None else kept.next()
-    found: Outputs = nodes.conv3d(x, weight, bias, window, statistics, known=known)
+    found: Outputs = operators.conv3d(x, weight, bias, window, statistics, known=known)
     if kept is not None:
         kept.add(found)
     return found

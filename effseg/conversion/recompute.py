@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from effseg.common.settings import Captured, Repeated, Setting
 from effseg.conversion.boundary import Noticing
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import KeptOutputs
-from effseg.deferred import Deferred, Spec, plain
-from effseg.normalisation import frozen_running_statistics
-from effseg.settings import Captured, Repeated, Setting
+from effseg.expressions.layers import Deferred, Spec, plain
+from effseg.operators.normalisation import frozen_running_statistics
 
 blocks_run_again: Setting[bool] = Setting("effseg_blocks_run_again", False, lasting=False)
 """Whether blocks do, in the pass that is under way."""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effseg.common.settings import Function
 from effseg.conversion.values import Recipe, computed
-from effseg.nodes.backward import once_differentiable
-from effseg.settings import Function
+from effseg.operators.backward import once_differentiable
 
 
 class Standing(Function):

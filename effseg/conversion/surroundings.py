@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from effseg.common.settings import Captured
 from effseg.conversion import outputs
-from effseg.settings import Captured
 
 Hooks = tuple[tuple[Any, Any], ...]
 """Of saved tensors: pairs of pack and unpack, the innermost last."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from effseg import functional
-from effseg.composed import Concatenation
 from effseg.conversion.outputs import convolve
-from effseg.deferred import Deferred, Plain
-from effseg.slabs import Window
+from effseg.expressions.joins import Concatenation
+from effseg.expressions.layers import Deferred, Plain
+from effseg.expressions.slabs import Window
 
 
 class Convolution(NamedTuple):

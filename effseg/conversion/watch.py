@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from effseg.settings import Setting
+from effseg.common.settings import Setting
 
 
 class Watcher(Protocol):

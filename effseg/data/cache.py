@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from effseg.atomic import atomic_path
+from effseg.common.atomic import atomic_path
 from effseg.data.cases import Case
 from effseg.data.labels import LabelMap
 from effseg.data.nifti import read_image, read_labels

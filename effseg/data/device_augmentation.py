@@ -18,7 +18,7 @@ from torch.nn.functional import affine_grid, grid_sample
 
 from effseg.data.mirroring import Pairs, exchange
 from effseg.data.preprocessing import AIR
-from effseg.slabs import slabs
+from effseg.expressions.slabs import slabs
 
 SLAB_VOXELS = 1 << 21  # sampled at a time: a grid costs 12 bytes a voxel
 

@@ -20,7 +20,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import array_from_file
 from nibabel.wrapstruct import WrapStructError
 
-from effseg.atomic import atomic_path
+from effseg.common.atomic import atomic_path
 from effseg.data.grid import Grid
 from effseg.errors import DamagedFile, InputError, InputWarning
 

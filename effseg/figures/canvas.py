@@ -4,7 +4,7 @@ import os
 import warnings
 from typing import Any
 
-from effseg.atomic import atomic_path
+from effseg.common.atomic import atomic_path
 
 Colour = tuple[float, float, float]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from effseg.evaluation.metrics import dice_per_class
 from effseg.figures.canvas import Colour, new_figure, organ_colours, save
-from effseg.metrics import dice_per_class
 
 
 @dataclass(frozen=True)

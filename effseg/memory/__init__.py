@@ -2,9 +2,9 @@
 
 from effseg.memory.choice import Choice, choose, configure
 from effseg.memory.measure import MeasuredMemory, measure_training_memory
-from effseg.memory.planner import Plan, Request, plan
 from effseg.memory.predict import peak_training_memory
 from effseg.memory.report import LiveTensor, MemoryReport
+from effseg.planning.planner import Plan, Request, plan
 
 __all__ = [
     "Choice",

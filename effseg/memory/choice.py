@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from effseg.errors import InputError
+from effseg.expressions.slabs import SHARE, THICK_SLAB_ELEMENTS, THICKEST_SLAB_ELEMENTS, rows_per_slab
 from effseg.memory.largest import largest
 from effseg.memory.predict import check_step, peak_training_memory
 from effseg.memory.report import MemoryReport
 from effseg.memory.units import format_bytes, parse_bytes
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.levels import PRESETS
-from effseg.slabs import SHARE, THICK_SLAB_ELEMENTS, THICKEST_SLAB_ELEMENTS, rows_per_slab
 
 # The CUDA context and whatever else is on a GPU are outside a prediction, and its workspace of convolutions
 # is a guess, so this part of the memory is left to them.

@@ -12,16 +12,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
-from effseg.device import DEVICE_KINDS, pretending
+from effseg.common.device import DEVICE_KINDS, pretending
+from effseg.common.tensors import unregistered
 from effseg.errors import InputError
+from effseg.expressions.slabs import abridged
 from effseg.memory.augmentation import augment_batch
 from effseg.memory.autocast import CudaAutocast
 from effseg.memory.report import KINDS, LiveTensor, MemoryReport
 from effseg.memory.step import DTYPES, Loss, follows_autocast, label_dtype_for, make_optimizer, training_loss
 from effseg.memory.trace import Reserved
 from effseg.memory.tracker import LiveStorages
-from effseg.slabs import abridged
-from effseg.tensors import unregistered
 
 
 def peak_training_memory(

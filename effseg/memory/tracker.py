@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from effseg.expressions.slabs import Abridgement
 from effseg.memory.arithmetic import multiply_accumulates
 from effseg.memory.trace import Trace
-from effseg.slabs import Abridgement
 
 aten = torch.ops.aten
 prim = torch.ops.prim

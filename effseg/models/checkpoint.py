@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from effseg.atomic import atomic_path
+from effseg.common.atomic import atomic_path
 from effseg.errors import InputError
 from effseg.models.base import SegmentationModel
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from effseg import functional
-from effseg.deferred import Deferred, Residual
-from effseg.device import make_room
+from effseg.common.device import make_room
 from effseg.errors import InputError
+from effseg.expressions.layers import Deferred, Residual
+from effseg.expressions.slabs import slabs_of_levels
 from effseg.models.base import SegmentationModel, check_image, check_sizes
 from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, Triple
-from effseg.nodes import share
-from effseg.normalisation import NORMS
-from effseg.slabs import slabs_of_levels
+from effseg.operators import share
+from effseg.operators.normalisation import NORMS
 
 MEMORY_MODES = ("raw", "stream", "auto")
 AUXILIARY_WEIGHTS = (1.0, 0.5, 0.25)  # of the loss at strides 1, 2 and 4, divided by their sum
@@ -108,7 +108,7 @@ class EffSegNet(SegmentationModel):
         self.active_memory = memory
         self._configured_for: tuple[Any, ...] = ()
         self.recompute_levels = recompute
-        self.slab_elements: int | None = None  # of a training step's slabs: see `effseg.slabs`
+        self.slab_elements: int | None = None  # of a training step's slabs: see `effseg.expressions.slabs`
         widths, blocks, full = (
             self.architecture.widths,
             self.architecture.blocks,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effseg.atomic import atomic_path
+from effseg.common.atomic import atomic_path
 from effseg.errors import InputError
 from effseg.phantom.body import generate
 from effseg.phantom.organs import NAMES

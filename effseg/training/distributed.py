@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from effseg.device import find_device
+from effseg.common.device import find_device
 from effseg.errors import InputError
 
 # Long, since processes wait for each other while a first run prepares a large data set.

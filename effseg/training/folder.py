@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from effseg.atomic import atomic_path
+from effseg.common.atomic import atomic_path
 from effseg.errors import InputError
 from effseg.training.config import TrainingConfig
 

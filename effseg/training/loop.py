@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from effseg.common.device import trim_freed_memory
 from effseg.data.cache import WholeCase
 from effseg.data.intensities import drawn
-from effseg.device import trim_freed_memory
 from effseg.errors import InputError
 from effseg.inference import segment
 from effseg.models import build_model

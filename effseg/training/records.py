@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from effseg.atomic import atomic_path
+from effseg.common.atomic import atomic_path
 
 COLUMNS = ("step", "epoch", "seconds", "learning_rate", "loss", "gradient_norm")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effseg.atomic import atomic_path
+from effseg.common.atomic import atomic_path
 from effseg.data.cases import Case, Found, look_for_cases
 from effseg.data.description import read_json, same_text
 from effseg.data.identity import case_identity

@@ -6,7 +6,7 @@ import numpy as np
 
 from effseg.data.cache import WholeCase
 from effseg.data.preprocessing import Preprocessing
-from effseg.evaluation import dice_per_class
+from effseg.evaluation.folders import dice_per_class
 from effseg.training.distributed import World
 
 

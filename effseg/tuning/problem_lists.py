@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from effseg.atomic import atomic_path
+from effseg.common.atomic import atomic_path
 from effseg.errors import InputError
 from effseg.kernels.config import Problem, Triple
 
@@ -21,7 +21,7 @@ TRIPLES = ("size", "kernel", "stride")
 
 
 class Listed(NamedTuple):
-    """What a list is of, see `effseg.kernels.autotune.problems`."""
+    """What a list is of, see `effseg.tuning.autotune.problems`."""
 
     model: str
     volume: Triple

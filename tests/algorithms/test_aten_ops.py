@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tolerances import assert_exact, assert_no_worse_than_torch, assert_rounded, relative_error, slack
 
 from effseg.algorithms.aten import ops
-from effseg.slabs import Window
+from effseg.expressions.slabs import Window
 
 LAST = torch.channels_last_3d
 
@@ -152,7 +152,7 @@ def test_statistics_do_not_cancel(dtype):
 THIN = """
 import os, sys, torch
 from effseg.algorithms.aten import ops
-from effseg.slabs import Window
+from effseg.expressions.slabs import Window
 torch.set_num_threads(1)
 torch.manual_seed(0)
 count = 0

@@ -10,8 +10,8 @@ from effseg.algorithms import select
 from effseg.algorithms.interface import CHANNELS_LAST
 from effseg.algorithms.sweeps.conv3d import conv3d_backward
 from effseg.algorithms.sweeps.materialise import materialise_backward
-from effseg.deferred import Normalisation, plain, raw, residual
-from effseg.slabs import Window
+from effseg.expressions.layers import Normalisation, plain, raw, residual
+from effseg.expressions.slabs import Window
 
 C, SIZE = 4, (5, 3, 2)
 SHAPE = (2, C, *SIZE)

@@ -11,7 +11,7 @@ from effseg import functional
 from effseg.algorithms.aten import ops as aten
 from effseg.algorithms.triton import fused
 from effseg.algorithms.triton import ops as triton
-from effseg.slabs import Window
+from effseg.expressions.slabs import Window
 
 FAULTS = {
     "a tap of the forward": ("conv3d_forward", lambda f: faults.before(f, 1, faults.tap)),

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks import accuracy
+from benchmarks.accuracy import PATCHES, WHOLE, Pace, Plan
 from effseg import phantom
-from effseg.benchmarking import accuracy
-from effseg.benchmarking.accuracy import PATCHES, WHOLE, Pace, Plan
 
 TINY = Plan(shape=(20, 16, 16), training=2, validation=1, patch_size=(16, 16, 16))
 

@@ -34,9 +34,9 @@ if [[ -n ${FAKE:-} && $2 == benchmarks.gpu_steps ]]; then
 fi
 for word in "$@"; do
   case $word in
-    effseg.benchmarking.real_size) part=check ;;
+    benchmarks.real_size) part=check ;;
     pytest) part=tests ;;
-    effseg.benchmarking.accuracy) part=accuracy ;;
+    benchmarks.accuracy) part=accuracy ;;
     first | steps | again | tune) part=$word ;;
     bench) part=more ;;
     */some-gpu-tuned.json) [[ -f $word ]] || echo '{}' >"$word" ;;
@@ -86,7 +86,7 @@ class Checkout:
 
     def asked(self) -> list[str]:
         """The modules and commands, in order."""
-        modules = {"effseg.benchmarking.real_size": "real_size", "effseg.benchmarking.accuracy": "accuracy"}
+        modules = {"benchmarks.real_size": "real_size", "benchmarks.accuracy": "accuracy"}
         found = []
         for line in self.notes.read_text().splitlines():
             module, command = re.match(r"-m (\S+) (\S+)", line).groups()
@@ -151,7 +151,7 @@ def test_what_is_asked_for(checkout):
     assert tune == f"-m effseg tune --dtype bf16 --minutes 8.50 {problems}"
     assert "--gpu" in tests.split()
     assert {"tests/kernels", "tests/algorithms"} < set(tests.split())
-    assert accuracy == f"-m effseg.benchmarking.accuracy --minutes 8.50 --output {state} --resume"
+    assert accuracy == f"-m benchmarks.accuracy --minutes 8.50 --output {state} --resume"
     assert "-m effseg bench --full --suite kernels throughput" in bench
     assert bench.endswith(f"--output {state}/some-gpu-tuned.json --resume")
 

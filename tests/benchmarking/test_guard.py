@@ -6,8 +6,8 @@ from functools import cache
 import pytest
 from torch import nn
 
-from effseg.benchmarking import guard
-from effseg.benchmarking.guard import Baseline, Finding, compare
+from benchmarks import guard
+from benchmarks.guard import Baseline, Finding, compare
 from effseg.benchmarking.registry import Contender, contenders, missing
 from effseg.errors import InputError
 

@@ -14,7 +14,7 @@ from effseg.kernels.config import LOOPS, Problem
 pytest.importorskip("triton")
 
 from effseg.benchmarking import operators
-from effseg.kernels import autotune, trials
+from effseg.tuning import autotune, trials
 
 CPU = torch.device("cpu")
 TINY = Workload((16, 16, 32), classes=3)

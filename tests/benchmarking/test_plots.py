@@ -7,7 +7,7 @@ import pytest
 from benchmark_records import GB, WHOLE, predicted, record, timed
 from matplotlib.text import Text
 
-from effseg.benchmarking import memory_plots, plots, speed_plots
+from benchmarks import memory_plots, plots, speed_plots
 from effseg.benchmarking.record import write
 from effseg.figures.canvas import save
 from effseg.figures.labels import spread

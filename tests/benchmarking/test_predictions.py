@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from benchmark_records import predicted
 
-from effseg.benchmarking import auto, memory, predictions, tabulation
-from effseg.benchmarking.auto import Cell
+from benchmarks import auto, predictions
+from benchmarks.auto import Cell
+from effseg.benchmarking import memory, tabulation
 from effseg.benchmarking.record import read
 from effseg.benchmarking.registry import DTYPES, Case, contenders, workloads
 from effseg.benchmarking.results import FOLDER

@@ -8,14 +8,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from effseg.benchmarking import kernel_checks, real_size
-from effseg.benchmarking.kernel_checks import Check
+from benchmarks import kernel_checks, real_size
+from benchmarks.kernel_checks import Check
 from effseg.common.isolation import Loss
-from effseg.kernels import autotune, config, trials
+from effseg.kernels import config
 from effseg.kernels.choose import answering
 from effseg.kernels.config import INTERPRETER, LOOPS, Config, Problem
-from effseg.kernels.trials import Trial
+from effseg.tuning import autotune, trials
 from effseg.tuning.problem_lists import Listed, write
+from effseg.tuning.trials import Trial
 
 CPU = torch.device("cpu")
 CUBE = (3, 3, 3)

@@ -50,7 +50,7 @@ def few_operators(monkeypatch):
     takes a dozen seconds."""
     pytest.importorskip("triton")
     from effseg.benchmarking import operators
-    from effseg.kernels import autotune
+    from effseg.tuning import autotune
 
     monkeypatch.setitem(PRESETS, "small", Architecture((16, 32), (0, 1)))
     monkeypatch.setattr(autotune, "build_model", lambda name, *sizes: EffSegNet(*sizes, preset="small"))

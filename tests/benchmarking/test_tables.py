@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from benchmark_records import GB, predicted, record, timed
 
-from effseg.benchmarking import auto, tables, tabulation
-from effseg.benchmarking.auto import Cell
+from benchmarks import auto, tables
+from benchmarks.auto import Cell
+from effseg.benchmarking import tabulation
 from effseg.benchmarking.record import Row, write
 from effseg.benchmarking.results import label
 from effseg.errors import InputError

@@ -8,7 +8,7 @@ import torch
 from effseg.benchmarking import timing
 from effseg.benchmarking.failure import Failure, attempt
 from effseg.benchmarking.timing import Times, race
-from effseg.kernels import timer
+from effseg.tuning import timer
 
 CPU = torch.device("cpu")
 

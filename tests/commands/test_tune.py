@@ -5,10 +5,11 @@ import torch
 
 from effseg import cli
 from effseg.errors import InputError
-from effseg.kernels import autotune, config, search
+from effseg.kernels import config
 from effseg.kernels.config import ATEN, Config, Problem, key
-from effseg.kernels.trials import Trial
+from effseg.tuning import autotune, search
 from effseg.tuning.problem_lists import Listed, write
+from effseg.tuning.trials import Trial
 
 PROBLEM = Problem("fold", "sm_90", "bf16", 32, 32, (8, 8, 8))
 OTHER = Problem("conv3d_fwd", "sm_90", "bf16", 32, 32, (8, 8, 8))

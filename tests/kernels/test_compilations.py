@@ -14,7 +14,7 @@ COUNT = """
 import json, sys
 from functools import partial
 import effseg
-from effseg.kernels.aot import specialisation
+from effseg.inspection.aot import specialisation
 from effseg.kernels.launch import recording
 from effseg.memory.predict import peak_training_memory
 from effseg.models.levels import PRESETS, Architecture

@@ -23,11 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_rounded, slack, slack_of_sum
 
+from effseg.expressions.slabs import Window
 from effseg.kernels import conv3d_host
 from effseg.kernels.config import INTERPRETER, Config
 from effseg.kernels.conv3d_dgrad import conv3d_dgrad
 from effseg.kernels.launch import NormAct
-from effseg.slabs import Window
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -14,12 +14,13 @@ from effseg.benchmarking.registry import Workload
 pytest.importorskip("triton")
 
 from effseg.benchmarking import operators
-from effseg.kernels import autotune, choose, config
+from effseg.expressions.slabs import abridged
+from effseg.kernels import choose, config
 from effseg.kernels.config import ATEN, Config, Problem, key
 from effseg.kernels.launch import recording
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.levels import PRESETS, Architecture
-from effseg.slabs import abridged
+from effseg.tuning import autotune
 
 
 class Spy(config.Tuned):

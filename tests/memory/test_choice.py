@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from effseg import slabs
 from effseg.errors import InputError
+from effseg.expressions import slabs
 from effseg.memory import choice, peak_training_memory, predict
 from effseg.memory.choice import HEADROOM, Settings, Step, choose, choose_for, configure
 from effseg.models.effsegnet import EffSegNet

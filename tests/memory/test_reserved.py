@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from effseg import device
 from effseg.algorithms.sweeps import conv3d, tail
+from effseg.common import device
 from effseg.conversion import convert
 from effseg.memory import peak_training_memory
 from effseg.memory.trace import LARGEST_WORKSPACE

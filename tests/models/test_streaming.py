@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 import effseg
 from effseg import EffSegNet
-from effseg.algorithms.sweeps.norm_sums import NormSums
 from effseg.memory import measure_training_memory, peak_training_memory
 from effseg.models.levels import PRESETS, Architecture
 from effseg.models.stock import StockEffSegNet
+from effseg.operators.norm_sums import NormSums
 
 aten = torch.ops.aten
 

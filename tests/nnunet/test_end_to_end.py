@@ -88,7 +88,7 @@ def test_prediction_and_nnunets_evaluation(effseg, trained):
     about = ("-djfile", output / "dataset.json", "-pfile", output / "plans.json")
     subprocess.run(
         [evaluate, raw / "labelsTs", output, *about],
-        env=os.environ | effseg.settings, check=True, capture_output=True, timeout=300,
+        env=os.environ | effseg.common.settings, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     assert set(json.loads((output / "summary.json").read_text())["foreground_mean"]) == METRICS
 

@@ -89,7 +89,7 @@ def test_saved_networks_say_how_they_are_to_be_used(config):
 def test_the_validation_is_that_of_the_saved_network(config):
     from effseg.data.cases import find_cases
     from effseg.data.nifti import read_image, read_labels
-    from effseg.evaluation import dice_per_class
+    from effseg.evaluation.folders import dice_per_class
     from effseg.inference import load_predictor
 
     result = train(config.replace(validation="phantom_002"))

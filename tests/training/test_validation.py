@@ -10,7 +10,7 @@ import torch
 from effseg.cli import main
 from effseg.data.labels import load_label_map
 from effseg.errors import InputError
-from effseg.evaluation import evaluate_folders
+from effseg.evaluation.folders import evaluate_folders
 from effseg.training import TrainingConfig, loop, train
 from effseg.training.data import load_training_data
 from effseg.training.distributed import World

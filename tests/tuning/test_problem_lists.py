@@ -11,8 +11,8 @@ from benchmarks import problems
 from effseg.benchmarking.registry import workloads
 from effseg.benchmarking.suites import OPERATORS
 from effseg.errors import InputError
-from effseg.kernels import autotune
 from effseg.kernels.config import Problem, key
+from effseg.tuning import autotune
 from effseg.tuning.problem_lists import Listed, asked, read, write
 
 LISTED = Listed("effseg-base", (8, 8, 4), "bf16", 3, "sm_90")

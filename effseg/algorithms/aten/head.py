@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import CHANNELS_LAST, Features, Sums, VoxelSums, accumulation_dtype
-from effseg.device import kind_of
+from effseg.common.device import kind_of
 
 # The loss holds about this many arrays of (classes, voxels) at a time; together they have so many elements.
 ARRAYS = 4

@@ -14,8 +14,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from effseg.algorithms.aten.head import Head
 from effseg.algorithms.interface import CHANNELS_LAST, FusedConv3d, NormActGradients, accumulation_dtype
-from effseg.settings import Function
-from effseg.slabs import Window
+from effseg.common.settings import Function
+from effseg.expressions.slabs import Window
 
 aten = torch.ops.aten
 

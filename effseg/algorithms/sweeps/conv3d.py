@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, StatisticsGradient, accumulation_dtype
-from effseg.algorithms.sweeps.moments import Moments
-from effseg.algorithms.sweeps.pullback import Pullback, added, rows
-from effseg.deferred import Spec, in_compute_type
-from effseg.device import make_room
-from effseg.slabs import Window, rows_per_slab, slabs
+from effseg.common.device import make_room
+from effseg.expressions.layers import Spec, in_compute_type
+from effseg.expressions.slabs import Window, rows_per_slab, slabs
+from effseg.operators.moments import Moments
+from effseg.operators.pullback import Pullback, added, rows
 
 
 def thickness(

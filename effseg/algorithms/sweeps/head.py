@@ -9,9 +9,9 @@ from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm, Head, Sums
 from effseg.algorithms.sweeps.materialise import thickness
-from effseg.algorithms.sweeps.pullback import Pullback, rows
-from effseg.deferred import Spec, in_compute_type
-from effseg.slabs import slabs
+from effseg.expressions.layers import Spec, in_compute_type
+from effseg.expressions.slabs import slabs
+from effseg.operators.pullback import Pullback, rows
 
 
 def head_sums_forward(

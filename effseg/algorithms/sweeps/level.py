@@ -19,11 +19,11 @@ from torch import Tensor
 from effseg.algorithms.interface import Algorithm
 from effseg.algorithms.sweeps.conv3d import conv3d_backward, conv3d_forward, through_statistics
 from effseg.algorithms.sweeps.materialise import materialise_backward, materialise_forward, thickness
-from effseg.algorithms.sweeps.norm_backward import NormBackward
-from effseg.algorithms.sweeps.pullback import rows
-from effseg.deferred import Deferred, Normalisation, in_compute_type, raw, residual
-from effseg.normalisation import Merging, Running, terms
-from effseg.slabs import Window, slabs
+from effseg.expressions.layers import Deferred, Normalisation, in_compute_type, raw, residual
+from effseg.expressions.slabs import Window, slabs
+from effseg.operators.norm_backward import NormBackward
+from effseg.operators.normalisation import Merging, Running, terms
+from effseg.operators.pullback import rows
 
 UNITS = 3
 

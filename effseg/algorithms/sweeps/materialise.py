@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import CHANNELS_LAST, Algorithm
-from effseg.algorithms.sweeps.pullback import Pullback, rows
-from effseg.deferred import Spec, in_compute_type
-from effseg.slabs import rows_per_slab, slabs
+from effseg.expressions.layers import Spec, in_compute_type
+from effseg.expressions.slabs import rows_per_slab, slabs
+from effseg.operators.pullback import Pullback, rows
 
 
 def thickness(spec: Spec, slab_elements: int | None, device: torch.device) -> int:

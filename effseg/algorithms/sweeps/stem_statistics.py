@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, accumulation_dtype
-from effseg.algorithms.sweeps.moments import Moments
-from effseg.slabs import Window, rows_per_slab, slabs
+from effseg.expressions.slabs import Window, rows_per_slab, slabs
+from effseg.operators.moments import Moments
 
 
 def stem_statistics_forward(

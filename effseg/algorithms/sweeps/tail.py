@@ -8,7 +8,7 @@ Nothing of the layer is stored, so its output is made again in every sweep:
     B2  with them, the gradient of y voxel by voxel, and from it everything else
 
 with dz the gradient at the normalised output. F3 and F4 are forward, B1 and B2 backward. Where there are
-few classes F4 collects what B1 would (`effseg.algorithms.sweeps.norm_sums`), and B1 is not run.
+few classes F4 collects what B1 would (`effseg.operators.norm_sums`), and B1 is not run.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor
 
 from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, Head, Sums
 from effseg.algorithms.sweeps.conv3d import thickness
-from effseg.algorithms.sweeps.moments import Moments
-from effseg.algorithms.sweeps.norm_sums import NormSums, terms_from_sums
-from effseg.algorithms.sweeps.pullback import Pullback, added, rows
-from effseg.deferred import Normalisation, Spec, in_compute_type
-from effseg.device import make_room
-from effseg.slabs import Window, slabs
+from effseg.common.device import make_room
+from effseg.expressions.layers import Normalisation, Spec, in_compute_type
+from effseg.expressions.slabs import Window, slabs
+from effseg.operators.moments import Moments
+from effseg.operators.norm_sums import NormSums, terms_from_sums
+from effseg.operators.pullback import Pullback, added, rows
 
 # How many tensors of a slab the sweeps F4 and B2 hold at a time, about.
 FORWARD_SLABS, BACKWARD_SLABS = 4, 7

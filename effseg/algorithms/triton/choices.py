@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from effseg.expressions.slabs import Window
 from effseg.kernels.choose import choose
 from effseg.kernels.config import Config, uses_aten
 from effseg.kernels.launch import problem
-from effseg.slabs import Window
 
 
 def forward(weight: Tensor, window: Window, size: Sequence[int], prologue: bool = False) -> Config | None:

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import StatisticsGradient
-from effseg.algorithms.sweeps.pullback import alike
 from effseg.algorithms.triton import choices
-from effseg.deferred import Plain, Raw, Spec
+from effseg.expressions.layers import Plain, Raw, Spec
+from effseg.expressions.slabs import Window, slabs
 from effseg.kernels.conv3d_dgrad import conv3d_dgrad
 from effseg.kernels.conv3d_fwd import conv3d_forward
 from effseg.kernels.conv3d_wgrad import Fold, conv3d_wgrad
 from effseg.kernels.launch import NormAct, empty
 from effseg.kernels.norm_act import fold as fold_kernel
-from effseg.slabs import Window, slabs
+from effseg.operators.pullback import alike
 
 WIDE = 128
 

@@ -10,6 +10,8 @@ from effseg.algorithms.interface import FusedConv3d, NormActGradients
 from effseg.algorithms.triton import choices
 from effseg.algorithms.triton.fused import Fused
 from effseg.algorithms.triton.head import Head
+from effseg.common.settings import Function
+from effseg.expressions.slabs import Window
 from effseg.kernels import norm_act as norm_act_kernels
 from effseg.kernels import upsample as upsample_kernels
 from effseg.kernels.conv3d_dgrad import conv3d_dgrad
@@ -17,8 +19,6 @@ from effseg.kernels.conv3d_fwd import conv3d_forward
 from effseg.kernels.conv3d_wgrad import conv3d_wgrad
 from effseg.kernels.launch import NormAct, empty
 from effseg.kernels.statistics import moments
-from effseg.settings import Function
-from effseg.slabs import Window
 
 
 class _Convolution(Function):

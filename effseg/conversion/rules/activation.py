@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effseg import nodes
+from effseg import operators
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
-from effseg.deferred import Deferred, Raw, Residual
+from effseg.expressions.layers import Deferred, Raw, Residual
 
 
 @rule(F.leaky_relu)
@@ -52,4 +52,4 @@ def _activated(input: Tensor, slope: float, inplace: bool) -> Any:
         changed = Residual(spec.shape, spec.dtype, slope, spec.inner)
     watch.took("activation")
     found = Deferred(changed, value.tensors)
-    return result(input, nodes.share(found) if isinstance(changed, Residual) else found, inplace)
+    return result(input, operators.share(found) if isinstance(changed, Residual) else found, inplace)

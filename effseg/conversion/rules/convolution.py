@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effseg.composed import transposed_conv
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.rules.registry import Triple, rule, triple
 from effseg.conversion.values import Convolution
+from effseg.expressions.joins import transposed_conv
+from effseg.expressions.slabs import Window
 from effseg.functional import compute_dtype
-from effseg.slabs import Window
 
 
 @rule(torch.conv3d, F.conv3d)

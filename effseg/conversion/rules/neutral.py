@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.rules.registry import rule
-from effseg.deferred import plain
+from effseg.expressions.layers import plain
 
 
 @rule(F.dropout, F.dropout3d)

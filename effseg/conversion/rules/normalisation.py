@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effseg import nodes
+from effseg import operators
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, rule
 from effseg.conversion.values import Convolution
-from effseg.deferred import Deferred, Normalisation, raw
-from effseg.normalisation import Merging, terms, update_running
+from effseg.expressions.layers import Deferred, Normalisation, raw
+from effseg.operators.normalisation import Merging, terms, update_running
 
 
 @rule(torch.instance_norm, F.instance_norm)
@@ -95,7 +95,7 @@ def _normalised(
         watch.took("normalisation after convolution")
     else:
         y = input.stored()
-        mean, var = nodes.statistics(y)
+        mean, var = operators.statistics(y)
         watch.took("normalisation")
     moved = mean if offset is None else mean + offset.to(mean.dtype)
     if running is not None and not uses_running:

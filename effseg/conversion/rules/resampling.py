@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effseg.composed import pooling
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.rules.registry import rule, triple
 from effseg.conversion.values import Convolution
-from effseg.deferred import upsample_add
+from effseg.expressions.joins import pooling
+from effseg.expressions.layers import upsample_add
 
 
 @rule(torch.max_pool3d, F.max_pool3d)

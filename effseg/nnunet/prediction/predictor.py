@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effseg.atomic import atomic_path
-from effseg.device import find_device
+from effseg.common.atomic import atomic_path
+from effseg.common.device import find_device
 from effseg.errors import InputError
 from effseg.nnunet.prediction.cases import Scan, list_scans, unfinished
 from effseg.nnunet.prediction.export import LabelVolume, grid_axes

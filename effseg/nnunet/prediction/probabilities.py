@@ -9,7 +9,7 @@ from types import TracebackType
 import numpy as np
 from torch import Tensor
 
-from effseg.atomic import atomic_path
+from effseg.common.atomic import atomic_path
 
 
 class ProbabilityFile:

@@ -1,0 +1,168 @@
+"""Deferred expressions that join and resample others, so that neither is ever stored.
+
+=================== ============================================== =================================
+kind                value                                          stored
+=================== ============================================== =================================
+`Concatenation`     cat(first, second, ...) along the channels     what the parts store
+`TransposedConv`    conv_transpose(inner, w), kernel = stride      what inner stores
+`Pooling`           max or average over blocks of voxels           what inner stores
+`Shared`            inner                                          what inner stores, and nothing
+=================== ============================================== =================================
+
+A transposed convolution whose kernel is its stride multiplies every voxel by one matrix, 27 times less
+arithmetic than the 3x3x3 convolution that reads it: making it again costs little, storing it a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effseg.algorithms.interface import Algorithm
+from effseg.common.settings import Function
+from effseg.expressions.layers import SHARED, Deferred, Rows, Spec, Use, expect
+
+Triple = tuple[int, int, int]
+POOLINGS = ("max", "average")
+
+
+@dataclass(frozen=True)
+class Concatenation(Spec):
+    """ends: where the tensors of each part end among all."""
+
+    parts: tuple[Spec, ...]
+    ends: tuple[int, ...]
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        return [use for part in self.parts for use in part.uses(lo, hi)]
+
+    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        spans = pairwise((0, *self.ends))
+        found = [
+            part.rows(ops, lo, hi, tensors[start:end])
+            for part, (start, end) in zip(self.parts, spans, strict=True)
+        ]
+        return torch.cat(found, 1)
+
+
+@dataclass(frozen=True)
+class TransposedConv(Spec):
+    inner: Spec
+    stride: Triple
+    has_bias: bool
+
+    def coarse_rows(self, lo: int, hi: int) -> Rows:
+        return lo // self.stride[0], -(-hi // self.stride[0])
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        return [*self.inner.uses(*self.coarse_rows(lo, hi)), *[SHARED] * (1 + self.has_bias)]
+
+    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        first, last = self.coarse_rows(lo, hi)
+        end = len(tensors) - 1 - self.has_bias
+        coarse = self.inner.rows(ops, first, last, tensors[:end])
+        fine = spread(coarse, tensors[end], tensors[-1] if self.has_bias else None)
+        start = first * self.stride[0]
+        return fine[:, :, lo - start : hi - start]
+
+
+def spread(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Transposed convolution of x (1, Ci, d, h, w) with weight (Ci, Co, kd, kh, kw), whose stride is its
+    kernel: one matrix product, and voxels in the order of channels-last memory."""
+    _, co, *kernel = weight.shape
+    voxels = x.permute(0, 2, 3, 4, 1).reshape(-1, x.shape[1])
+    matrix = weight.permute(0, 2, 3, 4, 1).flatten(1)
+    found = voxels @ matrix if bias is None else torch.addmm(bias.repeat(prod(kernel)), voxels, matrix)
+    size = x.shape[2:]
+    blocks = found.view(*size, *kernel, co).permute(0, 3, 1, 4, 2, 5, 6)
+    return blocks.reshape(1, *(n * k for n, k in zip(size, kernel, strict=True)), co).permute(0, 4, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Pooling(Spec):
+    """Blocks of `window` voxels; `ceil`: the last ones may be cut off by the border (maximum only)."""
+
+    inner: Spec
+    kind: str
+    window: Triple
+    ceil: bool
+
+    def fine_rows(self, lo: int, hi: int) -> Rows:
+        return lo * self.window[0], min(hi * self.window[0], self.inner.shape[2])
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        return self.inner.uses(*self.fine_rows(lo, hi))
+
+    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        fine = self.inner.rows(ops, *self.fine_rows(lo, hi), tensors)
+        if self.kind == "max":
+            return F.max_pool3d(fine, self.window, ceil_mode=self.ceil)
+        return F.avg_pool3d(fine, self.window)
+
+
+@dataclass(frozen=True)
+class Shared(Spec):
+    """inner, whose gradient goes to one tensor that stands for it: see `effseg.operators.share`."""
+
+    inner: Spec
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        return [Use((lo, hi)), *self.inner.uses(lo, hi)]
+
+    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        standing, *inner = tensors
+        return _Standing.apply(standing, self.inner.rows(ops, lo, hi, inner))
+
+
+class _Standing(Function):
+    """The value, with the gradient of what stands for it. Saved: nothing."""
+
+    @staticmethod
+    def forward(ctx, standing, value):  # type: ignore[no-untyped-def]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad, None
+
+
+def concatenation(parts: Sequence[Deferred]) -> Deferred:
+    """torch.cat(parts, 1). Raises `ValueError` where the parts' sizes or types differ."""
+    first = parts[0]
+    for i, part in enumerate(parts):
+        expected = (first.shape[0], *first.shape[2:])
+        got = (part.shape[0], *part.shape[2:])
+        expect(f"parts[{i}]", got == expected, f"(N, D, H, W) = {expected}", got)
+        expect(f"parts[{i}]", part.dtype == first.dtype, first.dtype, part.dtype)
+    shape = (first.shape[0], sum(part.shape[1] for part in parts), *first.shape[2:])
+    tensors = tuple(t for part in parts for t in part.tensors)
+    counts = [len(part.tensors) for part in parts]
+    ends = tuple(sum(counts[: i + 1]) for i in range(len(counts)))
+    return Deferred(Concatenation(shape, first.dtype, tuple(p.spec for p in parts), ends), tensors)
+
+
+def transposed_conv(inner: Deferred, weight: Tensor, bias: Tensor | None = None) -> Deferred:
+    """conv_transpose3d(inner, weight, bias, stride=kernel); weight (Ci, Co, kd, kh, kw)."""
+    expect("weight", weight.dim() == 5, "(Ci, Co, kd, kh, kw)", tuple(weight.shape))
+    expect("weight", weight.shape[0] == inner.shape[1], f"Ci = {inner.shape[1]}", weight.shape[0])
+    kd, kh, kw = weight.shape[2:]
+    n, _, d, h, w = inner.shape
+    shape = (n, weight.shape[1], d * kd, h * kh, w * kw)
+    spec = TransposedConv(shape, inner.dtype, inner.spec, (kd, kh, kw), bias is not None)
+    return Deferred(spec, (*inner.tensors, weight) if bias is None else (*inner.tensors, weight, bias))
+
+
+def pooling(inner: Deferred, kind: str, window: Triple, ceil: bool = False) -> Deferred:
+    """max_pool3d or avg_pool3d over blocks that do not overlap; kind: "max" or "average"."""
+    expect("kind", kind in POOLINGS, " or ".join(POOLINGS), kind)
+    expect("ceil", not ceil or kind == "max", "False for averages", ceil)
+    size = [(-(-n // k) if ceil else n // k) for n, k in zip(inner.shape[2:], window, strict=True)]
+    expect("inner", min(size) > 0, f"at least {window} voxels", inner.shape[2:])
+    spec = Pooling((*inner.shape[:2], *size), inner.dtype, inner.spec, kind, window, ceil)
+    return Deferred(spec, inner.tensors)

@@ -1,0 +1,28 @@
+"""Operators: autograd nodes over deferred expressions.
+
+Each file holds one `torch.autograd.Function`: what it saves, which algorithm it asks, and nothing else.
+Under torch.compile `effseg.operators.compiled` takes its place.
+Arithmetic is in `effseg.algorithms`, validation in `effseg.functional`.
+"""
+
+from effseg.operators.conv3d import conv3d
+from effseg.operators.head import head_sums, segment
+from effseg.operators.level import level
+from effseg.operators.materialise import materialise
+from effseg.operators.share import share
+from effseg.operators.statistics import statistics
+from effseg.operators.stem_statistics import stem_statistics
+from effseg.operators.tail import layer_statistics, tail_sums
+
+__all__ = [
+    "conv3d",
+    "head_sums",
+    "layer_statistics",
+    "level",
+    "materialise",
+    "segment",
+    "share",
+    "statistics",
+    "stem_statistics",
+    "tail_sums",
+]

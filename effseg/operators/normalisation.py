@@ -1,0 +1,139 @@
+"""Normalisation as three small tensors: (mean, scale, beta) per sample and channel, for any of torch's norms.
+
+A convolution node gives mean and biased variance of its output per (n, c). Instance normalisation takes them
+as they are; batch and group normalisation merge them over samples or over the channels of a group: the mean
+of the means, and the mean of var + (mean - merged mean)^2. All of it is ordinary torch on a few numbers, so
+autograd differentiates the normalisation.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from effseg.common.settings import Setting
+from effseg.expressions.layers import Normalisation
+
+Norm = nn.InstanceNorm3d | nn.BatchNorm3d | nn.GroupNorm
+NORMS = ("instance", "batch", "group")
+
+_frozen = Setting("effseg_frozen_running_statistics", False, lasting=False)
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What a norm does to the statistics of an (n, c) before it divides by them: it merges those of `groups`
+    of channels, those of all `samples`, or neither."""
+
+    eps: float
+    groups: int | None = None
+    samples: bool = False
+
+
+Running = tuple[Tensor, Tensor] | None
+"""Running mean and variance that take the place of a batch's, (C,) each."""
+
+
+def merging(norm: Norm) -> tuple[Merging, Running]:
+    """`norm`'s settings without its parameters, and the statistics that it uses instead of a batch's."""
+    if isinstance(norm, nn.GroupNorm):
+        return Merging(norm.eps, groups=norm.num_groups), None
+    running = None
+    if norm.running_mean is not None and norm.running_var is not None and not norm.training:
+        running = norm.running_mean, norm.running_var
+    return Merging(norm.eps, samples=isinstance(norm, nn.BatchNorm3d)), running
+
+
+def make_norm(norm: str, channels: int) -> Norm:
+    """Affine instance, batch or group normalisation (groups of 8 channels), torch's own modules."""
+    if norm == "instance":
+        return nn.InstanceNorm3d(channels, affine=True)
+    if norm == "batch":
+        return nn.BatchNorm3d(channels)
+    if norm == "group":
+        return nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)
+    raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+
+
+def normalisation(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> Normalisation:
+    """What `norm` does to values of mean and biased variance (N, C) over `voxels`; running statistics are
+    updated in training and used in evaluation, as torch does. One voxel per channel, where torch raises, is
+    normalised to beta: whole volumes may be that small on the deepest level. Raises `TypeError` for others.
+    """
+    if type(norm) not in (nn.InstanceNorm3d, nn.BatchNorm3d, nn.GroupNorm):
+        raise TypeError(f"norm: expected InstanceNorm3d, BatchNorm3d or GroupNorm, got {type(norm).__name__}")
+    made = terms(*merging(norm), mean, var, norm.weight, norm.bias)
+    track(norm, mean, var, voxels)
+    return made
+
+
+def terms(
+    how: Merging, running: Running, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Normalisation:
+    """(mean, scale, beta), each (N, C), of a norm with these settings, weight and bias.
+
+    scale = weight / sqrt(var + eps), beta = bias.
+    """
+    if how.groups is not None:
+        grouped = mean.unflatten(1, (how.groups, -1))
+        centre = grouped.mean(2, keepdim=True)
+        spread = (var.unflatten(1, (how.groups, -1)) + (grouped - centre).square()).mean(2, keepdim=True)
+        mean, var = centre.expand_as(grouped).flatten(1), spread.expand_as(grouped).flatten(1)
+    elif running is not None:
+        mean, var = (t.to(mean.dtype).expand_as(mean) for t in running)
+    elif how.samples:
+        centre = mean.mean(0)
+        mean, var = centre.expand_as(mean), (var + (mean - centre).square()).mean(0).expand_as(var)
+    scale = torch.rsqrt(var + how.eps)
+    return Normalisation(
+        mean,
+        scale if weight is None else scale * weight,
+        torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean),
+    )
+
+
+@torch.no_grad()
+def track(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> None:
+    """Update the running statistics of a norm in training as torch does."""
+    if isinstance(norm, nn.GroupNorm) or norm.running_mean is None or norm.running_var is None:
+        return
+    if not norm.training or _frozen.get():
+        return
+    momentum: float | Tensor = norm.momentum or 0.0
+    samples = isinstance(norm, nn.BatchNorm3d)
+    if samples:
+        # torch's instance normalisation neither counts nor averages evenly
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
+    update_running((norm.running_mean, norm.running_var), mean, var, voxels, momentum, samples)
+
+
+@torch.no_grad()
+def update_running(
+    running: tuple[Tensor, Tensor],
+    mean: Tensor,
+    var: Tensor,
+    voxels: int,
+    momentum: float | Tensor,
+    samples: bool,
+) -> None:
+    """Move running mean and variance (C,) towards those of a batch, (N, C) and biased, over `voxels` each;
+    the running variance is the unbiased one. samples: of all samples together, as in batch norm."""
+    if _frozen.get():
+        return
+    if samples:
+        var = var + (mean - mean.mean(0)).square()
+        voxels *= mean.shape[0]
+    unbiased = var.mean(0) * (voxels / max(1, voxels - 1))
+    for statistic, found in zip(running, (mean.mean(0), unbiased), strict=True):
+        statistic.lerp_(found.to(statistic.dtype), momentum)
+
+
+def frozen_running_statistics() -> AbstractContextManager[None]:
+    """A forward pass that is run again, for recomputation, must not be tracked twice."""
+    return _frozen.set(True)
