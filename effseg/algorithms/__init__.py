@@ -1,7 +1,7 @@
 """The seam between operators and the ways to compute them.
 
-An operator (`effseg.operators`) decides what is saved for backward and knows no arithmetic; a sweep
-(`effseg.algorithms.sweeps`) walks over slabs; an algorithm (`effseg.algorithms.interface`) is a module of
+An operator (`effseg.operators`) decides what is saved for backward, walks over slabs and knows no arithmetic;
+an algorithm (`effseg.algorithms.interface`) is a module of
 operations on slabs. `select` names the one to use.
 """
 

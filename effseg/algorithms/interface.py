@@ -119,7 +119,7 @@ class FusedConv3d(Protocol):
         window: Window,
         statistics: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """y, and mean and biased variance of the stored y: see `sweeps.conv3d.conv3d_forward`."""
+        """y, and mean and biased variance of the stored y: see `effseg.operators.conv3d.conv3d_forward`."""
 
     def backward(
         self,

@@ -1,8 +1,6 @@
-"""Operators: autograd nodes over deferred expressions.
-
-Each file holds one `torch.autograd.Function`: what it saves, which algorithm it asks, and nothing else.
-Under torch.compile `effseg.operators.compiled` takes its place.
-Arithmetic is in `effseg.algorithms`, validation in `effseg.functional`.
+"""Operators on deferred expressions, one in each file: its sweep over slabs, its forward and backward, and
+what users call. `operator.py` makes of that a node of autograd and an operator of torch.compile. Arithmetic
+is in `effseg.algorithms`, validation in `effseg.functional`.
 """
 
 from effseg.operators.conv3d import conv3d

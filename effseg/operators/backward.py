@@ -1,4 +1,4 @@
-"""What every operator's backward has in common."""
+"""Backward passes that have no backward of their own."""
 
 from __future__ import annotations
 
@@ -14,21 +14,6 @@ ONCE = (
     "a second derivative through an operator of effseg: expected the first alone; effseg.restore(network) "
     "gives a converted network back, and effseg.StockEffSegNet is an EffSegNet in stock torch"
 )
-
-
-def backward(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Once differentiable, and blind to an autocast that happens to be on: the types are those of forward.
-
-    The forward pass leaves `ctx.device_type`.
-    """
-
-    @once_differentiable
-    @wraps(function)
-    def run(ctx: Any, *grads: Any) -> Any:
-        with torch.autocast(ctx.device_type, enabled=False):
-            return function(ctx, *grads)
-
-    return run
 
 
 def once_differentiable(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,63 +1,34 @@
-"""Convolution of a deferred expression."""
+"""Convolution of a deferred expression, slab by slab."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms import select
-from effseg.algorithms.sweeps.conv3d import conv3d_backward, conv3d_forward
-from effseg.common.settings import Function
-from effseg.expressions.layers import Deferred
-from effseg.expressions.slabs import Window
-from effseg.operators import compiled
-from effseg.operators.backward import backward as node_backward
+from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, StatisticsGradient, accumulation_dtype
+from effseg.common.device import make_room
+from effseg.expressions.layers import Deferred, Spec, in_compute_type
+from effseg.expressions.slabs import Window, rows_per_slab, slabs
+from effseg.operators.moments import Moments
+from effseg.operators.operator import Operator
+from effseg.operators.pullback import Pullback, added, rows
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-class Conv3dFunction(Function):
-    """y, mean, var = conv(expression).
+class Static(NamedTuple):
+    """trains, consumes: see `conv3d_forward`, `conv3d`; known: what a forward pass gave that is run again."""
 
-    Saved for backward: the expression's tensors, the weight, mean (tiny) and y. The layer that follows
-    keeps the same y, so the count stays one raw output per convolution; without statistics y is not
-    needed and not saved.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, spec, window, statistics, slab_elements, known, trains, consumes, weight, bias, *tensors
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        ctx.ops = select(weight.device, spec.dtype)
-        ctx.device_type = weight.device.type
-        ctx.spec, ctx.window, ctx.slab_elements, ctx.has_bias = spec, window, slab_elements, bias is not None
-        ctx.consumes = consumes
-        ctx.set_materialize_grads(False)
-        if known is None:
-            y, mean, var = conv3d_forward(
-                ctx.ops, spec, tensors, weight, bias, window, statistics, slab_elements, trains
-            )
-        else:
-            y, mean, var = known
-            y = y.detach()
-            mean, var = (None if t is None else t.detach() for t in (mean, var))
-        y = y.data  # a view may not be changed in place afterwards, and an algorithm may give one
-        ctx.output_shape = y.shape
-        ctx.save_for_backward(weight, y if statistics else None, mean, *tensors)
-        return y, mean, var
-
-    @staticmethod
-    @node_backward
-    def backward(ctx: Any, grad_y, grad_mean, grad_var):  # type: ignore[no-untyped-def]
-        weight, y, mean, *tensors = ctx.saved_tensors
-        need_weight, need_bias, *needed = ctx.needs_input_grad[7:]
-        grad_weight, grad_bias, grads = conv3d_backward(
-            ctx.ops, ctx.spec, tensors, needed, weight, ctx.window, grad_y if y is None else y, mean,
-            grad_y, grad_mean, grad_var, need_weight, need_bias, ctx.slab_elements, ctx.consumes,
-        )  # fmt: skip
-        return *[None] * 7, grad_weight, grad_bias, *grads
+    spec: Spec
+    window: Window
+    statistics: bool
+    slab_elements: int | None
+    trains: bool = False
+    consumes: bool = False
+    known: Outputs | None = None
 
 
 def conv3d(
@@ -72,19 +43,207 @@ def conv3d(
 ) -> Outputs:
     """See `effseg.functional.conv3d`. known: what a forward pass gave that is run again for its graph.
     consumes: y is only read by operators of this package, and only with a normalisation, so that the gradient
-    which reaches it was made for it alone, and a gradient of x may come to lie in its memory."""
+    which reaches it was made for it alone, and a gradient of x may come to lie in its memory (not under
+    torch.compile, whose operators change nothing)."""
     if torch.compiler.is_compiling():
-        return compiled.conv3d(x, weight, bias, window, statistics, slab_elements)
-    with torch.autocast(x.device.type, enabled=False):
-        return Conv3dFunction.apply(
-            x.spec,
-            window,
-            statistics,
-            slab_elements,
-            known,
-            torch.is_grad_enabled(),
-            consumes,
+        static = Static(x.spec, window, statistics, slab_elements)
+    else:
+        static = Static(x.spec, window, statistics, slab_elements, torch.is_grad_enabled(), consumes, known)
+    y, *moments = _operator(weight.device, x.dtype, static, (weight, bias, *x.tensors))
+    return (y, moments[0], moments[1]) if statistics else (y, None, None)
+
+
+def _forward(
+    ops: Algorithm, static: Static, tensors: Sequence[Tensor]
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """y, or y, mean, var."""
+    weight, bias, *inner = tensors
+    if static.known is None:
+        y, *moments = conv3d_forward(
+            ops, static.spec, inner, weight, bias, static.window, static.statistics, static.slab_elements,
+            static.trains,
+        )  # fmt: skip
+    else:
+        y, *moments = (None if t is None else t.detach() for t in static.known)
+        assert y is not None
+    # .data: a view may not be changed in place afterwards, and an algorithm may give one.
+    return [y.data, *(t for t in moments if t is not None)], ()
+
+
+def _own(outputs: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """y and its mean. The layer that follows keeps the same y, so the count stays one raw output per
+    convolution; without statistics y is not needed."""
+    return (outputs[0], outputs[1]) if len(outputs) == 3 else (None, None)
+
+
+def _backward(
+    ops: Algorithm,
+    static: Static,
+    own: tuple[Tensor | None, Tensor | None],
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    (y, mean), (weight, _, *inner) = own, tensors
+    need_weight, need_bias, *rest = needed
+    grad_y, grad_mean, grad_var = (*grads, None, None)[:3]
+    if y is None:
+        y = grad_y  # of its shape
+    assert y is not None
+    grad_weight, grad_bias, found = conv3d_backward(
+        ops, static.spec, inner, rest, weight, static.window, y, mean, grad_y, grad_mean, grad_var,
+        need_weight, need_bias, static.slab_elements, static.consumes,
+    )  # fmt: skip
+    return [grad_weight, grad_bias, *found]
+
+
+def _fake(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> list[Tensor]:
+    weight, (n, _, d, h, w) = tensors[0], static.spec.shape
+    shape = (n, weight.shape[0], *static.window.output_size((d, h, w)))
+    y = torch.empty(shape, dtype=static.spec.dtype, device=weight.device, memory_format=CHANNELS_LAST)
+    dtype = accumulation_dtype(static.spec.dtype)
+    return [y, *(weight.new_empty(shape[:2], dtype=dtype) for _ in range(2 * static.statistics))]
+
+
+_operator = Operator(
+    "conv3d",
+    Static,
+    _forward,
+    _backward,
+    _fake,
+    outputs=lambda static: 3 if static.statistics else 1,
+    own=_own,
+)
+
+
+def thickness(
+    spec: Spec, out_shape: Sequence[int], window: Window, slab_elements: int | None, device: torch.device
+) -> int:
+    """Output rows of a slab: the larger of its input and its output sets the size."""
+    _, c, _, h, w = spec.shape
+    _, co, d, ho, wo = out_shape
+    return rows_per_slab(d, max(c * h * w * window.stride[0], co * ho * wo), slab_elements, device)
+
+
+def conv3d_forward(
+    ops: Algorithm,
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    statistics: bool,
+    slab_elements: int | None,
+    trains: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y = conv(expression, weight) + bias in the expression's type, and the mean and biased variance (N, Co)
+    of the stored y. trains: y is kept for a backward pass, so that more tensors of its size will follow."""
+    if ops.fused is not None and ops.fused.takes(spec, weight, window):
+        return ops.fused.forward(spec, tensors, weight, bias, window, statistics)
+    n, _, *size = spec.shape
+    d, h, w = size
+    shape = (n, weight.shape[0], *window.output_size((d, h, w)))
+    rows_of_slab = thickness(spec, shape, window, slab_elements, weight.device)
+    y = None  # the only slab's
+    if n > 1 or rows_of_slab < shape[2]:
+        y = torch.empty(shape, dtype=spec.dtype, device=weight.device, memory_format=CHANNELS_LAST)
+    weight = weight.to(spec.dtype, memory_format=CHANNELS_LAST)
+    bias = None if bias is None else bias.to(spec.dtype)
+    tensors = in_compute_type(spec, tensors)
+    moments = Moments(ops, n, spec.dtype)
+    if trains and y is not None:
+        make_room(y.device, y.nbytes)
+    for sample, lo, hi in slabs(n, shape[2], rows_of_slab):
+        first, last, pad = window.input_rows(lo, hi, d)
+        part = ops.convolution(rows(ops, spec, tensors, sample, first, last), weight, bias, window, pad)
+        if statistics:
+            moments.add(sample, part)
+        if y is None:
+            y = part.contiguous(memory_format=CHANNELS_LAST)
+        else:
+            y[sample : sample + 1, :, lo:hi] = part
+        del part
+    assert y is not None
+    return (y, *moments.merge()) if statistics else (y, None, None)
+
+
+def conv3d_backward(
+    ops: Algorithm,
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    weight: Tensor,
+    window: Window,
+    y: Tensor,
+    mean: Tensor | None,
+    grad_y: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    need_weight: bool,
+    need_bias: bool,
+    slab_elements: int | None,
+    consumes: bool = False,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Gradients of weight, bias and the expression's tensors. consumes: grad_y is nobody else's, and one of
+    them may come to lie in its memory.
+
+    What reaches y through its statistics over M voxels is affine in y, so it is folded in as it is read:
+    g = grad_y + grad_mean / M + 2 grad_var (y - mean) / M.
+    """
+    folded = through_statistics(y, mean, grad_mean, grad_var)
+    rows_of_slab = thickness(spec, y.shape, window, slab_elements, weight.device)
+    in_step = window.stride[0] == 1 and spec.shape[2] == y.shape[2]  # a row of one is a row of the other
+    memory = grad_y if consumes and in_step else None
+    if ops.fused is not None and ops.fused.takes(spec, weight, window) and not need_bias:
+        grad_weight, grads = ops.fused.backward(
+            spec,
+            tensors,
+            needed,
             weight,
-            bias,
-            *x.tensors,
+            window,
+            y,
+            folded,
+            grad_y,
+            need_weight,
+            rows_of_slab,
+            memory,
         )
+        return None if grad_weight is None else grad_weight.to(weight.dtype), None, grads
+    accumulate = accumulation_dtype(weight.dtype)
+    grad_weight = grad_bias = None
+    low = weight.to(spec.dtype, memory_format=CHANNELS_LAST)
+    pullback = Pullback(ops, spec, tensors, needed, memory)
+    for sample, lo, hi in slabs(y.shape[0], y.shape[2], rows_of_slab):
+        first, last, pad = window.input_rows(lo, hi, spec.shape[2])
+        a = pullback.rows(sample, first, last)
+        direct = None if grad_y is None else grad_y[sample : sample + 1, :, lo:hi].to(spec.dtype)
+        if folded is None:
+            assert direct is not None
+            grad = direct
+        else:
+            part = y[sample : sample + 1, :, lo:hi]
+            grad = ops.fold(direct, part, *(t[sample] for t in folded))
+        del direct
+        grad_a, grad_w = ops.convolution_backward(grad, a, low, window, pad, pullback.any, need_weight)
+        if grad_w is not None:
+            grad_weight = added(grad_weight, grad_w, accumulate)
+        if need_bias:
+            grad_bias = added(grad_bias, grad.sum((0, 2, 3, 4), dtype=accumulate), accumulate)
+        del a, grad, grad_w
+        if grad_a is not None:
+            pullback.pull(grad_a, read=hi)
+        del grad_a
+    cast = [None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias)]
+    return cast[0], cast[1], pullback.gradients()
+
+
+def through_statistics(
+    y: Tensor, mean: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+) -> StatisticsGradient | None:
+    """What the gradients of mean and biased variance add to that of y, affine in y."""
+    if mean is None or (grad_mean is None and grad_var is None):
+        return None
+    voxels = y[0, 0].numel()
+    zero = torch.zeros_like(mean)
+    scale = zero if grad_var is None else grad_var * (2 / voxels)
+    return StatisticsGradient(mean, scale, zero if grad_mean is None else grad_mean / voxels)

@@ -1,62 +1,33 @@
-"""Head, softmax and the sums of the loss in one node; the streaming argmax."""
+"""Head, softmax and the sums of the loss in one operator, and the streaming argmax, slab by slab."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms import select
-from effseg.algorithms.interface import Sums
-from effseg.algorithms.sweeps.head import (
-    head_gradients,
-    head_segment,
-    head_sums_backward,
-    head_sums_forward,
-)
-from effseg.common.settings import Function
-from effseg.expressions.layers import Deferred
-from effseg.operators import compiled
-from effseg.operators.backward import backward as node_backward
+from effseg.algorithms.interface import Algorithm, Head, Sums
+from effseg.expressions.layers import Deferred, Spec, in_compute_type
+from effseg.expressions.slabs import slabs
+from effseg.operators.checks import unknown_labels
+from effseg.operators.materialise import thickness
+from effseg.operators.operator import Operator
+from effseg.operators.pullback import Pullback, rows
+
+COUNTS = (Sums._fields.index("voxels"), Sums._fields.index("unknown"))
+"""Of the sums: they have no gradient."""
 
 
-class HeadSumsFunction(Function):
-    """The sums of Dice and cross-entropy over softmax(head(expression)).
+class Static(NamedTuple):
+    """checks: whether labels that are neither a class nor ignored raise `ValueError`: under torch.compile
+    only the operator itself can look."""
 
-    Saved for backward: the expression's tensors, head weight and bias, labels and class weights as given;
-    logits, probabilities and one-hot labels of full size never exist.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, spec, slab_elements, ignore_index, labels, class_weights, weight, bias, *tensors
-    ) -> tuple[Tensor, ...]:
-        ctx.ops = select(labels.device, spec.dtype)
-        ctx.device_type = labels.device.type
-        ctx.spec, ctx.slab_elements, ctx.ignore_index = spec, slab_elements, ignore_index
-        ctx.save_for_backward(labels, class_weights, weight, bias, *tensors)
-        head = ctx.ops.make_head(spec, weight, bias, tensors[0].device, class_weights, ignore_index)
-        sums = head_sums_forward(ctx.ops, spec, tensors, head, labels, slab_elements)
-        ctx.mark_non_differentiable(sums.voxels, sums.unknown)
-        return tuple(sums)
-
-    @staticmethod
-    @node_backward
-    def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
-        labels, class_weights, weight, bias, *tensors = ctx.saved_tensors
-        head = ctx.ops.make_head(ctx.spec, weight, bias, tensors[0].device, class_weights, ctx.ignore_index)
-        grad_tensors = head_sums_backward(
-            ctx.ops,
-            ctx.spec,
-            tensors,
-            ctx.needs_input_grad[7:],
-            head,
-            labels,
-            Sums(*grads),
-            ctx.slab_elements,
-        )
-        return None, None, None, None, None, *head_gradients(head, weight, bias), *grad_tensors
+    spec: Spec
+    slab_elements: int | None
+    ignore_index: int | None = None
+    checks: bool = False
 
 
 def head_sums(
@@ -68,15 +39,13 @@ def head_sums(
     ignore_index: int | None = None,
     slab_elements: int | None = None,
 ) -> Sums:
-    """`Sums` of head(x) against labels (N, D, H, W); differentiable but for the counts."""
-    if torch.compiler.is_compiling():
-        return compiled.head_sums(x, weight, bias, labels, class_weights, ignore_index, slab_elements)
-    with torch.autocast(x.device.type, enabled=False):
-        return Sums(
-            *HeadSumsFunction.apply(
-                x.spec, slab_elements, ignore_index, labels, class_weights, weight, bias, *x.tensors
-            )
-        )
+    """`Sums` of head(x) against labels (N, D, H, W); differentiable but for the counts.
+
+    Logits, probabilities and one-hot labels of full size never exist.
+    """
+    tensors = (labels, class_weights, weight, bias, *x.tensors)
+    static = Static(x.spec, slab_elements, ignore_index, torch.compiler.is_compiling())
+    return Sums(*_head_sums(labels.device, x.dtype, static, tensors))
 
 
 @torch.no_grad()
@@ -84,9 +53,127 @@ def segment(
     x: Deferred, weight: Tensor | None, bias: Tensor | None, slab_elements: int | None = None
 ) -> Tensor:
     """See `effseg.functional.segment`."""
-    if torch.compiler.is_compiling():
-        return compiled.segment(x, weight, bias, slab_elements)
-    with torch.autocast(x.device.type, enabled=False):
-        ops = select(x.device, x.dtype)
-        head = ops.make_head(x.spec, weight, bias, x.device)
-        return head_segment(ops, x.spec, x.tensors, head, slab_elements)
+    return _segment(x.device, x.dtype, Static(x.spec, slab_elements), (weight, bias, *x.tensors))[0]
+
+
+def _sums_forward(
+    ops: Algorithm, static: Static, tensors: Sequence[Tensor]
+) -> tuple[Sums, tuple[Tensor, ...]]:
+    labels, class_weights, weight, bias, *inner = tensors
+    head = ops.make_head(static.spec, weight, bias, labels.device, class_weights, static.ignore_index)
+    sums = head_sums_forward(ops, static.spec, inner, head, labels, static.slab_elements)
+    if static.checks:
+        unknown_labels(sums.unknown, head.classes)
+    return sums, ()
+
+
+def _sums_backward(
+    ops: Algorithm,
+    static: Static,
+    own: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    labels, class_weights, weight, bias, *inner = tensors
+    head = ops.make_head(static.spec, weight, bias, labels.device, class_weights, static.ignore_index)
+    found = head_sums_backward(
+        ops, static.spec, inner, needed[4:], head, labels, Sums(*grads), static.slab_elements
+    )
+    return [None, None, *head_gradients(head, weight, bias), *found]
+
+
+def _segment_forward(
+    ops: Algorithm, static: Static, tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
+    weight, bias, *inner = tensors
+    head = ops.make_head(static.spec, weight, bias, inner[0].device)
+    return (head_segment(ops, static.spec, inner, head, static.slab_elements),), ()
+
+
+def _classes(spec: Spec, weight: Tensor | None) -> int:
+    return spec.shape[1] if weight is None else weight.shape[0]
+
+
+def _fake_sums(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> Sums:
+    labels, _, weight, *_ = tensors
+    return Sums.zeros(static.spec.shape[0], _classes(static.spec, weight), labels.device)
+
+
+def _fake_segment(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> list[Tensor]:
+    n, _, *size = static.spec.shape
+    dtype = label_dtype(_classes(static.spec, tensors[0]))
+    return [tensors[2].new_empty(n, *size, dtype=dtype)]
+
+
+_head_sums = Operator(
+    "head_sums", Static, _sums_forward, _sums_backward, _fake_sums, outputs=len(Sums._fields),
+    constants=COUNTS, zeros=True,
+)  # fmt: skip
+_segment = Operator("segment", Static, _segment_forward, None, _fake_segment)
+
+
+def head_sums_forward(
+    ops: Algorithm,
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    head: Head,
+    labels: Tensor,
+    slab_elements: int | None,
+) -> Sums:
+    """The sums of softmax(head(expression)) against labels (N, D, H, W)."""
+    n, d = spec.shape[0], spec.shape[2]
+    tensors = in_compute_type(spec, tensors)
+    sums = Sums.zeros(n, head.classes, tensors[0].device)
+    for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements, labels.device)):
+        head.add_sums(sums, sample, rows(ops, spec, tensors, sample, lo, hi), labels[sample, lo:hi])
+    return sums
+
+
+def head_sums_backward(
+    ops: Algorithm,
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    head: Head,
+    labels: Tensor,
+    grads: Sums,
+    slab_elements: int | None,
+) -> list[Tensor | None]:
+    """Gradients of the expression's tensors from those of the sums; the head's add up in `head`."""
+    pullback = Pullback(ops, spec, tensors, needed)
+    for sample, lo, hi in slabs(spec.shape[0], spec.shape[2], thickness(spec, slab_elements, labels.device)):
+        a = pullback.rows(sample, lo, hi)
+        g = head.pull(grads, sample, a, labels[sample, lo:hi])
+        del a
+        if pullback.any:
+            pullback.pull(g)
+        del g
+    return pullback.gradients()
+
+
+def head_gradients(
+    head: Head, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The head's gradients in the shapes and types of its parameters."""
+    w, b = head.grad_weight, head.grad_bias
+    return (
+        None if weight is None or w is None else w.view_as(weight).to(weight.dtype),
+        None if bias is None or b is None else b.to(bias.dtype),
+    )
+
+
+def label_dtype(classes: int) -> torch.dtype:
+    return torch.uint8 if classes <= 256 else torch.int16
+
+
+def head_segment(
+    ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], head: Head, slab_elements: int | None
+) -> Tensor:
+    """argmax over classes, (N, D, H, W) uint8, or int16 for more than 256 classes."""
+    n, _, d, h, w = spec.shape
+    tensors = in_compute_type(spec, tensors)
+    out = torch.empty(n, d, h, w, dtype=label_dtype(head.classes), device=tensors[0].device)
+    for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements, tensors[0].device)):
+        out[sample, lo:hi] = head.segment(rows(ops, spec, tensors, sample, lo, hi))
+    return out

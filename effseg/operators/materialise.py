@@ -1,43 +1,88 @@
-"""A deferred expression made into a stored tensor."""
+"""A deferred expression made into a stored tensor, slab by slab."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms import select
-from effseg.algorithms.sweeps.materialise import materialise_backward, materialise_forward
-from effseg.common.settings import Function
-from effseg.expressions.layers import Deferred
-from effseg.operators import compiled
-from effseg.operators.backward import backward as node_backward
+from effseg.algorithms.interface import CHANNELS_LAST, Algorithm
+from effseg.expressions.layers import Deferred, Spec, in_compute_type
+from effseg.expressions.slabs import rows_per_slab, slabs
+from effseg.operators.operator import Operator
+from effseg.operators.pullback import Pullback, rows
 
 
-class MaterialiseFunction(Function):
-    """y = the expression's value. Saved for backward: the expression's tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, spec, slab_elements, *tensors) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.ops = select(tensors[0].device, spec.dtype)
-        ctx.device_type = tensors[0].device.type
-        ctx.spec, ctx.slab_elements = spec, slab_elements
-        ctx.save_for_backward(*tensors)
-        return materialise_forward(ctx.ops, spec, tensors, slab_elements)
-
-    @staticmethod
-    @node_backward
-    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
-        grads = materialise_backward(
-            ctx.ops, ctx.spec, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, ctx.slab_elements
-        )
-        return None, None, *grads
+class Static(NamedTuple):
+    spec: Spec
+    slab_elements: int | None
 
 
 def materialise(x: Deferred, slab_elements: int | None = None) -> Tensor:
     """See `effseg.functional.materialise`."""
-    if torch.compiler.is_compiling():
-        return compiled.materialise(x, slab_elements)
-    with torch.autocast(x.device.type, enabled=False):
-        return MaterialiseFunction.apply(x.spec, slab_elements, *x.tensors)
+    return _operator(x.device, x.dtype, Static(x.spec, slab_elements), x.tensors)[0]
+
+
+def _forward(
+    ops: Algorithm, static: Static, tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
+    return (materialise_forward(ops, static.spec, tensors, static.slab_elements),), ()
+
+
+def pulled_back(
+    ops: Algorithm,
+    static: Static,
+    own: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    grads: tuple[Tensor],
+) -> list[Tensor | None]:
+    """The gradients of the expression's tensors, as an operator's `backward`."""
+    return materialise_backward(ops, static.spec, tensors, needed, grads[0], static.slab_elements)
+
+
+def _fake(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> list[Tensor]:
+    shape, dtype = static.spec.shape, static.spec.dtype
+    return [torch.empty(shape, dtype=dtype, device=tensors[0].device, memory_format=CHANNELS_LAST)]
+
+
+_operator = Operator("materialise", Static, _forward, pulled_back, _fake, zeros=True)
+
+
+def thickness(spec: Spec, slab_elements: int | None, device: torch.device) -> int:
+    _, c, d, h, w = spec.shape
+    return rows_per_slab(d, c * h * w, slab_elements, device)
+
+
+def materialise_forward(
+    ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], slab_elements: int | None
+) -> Tensor:
+    device = tensors[0].device
+    y = torch.empty(spec.shape, dtype=spec.dtype, device=device, memory_format=CHANNELS_LAST)
+    tensors = in_compute_type(spec, tensors)
+    for sample, lo, hi in slabs(
+        spec.shape[0], spec.shape[2], thickness(spec, slab_elements, tensors[0].device)
+    ):
+        y[sample : sample + 1, :, lo:hi] = rows(ops, spec, tensors, sample, lo, hi)
+    return y
+
+
+def materialise_backward(
+    ops: Algorithm,
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    grad: Tensor,
+    slab_elements: int | None,
+    memory: Tensor | None = None,
+) -> list[Tensor | None]:
+    """memory: grad, if it is nobody else's: see `Pullback`."""
+    pullback = Pullback(ops, spec, tensors, needed, memory)
+    for sample, lo, hi in slabs(
+        spec.shape[0], spec.shape[2], thickness(spec, slab_elements, tensors[0].device)
+    ):
+        pullback.rows(sample, lo, hi)
+        pullback.pull(grad[sample : sample + 1, :, lo:hi], read=hi)
+    return pullback.gradients()

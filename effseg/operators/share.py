@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms import select
-from effseg.algorithms.sweeps.materialise import materialise_backward
-from effseg.common.settings import Function
+from effseg.algorithms.interface import Algorithm
 from effseg.expressions.joins import Shared
 from effseg.expressions.layers import Deferred
-from effseg.operators.backward import backward as node_backward
-
-
-class ShareFunction(Function):
-    """A tensor of the expression's shape without memory, for gradients to come to; they are pulled back once.
-
-    Saved for backward: the expression's tensors.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, spec, slab_elements, *tensors) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.ops = select(tensors[0].device, spec.dtype)
-        ctx.device_type = tensors[0].device.type
-        ctx.spec, ctx.slab_elements = spec, slab_elements
-        ctx.save_for_backward(*tensors)
-        return torch.empty((), dtype=spec.dtype, device=tensors[0].device).expand(spec.shape)
-
-    @staticmethod
-    @node_backward
-    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
-        grads = materialise_backward(
-            ctx.ops, ctx.spec, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, ctx.slab_elements
-        )
-        return None, None, *grads
+from effseg.operators.materialise import Static, pulled_back
+from effseg.operators.operator import Operator
 
 
 def share(x: Deferred, slab_elements: int | None = None) -> Deferred:
@@ -44,7 +20,17 @@ def share(x: Deferred, slab_elements: int | None = None) -> Deferred:
     under torch.compile, x as it is."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return x
-    with torch.autocast(x.device.type, enabled=False):
-        standing = ShareFunction.apply(x.spec, slab_elements, *x.tensors)
+    standing = _operator(x.device, x.dtype, Static(x.spec, slab_elements), x.tensors)[0]
     tensors = (standing, *(t.detach() for t in x.tensors))
     return Deferred(Shared(x.shape, x.dtype, x.spec), tensors)
+
+
+def _forward(
+    ops: Algorithm, static: Static, tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
+    """A tensor of the expression's shape without memory, for gradients to come to; they are pulled back
+    once."""
+    return (torch.empty((), dtype=static.spec.dtype, device=tensors[0].device).expand(static.spec.shape),), ()
+
+
+_operator = Operator("share", Static, _forward, pulled_back, zeros=True)

@@ -2,60 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms import select
 from effseg.algorithms.interface import CHANNELS_LAST, Algorithm
-from effseg.algorithms.sweeps.conv3d import through_statistics
-from effseg.common.settings import Function
 from effseg.expressions.slabs import rows_per_slab, slabs
-from effseg.operators.backward import backward as node_backward
+from effseg.operators.conv3d import through_statistics
 from effseg.operators.moments import Moments
+from effseg.operators.operator import Operator
 
 
-class StatisticsFunction(Function):
-    """mean, var (N, C) of x. Saved for backward: x, and mean."""
-
-    @staticmethod
-    def forward(ctx: Any, x, slab_elements):  # type: ignore[no-untyped-def]
-        ctx.ops = select(x.device, x.dtype)
-        ctx.device_type, ctx.slab_elements = x.device.type, slab_elements
-        ctx.set_materialize_grads(False)
-        mean, var = _moments(ctx.ops, x, slab_elements)
-        ctx.save_for_backward(x, mean)
-        return mean, var
-
-    @staticmethod
-    @node_backward
-    def backward(ctx: Any, grad_mean, grad_var):  # type: ignore[no-untyped-def]
-        x, mean = ctx.saved_tensors
-        terms = through_statistics(x, mean, grad_mean, grad_var)
-        if terms is None:
-            return None, None
-        grad = torch.empty_like(x, memory_format=CHANNELS_LAST)
-        for sample, lo, hi in _slabs(x, ctx.slab_elements):
-            part = x[sample : sample + 1, :, lo:hi]
-            grad[sample : sample + 1, :, lo:hi] = ctx.ops.fold(None, part, *(t[sample] for t in terms))
-        return grad, None
-
-
-def _moments(ops: Algorithm, x: Tensor, slab_elements: int | None) -> tuple[Tensor, Tensor]:
-    moments = Moments(ops, x.shape[0], x.dtype)
-    for sample, lo, hi in _slabs(x, slab_elements):
-        part = x[sample : sample + 1, :, lo:hi]
-        moments.add(sample, part.contiguous(memory_format=CHANNELS_LAST))
-    return moments.merge()
-
-
-def _slabs(x: Tensor, slab_elements: int | None):  # type: ignore[no-untyped-def]
-    n, c, d, h, w = x.shape
-    return slabs(n, d, rows_per_slab(d, c * h * w, slab_elements, x.device))
+class Static(NamedTuple):
+    slab_elements: int | None
 
 
 def statistics(x: Tensor, slab_elements: int | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (N, C) of x (N, C, D, H, W) in the accumulation type, differentiable."""
-    with torch.autocast(x.device.type, enabled=False):
-        return StatisticsFunction.apply(x, slab_elements)
+    mean, var = _operator(x.device, x.dtype, Static(slab_elements), (x,))
+    return mean, var
+
+
+def _forward(
+    ops: Algorithm, static: Static, tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    (x,) = tensors
+    moments = Moments(ops, x.shape[0], x.dtype)
+    for sample, lo, hi in _slabs(x, static):
+        part = x[sample : sample + 1, :, lo:hi]
+        moments.add(sample, part.contiguous(memory_format=CHANNELS_LAST))
+    return moments.merge(), ()
+
+
+def _backward(
+    ops: Algorithm,
+    static: Static,
+    own: tuple[Tensor],
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    grads: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor | None]:
+    (mean,), (x,) = own, tensors
+    terms = through_statistics(x, mean, *grads)
+    if terms is None:
+        return (None,)
+    grad = torch.empty_like(x, memory_format=CHANNELS_LAST)
+    for sample, lo, hi in _slabs(x, static):
+        part = x[sample : sample + 1, :, lo:hi]
+        grad[sample : sample + 1, :, lo:hi] = ops.fold(None, part, *(t[sample] for t in terms))
+    return (grad,)
+
+
+def _slabs(x: Tensor, static: Static) -> Iterator[tuple[int, int, int]]:
+    n, c, d, h, w = x.shape
+    return slabs(n, d, rows_per_slab(d, c * h * w, static.slab_elements, x.device))
+
+
+_operator = Operator(
+    "statistics", Static, _forward, _backward, outputs=2, own=lambda outputs, _: (outputs[0],)
+)

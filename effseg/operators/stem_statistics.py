@@ -1,52 +1,123 @@
-"""Statistics of a convolution whose output is never stored."""
+"""Statistics of a convolution whose output is not stored, with a gradient that needs no second sweep.
+
+With y = conv(x, w) over M voxels, patch p_v (Ci * taps numbers) at voxel v and y_c = w_c . p:
+
+    d mean_c / d w_c = P / M,                 P   = sum_v p_v
+    d var_c / d w_c  = 2 (Q_c - mean_c P) / M, Q_c = sum_v y_c(v) p_v
+
+P and Q are a wgrad with y and 1 as the output gradient, so the forward sweep collects them.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms import select
-from effseg.algorithms.sweeps.stem_statistics import stem_statistics_backward, stem_statistics_forward
-from effseg.common.settings import Function
-from effseg.expressions.slabs import Window
-from effseg.operators import compiled
-from effseg.operators.backward import backward as node_backward
+from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, accumulation_dtype
+from effseg.expressions.slabs import Window, rows_per_slab, slabs
+from effseg.operators.moments import Moments
+from effseg.operators.operator import Operator
 
 
-class StemStatisticsFunction(Function):
-    """mean, var of conv(image, weight), differentiable in the weight.
-
-    Saved for backward: taps + taps * C numbers per sample (float64), so that backward sweeps nothing. The
-    image gets no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, image, weight, window, dtype, slab_elements) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        mean, var, p, q = stem_statistics_forward(
-            select(image.device, dtype), image, weight, window, dtype, slab_elements
-        )
-        ctx.device_type = image.device.type
-        ctx.save_for_backward(p, q)
-        d, h, w = image.shape[2:]
-        ctx.voxels, ctx.dtype = math.prod(window.output_size((d, h, w))), weight.dtype
-        return mean, var
-
-    @staticmethod
-    @node_backward
-    def backward(ctx: Any, grad_mean, grad_var):  # type: ignore[no-untyped-def]
-        p, q = ctx.saved_tensors
-        grad = stem_statistics_backward(p, q, grad_mean, grad_var, ctx.voxels, ctx.dtype)
-        return None, grad, None, None, None
+class Static(NamedTuple):
+    window: Window
+    dtype: torch.dtype
+    slab_elements: int | None
 
 
 def stem_statistics(
     image: Tensor, weight: Tensor, window: Window, dtype: torch.dtype, slab_elements: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `effseg.functional.stem_statistics`."""
-    if torch.compiler.is_compiling():
-        return compiled.stem_statistics(image, weight, window, dtype, slab_elements)
-    with torch.autocast(image.device.type, enabled=False):
-        return StemStatisticsFunction.apply(image, weight, window, dtype, slab_elements)
+    mean, var = _operator(image.device, dtype, Static(window, dtype, slab_elements), (image, weight))
+    return mean, var
+
+
+def _forward(
+    ops: Algorithm, static: Static, tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """mean and var; P and Q, (C + 1) * Ci * taps numbers a sample, so that backward sweeps nothing."""
+    image, weight = tensors
+    mean, var, p, q = stem_statistics_forward(ops, image, weight, *static)
+    return (mean, var), (p.clone(memory_format=torch.contiguous_format), q)  # p is part of a tensor
+
+
+def _backward(
+    ops: Algorithm,
+    static: Static,
+    own: tuple[Tensor, Tensor],
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    grads: tuple[Tensor, Tensor],
+) -> tuple[None, Tensor]:
+    """The image gets no gradient."""
+    (p, q), (image, weight) = own, tensors
+    d, h, w = image.shape[2:]
+    voxels = math.prod(static.window.output_size((d, h, w)))
+    return None, stem_statistics_backward(p, q, *grads, voxels, weight.dtype)
+
+
+def _fake(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> list[Tensor]:
+    image, weight = tensors
+    n, (co, *taps) = image.shape[0], weight.shape
+    mean, var = (weight.new_empty(n, co, dtype=accumulation_dtype(static.dtype)) for _ in range(2))
+    return [mean, var, *(weight.new_empty(n, c, *taps, dtype=torch.float64) for c in (1, co))]
+
+
+_operator = Operator("stem_statistics", Static, _forward, _backward, _fake, outputs=2, zeros=True)
+
+
+def stem_statistics_forward(
+    ops: Algorithm,
+    image: Tensor,
+    weight: Tensor,
+    window: Window,
+    dtype: torch.dtype,
+    slab_elements: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean, variance (N, C) of conv(image, weight) as stored in `dtype`, and float64 P (N, 1, Ci, k, k, k)
+    and centred Q - mean P (N, C, Ci, k, k, k)."""
+    n, _, *size = image.shape
+    d, h, w = size
+    channels, accumulate = weight.shape[0], accumulation_dtype(dtype)
+    out = window.output_size((d, h, w))
+    low = weight.to(dtype, memory_format=CHANNELS_LAST)
+    shaped = weight.new_empty(channels + 1, *weight.shape[1:], dtype=accumulate)
+    moments, sums = Moments(ops, n, dtype), [torch.zeros(0)] * n
+    # Centring on the first slab's mean keeps Q small; the rest of the way to the mean is made at the end.
+    reference = [torch.zeros(0)] * n
+    rows_of_slab = rows_per_slab(out[0], channels * out[1] * out[2], slab_elements, image.device)
+    for sample, lo, hi in slabs(n, out[0], rows_of_slab):
+        first, last, pad = window.input_rows(lo, hi, d)
+        x = image[sample : sample + 1, :, first:last].to(dtype)
+        y = ops.convolution(x, low, None, window, pad)
+        moments.add(sample, y)
+        if lo == 0:
+            reference[sample] = ops.mean_var(y)[0]
+            sums[sample] = torch.zeros_like(shaped, dtype=torch.float64)
+        grads = torch.empty(
+            (1, channels + 1, *y.shape[2:]), dtype=accumulate, device=y.device, memory_format=CHANNELS_LAST
+        )
+        torch.sub(y, reference[sample][:, None, None, None], out=grads[:, :channels])
+        grads[:, channels:].fill_(1)
+        _, part = ops.convolution_backward(grads, x.to(accumulate), shaped, window, pad, False, True)
+        assert part is not None
+        sums[sample] += part
+        del x, y, grads
+    mean, var = moments.merge()
+    total = torch.stack(sums)
+    p, q = total[:, channels:], total[:, :channels]
+    q = q + (torch.stack(reference).double() - mean.double())[..., None, None, None, None] * p
+    return mean, var, p, q
+
+
+def stem_statistics_backward(
+    p: Tensor, q: Tensor, grad_mean: Tensor, grad_var: Tensor, voxels: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight's gradient, in its type."""
+    mean, var = (g.double()[..., None, None, None, None] for g in (grad_mean, grad_var))
+    return ((mean * p + 2 * var * q) / voxels).sum(0).to(dtype)

@@ -1,79 +1,83 @@
-"""The last layer, the head and the sums of the loss in one node that stores no feature map."""
+"""The last layer and the head in one: convolution, normalisation, activation, 1x1x1 head, loss sums.
+
+Nothing of the layer is stored, so its output is made again in every sweep:
+
+    F3  mean and variance of the convolution
+    F4  the sums of the loss
+    B1  S0 = sum dz and S1 = sum dz (y - mean), the gradients of beta and scale
+    B2  with them, the gradient of y voxel by voxel, and from it everything else
+
+with dz the gradient at the normalised output. F3 and F4 are forward, B1 and B2 backward. Where there are
+few classes F4 collects what B1 would (`effseg.operators.norm_sums`), and B1 is not run.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms import select
-from effseg.algorithms.interface import Sums
-from effseg.algorithms.sweeps.head import head_gradients
-from effseg.algorithms.sweeps.tail import Layer, tail_sums_backward, tail_sums_forward
-from effseg.algorithms.sweeps.tail import layer_statistics as sweep_statistics
-from effseg.common.settings import Function
-from effseg.expressions.layers import Deferred
-from effseg.expressions.slabs import Window
-from effseg.operators import compiled
-from effseg.operators.backward import backward as node_backward
+from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, Head, Sums, accumulation_dtype
+from effseg.common.device import make_room
+from effseg.expressions.layers import Deferred, Normalisation, Spec, in_compute_type
+from effseg.expressions.slabs import Window, slabs
+from effseg.operators.checks import unknown_labels
+from effseg.operators.conv3d import thickness
+from effseg.operators.head import COUNTS, head_gradients
+from effseg.operators.moments import Moments
 from effseg.operators.norm_backward import NormBackward
-from effseg.operators.normalisation import Norm, merging, terms
+from effseg.operators.norm_sums import NormSums, terms_from_sums
+from effseg.operators.normalisation import Merging, Norm, Running, merging, terms
+from effseg.operators.operator import Operator
+from effseg.operators.pullback import Pullback, added, rows
+
+# How many tensors of a slab the sweeps F4 and B2 hold at a time, about.
+FORWARD_SLABS, BACKWARD_SLABS = 4, 7
 
 
-class TailSumsFunction(Function):
-    """The sums of Dice and cross-entropy over softmax(head(leaky_relu(norm(conv(expression))))).
+class Static(NamedTuple):
+    """checks: see `effseg.operators.head.Static`."""
 
-    Saved for backward: the expression's tensors, the parameters, the labels as given, mean and variance
-    (N, C). Neither the convolution's output nor its gradient exists but for a slab.
-    """
+    spec: Spec
+    window: Window
+    slope: float
+    slab_elements: int | None
+    how: Merging
+    ignore_index: int | None
+    checks: bool
 
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, spec, window, slope, how, running, slab_elements, ignore_index, labels, class_weights,
-        weight, gamma, beta, head_weight, head_bias, *tensors,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.ops = select(labels.device, spec.dtype)
-        ctx.device_type = labels.device.type
-        ctx.arguments = spec, window, slope, slab_elements, ignore_index
-        ctx.norm = how, running
-        layer = Layer(ctx.ops, spec, tensors, weight, window, slope, slab_elements)
-        head = ctx.ops.make_head(layer, head_weight, head_bias, labels.device, class_weights, ignore_index)
-        layer.make_room(head)
-        mean, var = sweep_statistics(layer)
-        sums, collected = tail_sums_forward(layer, terms(how, running, mean, var, gamma, beta), head, labels)
-        ctx.save_for_backward(
-            labels, class_weights, weight, gamma, beta, head_weight, head_bias, mean, var, collected, *tensors
-        )  # fmt: skip
-        ctx.mark_non_differentiable(sums.voxels, sums.unknown, mean, var)
-        return (*sums, mean, var)
 
-    @staticmethod
-    @node_backward
-    def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
-        labels, class_weights, weight, gamma, beta, head_weight, head_bias, mean, var, collected, *tensors = (
-            ctx.saved_tensors
-        )
-        spec, window, slope, slab_elements, ignore_index = ctx.arguments
-        layer = Layer(ctx.ops, spec, tensors, weight, window, slope, slab_elements)
-        head = ctx.ops.make_head(layer, head_weight, head_bias, labels.device, class_weights, ignore_index)
-        how, running = ctx.norm
-        norm = NormBackward(how, running, mean, var, gamma, beta)
-        grad_weight, grad_tensors = tail_sums_backward(
-            layer,
-            ctx.needs_input_grad[14:],
-            mean,
-            norm.terms,
-            norm,
-            head,
-            labels,
-            Sums(*grads[:6]),
-            collected,
-        )
-        return (
-            *[None] * 9, grad_weight, norm.grad_gamma, norm.grad_beta,
-            *head_gradients(head, head_weight, head_bias), *grad_tensors,
-        )  # fmt: skip
+class LayerStatic(NamedTuple):
+    spec: Spec
+    window: Window
+    slab_elements: int | None
+
+
+class Parameters(NamedTuple):
+    """What the operator takes besides the expression's tensors."""
+
+    labels: Tensor
+    class_weights: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    head_weight: Tensor
+    head_bias: Tensor | None
+
+    @property
+    def running(self) -> Running:
+        if self.running_mean is None or self.running_var is None:
+            return None
+        return self.running_mean, self.running_var
+
+
+COUNT = len(Parameters._fields)
 
 
 def tail_sums(
@@ -89,20 +93,27 @@ def tail_sums(
     ignore_index: int | None = None,
     slab_elements: int | None = None,
 ) -> tuple[Sums, Tensor, Tensor]:
-    """`Sums` against labels (N, D, H, W), and mean and biased variance (N, C) of the convolution, for
-    running statistics."""
+    """`Sums` of softmax(head(leaky_relu(norm(conv(x))))) against labels (N, D, H, W), and mean and biased
+    variance (N, C) of the convolution, for running statistics.
+
+    Kept for backward besides the arguments: mean and variance, and what stands in for sweep B1. Neither the
+    convolution's output nor its gradient exists but for a slab.
+    """
     how, running = merging(norm)
-    if torch.compiler.is_compiling():
-        return compiled.tail_sums(
-            x, weight, window, slope, how, running, norm.weight, norm.bias, head_weight, head_bias, labels,
-            class_weights, ignore_index, slab_elements,
-        )  # fmt: skip
-    with torch.autocast(x.device.type, enabled=False):
-        *sums, mean, var = TailSumsFunction.apply(
-            x.spec, window, slope, how, running, slab_elements, ignore_index, labels, class_weights,
-            weight, norm.weight, norm.bias, head_weight, head_bias, *x.tensors,
-        )  # fmt: skip
-        return Sums(*sums), mean, var
+    given = Parameters(
+        labels,
+        class_weights,
+        *(running or (None, None)),
+        weight,
+        norm.weight,
+        norm.bias,
+        head_weight,
+        head_bias,
+    )
+    compiles = torch.compiler.is_compiling()
+    static = Static(x.spec, window, slope, slab_elements, how, ignore_index, compiles)
+    *sums, mean, var = _tail_sums(labels.device, x.dtype, static, (*given, *x.tensors))
+    return Sums(*sums), mean, var
 
 
 @torch.no_grad()
@@ -110,8 +121,262 @@ def layer_statistics(
     x: Deferred, weight: Tensor, window: Window, slab_elements: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (N, C) of conv(x, weight), which is not stored; without a gradient."""
-    if torch.compiler.is_compiling():
-        return compiled.layer_statistics(x, weight, window, slab_elements)
-    with torch.autocast(x.device.type, enabled=False):
-        ops = select(x.device, x.dtype)
-        return sweep_statistics(Layer(ops, x.spec, x.tensors, weight, window, 1.0, slab_elements))
+    static = LayerStatic(x.spec, window, slab_elements)
+    mean, var = _layer_statistics(x.device, x.dtype, static, (weight, *x.tensors))
+    return mean, var
+
+
+def _made(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> tuple[Parameters, Layer, Head]:
+    given, inner = Parameters(*tensors[:COUNT]), tensors[COUNT:]
+    layer = Layer(ops, static.spec, inner, given.weight, static.window, static.slope, static.slab_elements)
+    head = ops.make_head(
+        layer, given.head_weight, given.head_bias, given.labels.device, given.class_weights,
+        static.ignore_index,
+    )  # fmt: skip
+    return given, layer, head
+
+
+def _forward(
+    ops: Algorithm, static: Static, tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    given, layer, head = _made(ops, static, tensors)
+    layer.make_room(head)
+    mean, var = sweep_statistics(layer)
+    norm = terms(static.how, given.running, mean, var, given.gamma, given.beta)
+    sums, collected = tail_sums_forward(layer, norm, head, given.labels)
+    if static.checks:
+        unknown_labels(sums.unknown, head.classes)
+    return (*sums, mean, var), () if collected is None else (collected,)
+
+
+def _own(outputs: Sequence[Tensor], besides: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    *_, mean, var = outputs
+    return mean, var, besides[0] if besides else None
+
+
+def _backward(
+    ops: Algorithm,
+    static: Static,
+    own: tuple[Tensor, Tensor, Tensor | None],
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    mean, var, collected = own
+    given, layer, head = _made(ops, static, tensors)
+    norm = NormBackward(static.how, given.running, mean, var, given.gamma, given.beta)
+    *sums, _, _ = grads
+    grad_weight, found = tail_sums_backward(
+        layer, needed[COUNT:], mean, norm.terms, norm, head, given.labels, Sums(*sums), collected
+    )
+    head_weight, head_bias = head_gradients(head, given.head_weight, given.head_bias)
+    own_grads = Parameters(
+        None,
+        None,
+        None,
+        None,
+        grad_weight,
+        norm.grad_gamma,
+        norm.grad_beta,
+        head_weight,
+        head_bias,  # type: ignore[arg-type]
+    )
+    return [*own_grads, *found]
+
+
+def _fake(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> list[Tensor]:
+    given, layer, head = _made(ops, static, tensors)
+    n, c, *_ = layer.shape
+    sums = Sums.zeros(n, head.classes, given.labels.device)
+    moments = [given.weight.new_empty(n, c, dtype=accumulation_dtype(layer.dtype)) for _ in range(2)]
+    return [*sums, *moments, *([NormSums(n, head).total] if collects(layer, head) else [])]
+
+
+def _statistics_forward(
+    ops: Algorithm, static: LayerStatic, tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    weight, *inner = tensors
+    layer = Layer(ops, static.spec, inner, weight, static.window, 1.0, static.slab_elements)
+    return sweep_statistics(layer), ()
+
+
+def _fake_statistics(ops: Algorithm, static: LayerStatic, tensors: Sequence[Tensor]) -> list[Tensor]:
+    shape, dtype = (static.spec.shape[0], tensors[0].shape[0]), accumulation_dtype(static.spec.dtype)
+    return [tensors[0].new_empty(shape, dtype=dtype) for _ in range(2)]
+
+
+_SUMS = len(Sums._fields)
+_tail_sums = Operator(
+    "tail_sums", Static, _forward, _backward, _fake, outputs=_SUMS + 2, constants=(*COUNTS, _SUMS, _SUMS + 1),
+    own=_own, zeros=True,
+)  # fmt: skip
+_layer_statistics = Operator(
+    "layer_statistics", LayerStatic, _statistics_forward, None, _fake_statistics, outputs=2
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """leaky_relu(norm(conv(expression, weight)), slope), its convolution in the expression's type."""
+
+    ops: Algorithm
+    spec: Spec
+    tensors: Sequence[Tensor]
+    weight: Tensor
+    window: Window
+    slope: float
+    slab_elements: int | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        d, h, w = self.spec.shape[2:]
+        return (self.spec.shape[0], self.weight.shape[0], *self.window.output_size((d, h, w)))
+
+    @cached_property
+    def low(self) -> Tensor:
+        return self.weight.detach().to(self.dtype, memory_format=CHANNELS_LAST)
+
+    @cached_property
+    def in_compute_type(self) -> list[Tensor]:
+        return in_compute_type(self.spec, self.tensors)
+
+    def slabs(self) -> Iterator[tuple[int, int, int]]:
+        return slabs(self.shape[0], self.shape[2], self._thickness())
+
+    def make_room(self, head: Head) -> None:
+        """For the slabs of all sweeps, and for the gradient of the largest tensor on a coarser grid: the
+        forward sweeps can use that, too."""
+        tensors = (t for t in self.tensors if t.dim() == 5 and t.shape[2:] != self.spec.shape[2:])
+        gradient = max((t.untyped_storage().nbytes() for t in tensors), default=0)
+        _, c, _, h, w = self.shape
+        voxels = self._thickness() * h * w
+        slab = c * voxels * self.dtype.itemsize
+        forward = FORWARD_SLABS * slab
+        if collects(self, head):
+            forward += NormSums.nbytes(self.weight, head.classes, voxels)
+        make_room(self.weight.device, gradient, max(BACKWARD_SLABS * slab, forward - gradient))
+
+    def _thickness(self) -> int:
+        return thickness(self.spec, self.shape, self.window, self.slab_elements, self.weight.device)
+
+    def input_rows(self, lo: int, hi: int) -> tuple[int, int, tuple[int, int]]:
+        """Rows of the expression that rows [lo, hi) read, and the rows of zeros before and after them."""
+        return self.window.input_rows(lo, hi, self.spec.shape[2])
+
+    def raw(self, sample: int, lo: int, hi: int) -> Tensor:
+        """Rows of the convolution's output."""
+        first, last, pad = self.input_rows(lo, hi)
+        a = rows(self.ops, self.spec, self.in_compute_type, sample, first, last)
+        return self.ops.convolution(a, self.low, None, self.window, pad)
+
+    def activated(self, y: Tensor, sample: int, norm: Normalisation) -> Tensor:
+        mean, scale, beta = (t[sample : sample + 1] for t in norm)
+        with torch.no_grad():
+            return self.ops.norm_act(y, mean, scale, beta, self.slope)
+
+
+def sweep_statistics(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Sweep F3: mean and biased variance (N, C)."""
+    moments = Moments(layer.ops, layer.shape[0], layer.dtype)
+    for sample, lo, hi in layer.slabs():
+        moments.add(sample, layer.raw(sample, lo, hi))
+    return moments.merge()
+
+
+def collects(layer: Layer, head: Head) -> bool:
+    """Whether sweep F4 collects what B1 would."""
+    return head.shows_probabilities and NormSums.pays(layer.weight, head.classes)
+
+
+def tail_sums_forward(
+    layer: Layer, norm: Normalisation, head: Head, labels: Tensor
+) -> tuple[Sums, Tensor | None]:
+    """Sweep F4: the sums, and what stands in for sweep B1 where that is cheaper, (N, 3, K, 4, C)."""
+    sums = Sums.zeros(layer.shape[0], head.classes, labels.device)
+    collected = NormSums(layer.shape[0], head) if collects(layer, head) else None
+    for sample, lo, hi in layer.slabs():
+        y = layer.raw(sample, lo, hi)
+        z = layer.activated(y, sample, norm)
+        also = None if collected is None else collected.slab(sample, y, z, norm.mean[sample], layer.slope)
+        head.add_sums(sums, sample, z, labels[sample, lo:hi], also)
+    return sums, None if collected is None else collected.total
+
+
+def tail_sums_backward(
+    layer: Layer,
+    needed: Sequence[bool],
+    mean: Tensor,
+    norm: Normalisation,
+    norm_backward: Callable[[Normalisation], tuple[Tensor | None, Tensor | None]],
+    head: Head,
+    labels: Tensor,
+    grads: Sums,
+    collected: Tensor | None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of the layer's weight and of the expression's tensors; the head's add up in `head`.
+
+    mean: of the convolution, (N, C); norm_backward takes the gradients of (mean, scale, beta) and gives
+    those of the convolution's mean and variance (it also takes care of the norm's weight and bias);
+    collected: as given by the forward sweep.
+    """
+    if collected is None:
+        scale, beta = _sweep_terms(layer, norm, head, labels, grads)
+    else:
+        scale, beta = terms_from_sums(collected, head, grads)
+    scale, beta = scale.to(mean.dtype), beta.to(mean.dtype)
+    grad_mean, grad_var = norm_backward(Normalisation(-norm.scale * beta, scale, beta))
+    ops, spec, window = layer.ops, layer.spec, layer.window
+    voxels = layer.shape[2] * layer.shape[3] * layer.shape[4]
+    low = layer.low
+    grad_weight = None
+    pullback = Pullback(ops, spec, layer.tensors, needed)
+    for sample, lo, hi in layer.slabs():
+        first, last, pad = layer.input_rows(lo, hi)
+        a = pullback.rows(sample, first, last)
+        with torch.no_grad():
+            y = ops.convolution(a, low, None, window, pad)
+        z = layer.activated(y, sample, norm)
+        grad = head.pull(grads, sample, z, labels[sample, lo:hi])
+        one = slice(sample, sample + 1)
+        grad_y = ops.norm_act_backward(
+            grad, y, z, norm.mean[one], norm.scale[one], layer.slope, need_dy=True
+        ).dy
+        del z, grad
+        if grad_mean is not None and grad_var is not None:
+            scale, shift = grad_var[sample] * (2 / voxels), grad_mean[sample] / voxels
+            grad_y = ops.fold(grad_y, y, mean[sample], scale, shift)
+        assert grad_y is not None
+        del y
+        grad_a, grad_w = ops.convolution_backward(grad_y, a, low, window, pad, pullback.any, True)
+        assert grad_w is not None
+        grad_weight = added(grad_weight, grad_w, mean.dtype)
+        del a, grad_y, grad_w
+        if grad_a is not None:
+            pullback.pull(grad_a)
+        del grad_a
+    assert grad_weight is not None
+    return grad_weight.to(layer.weight.dtype), pullback.gradients()
+
+
+def _sweep_terms(
+    layer: Layer, norm: Normalisation, head: Head, labels: Tensor, grads: Sums
+) -> tuple[Tensor, Tensor]:
+    """Sweep B1: gradients of scale and beta, float64."""
+    scale, beta = (torch.zeros_like(norm.mean, dtype=torch.float64) for _ in range(2))
+    for sample, lo, hi in layer.slabs():
+        one = slice(sample, sample + 1)
+        y = layer.raw(sample, lo, hi)
+        z = layer.activated(y, sample, norm)
+        grad = head.pull(grads, sample, z, labels[sample, lo:hi], parameters=False)
+        found = layer.ops.norm_act_backward(
+            grad, y, z, norm.mean[one], norm.scale[one], layer.slope, need_terms=True
+        )
+        assert found.dscale is not None
+        assert found.dbeta is not None
+        scale[one].add_(found.dscale)
+        beta[one].add_(found.dbeta)
+    return scale, beta

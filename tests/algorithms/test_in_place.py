@@ -8,8 +8,8 @@ import torch
 from effseg import algorithm
 from effseg.algorithms import select
 from effseg.algorithms.interface import CHANNELS_LAST
-from effseg.algorithms.sweeps.conv3d import conv3d_backward
-from effseg.algorithms.sweeps.materialise import materialise_backward
+from effseg.operators.conv3d import conv3d_backward
+from effseg.operators.materialise import materialise_backward
 from effseg.expressions.layers import Normalisation, plain, raw, residual
 from effseg.expressions.slabs import Window
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from effseg.algorithms.sweeps import conv3d, tail
+from effseg.operators import conv3d, tail
 from effseg.common import device
 from effseg.conversion import convert
 from effseg.memory import peak_training_memory

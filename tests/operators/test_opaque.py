@@ -6,8 +6,8 @@ import torch
 from effseg.algorithms.interface import CHANNELS_LAST
 from effseg.expressions.layers import Conv, Plain, Raw, Residual, UpAdd
 from effseg.expressions.slabs import Window
-from effseg.operators.compiled.encoding import decode, encode
-from effseg.operators.compiled.operator import gradients
+from effseg.operators.encoding import decode, encode
+from effseg.operators.opaque import gradients
 from effseg.operators.normalisation import Merging
 
 WINDOW = Window((1, 3, 3), (1, 2, 1))
@@ -66,18 +66,20 @@ def cases():
     terms = [randn(1, 3) for _ in range(3)]
     raw = Raw(tuple(y.shape), y.dtype, 0.1)
     return {
-        "conv3d": (*encode("aten", PLAIN, WINDOW, True, 50), weight, randn(3), [x]),
-        "materialise": (*encode("aten", raw, 50), [y, *terms]),
-        "stem_statistics": (*encode("aten", WINDOW, x.dtype, 50), x.detach(), weight),
+        "conv3d": (*encode("aten", (True,) * 3, PLAIN, WINDOW, True, 50), [weight, randn(3), x]),
+        "materialise": (*encode("aten", (True,) * 4, raw, 50), [y, *terms]),
+        "stem_statistics": (*encode("aten", (True, True), WINDOW, x.dtype, 50), [x.detach(), weight]),
         "head_sums": (
-            *encode("aten", raw, None, None), labels, torch.rand(4), head, bias, [y, *terms],
+            *encode("aten", (True,) * 8, raw, None, None, True), [labels, torch.rand(4), head, bias, y, *terms],
         ),
         "tail_sums": (
-            *encode("aten", PLAIN, Window((1, 3, 3)), 0.1, Merging(1e-5), None, 9), labels, None, [], weight,
-            randn(3), randn(3), head, bias, [x],
+            *encode(
+                "aten", (True, *[False] * 3, *[True] * 6), PLAIN, Window((1, 3, 3)), 0.1, None, Merging(1e-5), 9, True
+            ),
+            [labels, weight, randn(3), randn(3), head, bias, x],
         ),
-        "segment": (*encode("aten", raw, None), head, bias, [y, *terms]),
-        "layer_statistics": (*encode("aten", PLAIN, WINDOW, None), weight.detach(), [x.detach()]),
+        "segment": (*encode("aten", (True,) * 6, raw, None), [head, bias, y, *terms]),
+        "layer_statistics": (*encode("aten", (True, True), PLAIN, WINDOW, None), [weight.detach(), x.detach()]),
     }  # fmt: skip
 
 

@@ -1,15 +1,19 @@
-"""What every opaque operator has in common."""
+"""Operators that torch.compile does not look into: one for a forward pass, one for its backward.
+
+What is no tensor reaches them as text and numbers (`effseg.operators.encoding`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 C = torch._C
 # A custom operator runs below autograd, where no graph is recorded. Sweeps pull gradients back through a
 # graph of each slab, so these keys are put back.
@@ -30,24 +34,20 @@ def _as_in_a_node(device_type: str) -> Iterator[None]:
         yield
 
 
-def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Registers effseg::`schema`, whose outputs `fake` allocates; gives what `register_autograd` is on."""
+def registered(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The custom operator effseg::`schema`, whose first arguments are a text and numbers and whose outputs
+    `fake` allocates."""
     name, _, signature = schema.partition("(")
 
-    def register(run: Callable[..., Any]) -> Any:
-        @wraps(run)
-        def kernel(text: str, numbers: list[int], *arguments: Any) -> Any:
-            flat = [t for a in arguments for t in (a if isinstance(a, Sequence) else (a,))]
-            with _as_in_a_node(next(t.device.type for t in flat if isinstance(t, Tensor))):
-                return run(text, numbers, *arguments)
+    @wraps(run)
+    def kernel(text: str, numbers: list[int], *arguments: Any) -> Any:
+        flat = [t for a in arguments for t in (a if isinstance(a, Sequence) else (a,))]
+        with _as_in_a_node(next(t.device.type for t in flat if isinstance(t, Tensor))):
+            return run(text, numbers, *arguments)
 
-        made: Any = torch.library.custom_op(
-            f"effseg::{name}", kernel, mutates_args=(), schema=f"({signature}"
-        )
-        made.register_fake(fake)
-        return made
-
-    return register
+    made: Any = torch.library.custom_op(f"effseg::{name}", kernel, mutates_args=(), schema=f"({signature}")
+    made.register_fake(fake)
+    return made
 
 
 def gradients(
@@ -76,10 +76,10 @@ def fake_gradients(of: Sequence[Tensor | None], needed: Sequence[bool]) -> list[
     return [torch.empty_like(t) for t, need in zip(of, needed, strict=True) if need and t is not None]
 
 
-def spread(given: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
-    """What `gradients` gave, None elsewhere."""
+def spread(given: Sequence[T], there: Sequence[bool]) -> list[T | None]:
+    """Each in its place, None elsewhere."""
     rest = iter(given)
-    return [next(rest) if need else None for need in needed]
+    return [next(rest) if is_there else None for is_there in there]
 
 
 def _same_layout(grad: Tensor, like: Tensor) -> bool:
