@@ -92,7 +92,8 @@ def _text(found: Record) -> str:
 
     from effseg.benchmarking import tabulation
 
-    console = Console(file=io.StringIO(), width=160)
+    page = io.StringIO()
+    console = Console(file=page, width=160)
     for table in tabulation.of_run(found):
         console.print(table.rich())
-    return "\n".join([console.file.getvalue(), *tabulation.skipped(found)])
+    return "\n".join([page.getvalue(), *tabulation.skipped(found)])

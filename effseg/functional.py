@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from effseg import operators
 from effseg.algorithms.interface import Sums
-from effseg.expressions.layers import Deferred, Normalisation, convolved, plain, raw, residual, upsample_add
+from effseg.expressions.base import Deferred, Normalisation
+from effseg.expressions.layers import convolved, plain, raw, residual, upsample_add
 from effseg.losses import LossOptions
 from effseg.operators import checks
 from effseg.operators.checks import convolution_window

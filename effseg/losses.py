@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from effseg.errors import InputError
 
@@ -106,14 +107,14 @@ def dice_cross_entropy(
     Nature Methods 2021). Logits of a converted network (`effseg.convert`) are never made. Raises InputError
     where shapes or dtypes do not fit.
     """
-    from effseg.conversion.lazy import LazyTensor
-
-    if isinstance(logits, LazyTensor) and logits.has_head:
-        options = LossOptions(
-            class_weights, ignore_index, include_background, batch_dice, label_smoothing, dice_weight,
-            ce_weight, smooth, process_group,
+    if has_torch_function_unary(logits):  # a subclass of Tensor, which may know a better way
+        found: torch.Tensor = handle_torch_function(
+            dice_cross_entropy, (logits,), logits, labels, class_weights=class_weights,
+            ignore_index=ignore_index, include_background=include_background, batch_dice=batch_dice,
+            label_smoothing=label_smoothing, dice_weight=dice_weight, ce_weight=ce_weight, smooth=smooth,
+            process_group=process_group,
         )  # fmt: skip
-        return logits.segmentation_loss(labels, options)
+        return found
     _check(logits, labels, class_weights)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from effseg import functional, operators
 from effseg.common.settings import Captured, Repeated
-from effseg.expressions.layers import Deferred, Normalisation, convolved, plain, raw, residual
+from effseg.expressions.base import Deferred, Normalisation
+from effseg.expressions.layers import convolved, plain, raw, residual
 from effseg.operators.normalisation import frozen_running_statistics, make_norm, normalisation
 
 SLOPE = 0.01
@@ -149,7 +150,17 @@ def recomputed(
     units = (enter, block.unit, block.last)
     for unit in units:
         unit._refuse_hooks()
-    return operators.level(x, units, block.negative_slope, slab_elements)
+    slopes = (enter.negative_slope, block.unit.negative_slope, block.negative_slope)
+    windows = [functional.convolution_window(u.conv.kernel_size, u.conv.stride) for u in units]
+    described = [
+        Unit(window, *merging(unit.norm), slope)
+        for window, unit, slope in zip(windows, units, slopes, strict=True)
+    ]
+    parameters = [Parameters(unit.conv.weight, unit.norm.weight, unit.norm.bias) for unit in units]
+    value, statistics = operators.level(x, described, parameters, slab_elements)
+    for unit, found in zip(units, statistics, strict=True):
+        track(unit.norm, *found, math.prod(value.shape[2:]))
+    return value
 
 
 @contextmanager

@@ -15,12 +15,12 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from effseg.common.formats import CHANNELS_LAST
 from effseg.common.settings import Setting
 from effseg.kernels import device as gpus
 from effseg.kernels.config import DTYPES as DTYPE_NAMES
 from effseg.kernels.config import INTERPRETER, Problem
 
-CHANNELS_LAST = torch.channels_last_3d
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = dict(zip(DTYPES, DTYPE_NAMES, strict=True))
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from tolerances import assert_as_rounded, assert_no_worse_than_torch, rounding_noise
 
 from effseg import functional
-from effseg.expressions.layers import Normalisation
+from effseg.expressions.base import Normalisation
 
 
 def leaf(*shape, dtype=torch.float64):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tolerances import assert_exact, relative_error
 
 from effseg import functional
-from effseg.expressions.layers import Normalisation
+from effseg.expressions.base import Normalisation
 
 EPS = 1e-5
 LAST = torch.channels_last_3d

@@ -7,22 +7,13 @@ Slabs are rows of one sample, (1, C, d, h, w), channels last in memory. Modules 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from effseg.expressions.base import Operations, Spec
 from effseg.expressions.slabs import Window
-
-if TYPE_CHECKING:
-    from effseg.expressions.layers import Spec
-
-CHANNELS_LAST = torch.channels_last_3d
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Sums(NamedTuple):
@@ -139,16 +130,10 @@ class FusedConv3d(Protocol):
         grad_y's, where the gradient of the first tensor may come to lie in it."""
 
 
-class Algorithm(Protocol):
-    """pad: rows of zeros before and after a slab. Terms are (1, C). `convolution`, `norm_act` and
-    `upsample_add` are differentiable, the others are not."""
+class Algorithm(Operations, Protocol):
+    """`Operations`, which are differentiable, and others, which are not. Terms are (1, C)."""
 
     fused: FusedConv3d | None
-
-    def convolution(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int]
-    ) -> Tensor:
-        """Convolution of a slab; weight and bias in its type."""
 
     def convolution_backward(
         self,
@@ -168,17 +153,6 @@ class Algorithm(Protocol):
     def partial_moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The same of equally many voxels each, (P, C)."""
 
-    def norm_act(
-        self,
-        y: Tensor,
-        mean: Tensor,
-        scale: Tensor,
-        beta: Tensor,
-        slope: float,
-        addend: Tensor | None = None,
-    ) -> Tensor:
-        """leaky_relu((y - mean) * scale + beta + addend, slope). Slope 0 is ReLU, 1 no activation."""
-
     def norm_act_backward(
         self,
         grad: Tensor,
@@ -195,17 +169,6 @@ class Algorithm(Protocol):
 
     def fold(self, grad: Tensor | None, y: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """grad + (y - mean) * scale + shift per channel, terms (C,), in y's type."""
-
-    def upsample_add(
-        self,
-        x: Tensor,
-        rows: tuple[int, int],
-        height: int,
-        width: int,
-        factors: tuple[int, int, int],
-        addend: Tensor | None,
-    ) -> Tensor:
-        """Rows [lo, hi) of trilinear upsampling of a slab, plus addend (which may be overwritten)."""
 
     def make_head(
         self,

@@ -27,7 +27,8 @@ from effseg.conversion.functions import (
 from effseg.conversion.standing import Attached, Changed, Standing
 from effseg.conversion.surroundings import Surroundings
 from effseg.conversion.values import Convolution, Value, computed, constant, operands, recipe
-from effseg.expressions.layers import Deferred, plain
+from effseg.expressions.base import Deferred
+from effseg.expressions.layers import plain
 from effseg.losses import LossOptions
 
 Handler = Callable[..., Any]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effseg import operators
 from effseg.common.settings import Setting
-from effseg.expressions.layers import Deferred
+from effseg.expressions.base import Deferred
 from effseg.expressions.slabs import Window
 from effseg.operators.conv3d import Outputs
 

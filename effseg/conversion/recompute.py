@@ -15,7 +15,8 @@ from effseg.common.settings import Captured, Repeated, Setting
 from effseg.conversion.boundary import Noticing
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import KeptOutputs
-from effseg.expressions.layers import Deferred, Spec, plain
+from effseg.expressions.base import Deferred, Spec
+from effseg.expressions.layers import plain
 from effseg.operators.normalisation import frozen_running_statistics
 
 blocks_run_again: Setting[bool] = Setting("effseg_blocks_run_again", False, lasting=False)

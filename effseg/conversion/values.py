@@ -10,8 +10,9 @@ from torch import Tensor
 
 from effseg import functional
 from effseg.conversion.outputs import convolve
+from effseg.expressions.base import Deferred
 from effseg.expressions.joins import Concatenation
-from effseg.expressions.layers import Deferred, Plain
+from effseg.expressions.layers import Plain
 from effseg.expressions.slabs import Window
 
 

@@ -24,9 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effseg.algorithms.interface import Algorithm
 from effseg.common.settings import Function
-from effseg.expressions.layers import SHARED, Deferred, Rows, Spec, Use, expect
+from effseg.expressions.base import SHARED, Deferred, Operations, Rows, Spec, Use, expect
 
 Triple = tuple[int, int, int]
 POOLINGS = ("max", "average")
@@ -42,7 +41,7 @@ class Concatenation(Spec):
     def uses(self, lo: int, hi: int) -> list[Use]:
         return [use for part in self.parts for use in part.uses(lo, hi)]
 
-    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         spans = pairwise((0, *self.ends))
         found = [
             part.rows(ops, lo, hi, tensors[start:end])
@@ -63,7 +62,7 @@ class TransposedConv(Spec):
     def uses(self, lo: int, hi: int) -> list[Use]:
         return [*self.inner.uses(*self.coarse_rows(lo, hi)), *[SHARED] * (1 + self.has_bias)]
 
-    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         first, last = self.coarse_rows(lo, hi)
         end = len(tensors) - 1 - self.has_bias
         coarse = self.inner.rows(ops, first, last, tensors[:end])
@@ -99,7 +98,7 @@ class Pooling(Spec):
     def uses(self, lo: int, hi: int) -> list[Use]:
         return self.inner.uses(*self.fine_rows(lo, hi))
 
-    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         fine = self.inner.rows(ops, *self.fine_rows(lo, hi), tensors)
         if self.kind == "max":
             return F.max_pool3d(fine, self.window, ceil_mode=self.ceil)
@@ -115,7 +114,7 @@ class Shared(Spec):
     def uses(self, lo: int, hi: int) -> list[Use]:
         return [Use((lo, hi)), *self.inner.uses(lo, hi)]
 
-    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         standing, *inner = tensors
         return _Standing.apply(standing, self.inner.rows(ops, lo, hi, inner))
 

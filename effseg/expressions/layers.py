@@ -25,95 +25,24 @@ algorithm; a slab's gradient is pulled back through it by autograd (`effseg.oper
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import CHANNELS_LAST, Algorithm
+from effseg.expressions.base import (
+    SHARED,
+    TERMS,
+    Deferred,
+    Normalisation,
+    Operations,
+    Rows,
+    Spec,
+    Use,
+    expect,
+)
 from effseg.expressions.slabs import Window
-
-Rows = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Use:
-    """Which part of a stored tensor a slab needs: some rows of one sample, one sample, or all of it.
-
-    centre: of a normalisation, whose scale and beta follow; its gradient is -scale times that of beta.
-    """
-
-    rows: Rows | None = None
-    per_sample: bool = False
-    centre: bool = False
-
-    def cut(self, tensor: Tensor, sample: int) -> Tensor:
-        if self.rows is not None:
-            return tensor[sample : sample + 1, :, self.rows[0] : self.rows[1]]
-        return tensor[sample : sample + 1] if self.per_sample else tensor
-
-
-SHARED = Use()  # weights, which come in the compute type
-PER_SAMPLE = Use(per_sample=True)
-TERMS = (Use(per_sample=True, centre=True), PER_SAMPLE, PER_SAMPLE)
-
-
-@dataclass(frozen=True)
-class Spec(ABC):
-    """How rows are made. `shape` is (N, C, D, H, W) of the value, `dtype` its (compute) type."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @abstractmethod
-    def uses(self, lo: int, hi: int) -> list[Use]:
-        """What rows [lo, hi) need of each stored tensor, in the order of `Deferred.tensors`."""
-
-    @abstractmethod
-    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
-        """Rows [lo, hi) of one sample, (1, C, hi - lo, H, W), from the tensors cut as `uses` says, those that
-        are SHARED `in_compute_type`."""
-
-
-def in_compute_type(spec: Spec, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with weights as a sweep's slabs take them: in the compute type, kernels channels last."""
-    uses = spec.uses(0, spec.shape[2])
-    return [_low(t, spec.dtype) if use == SHARED else t for use, t in zip(uses, tensors, strict=True)]
-
-
-def _low(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    layout = CHANNELS_LAST if weight.dim() == 5 else torch.preserve_format
-    return weight.detach().to(dtype, memory_format=layout)
-
-
-class Deferred(NamedTuple):
-    """An expression: its specification and the tensors it is made of."""
-
-    spec: Spec
-    tensors: tuple[Tensor, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.spec.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.spec.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensors[0].device
-
-
-class Normalisation(NamedTuple):
-    """norm(y) = (y - mean) * scale + beta, each (N, C) in the accumulation type."""
-
-    mean: Tensor
-    scale: Tensor
-    beta: Tensor
 
 
 @dataclass(frozen=True)
@@ -121,7 +50,7 @@ class Plain(Spec):
     def uses(self, lo: int, hi: int) -> list[Use]:
         return [Use((lo, hi))]
 
-    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0].to(self.dtype)
 
 
@@ -132,7 +61,7 @@ class Raw(Spec):
     def uses(self, lo: int, hi: int) -> list[Use]:
         return [Use((lo, hi)), *TERMS]
 
-    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         y, mean, scale, beta = tensors
         return ops.norm_act(y, mean, scale, beta, self.slope)
 
@@ -145,7 +74,7 @@ class Residual(Spec):
     def uses(self, lo: int, hi: int) -> list[Use]:
         return [*self.inner.uses(lo, hi), Use((lo, hi)), *TERMS]
 
-    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         *inner, y, mean, scale, beta = tensors
         return ops.norm_act(y, mean, scale, beta, self.slope, addend=self.inner.rows(ops, lo, hi, inner))
 
@@ -160,7 +89,7 @@ class Conv(Spec):
         first, last, _ = self.window.input_rows(lo, hi, self.inner.shape[2])
         return [*self.inner.uses(first, last), SHARED, *TERMS]
 
-    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         *inner, weight, mean, scale, beta = tensors
         first, last, pad = self.window.input_rows(lo, hi, self.inner.shape[2])
         a = self.inner.rows(ops, first, last, inner)
@@ -190,7 +119,7 @@ class UpAdd(Spec):
         skip = self.skip.uses(lo, hi) if self.skip else []
         return [*skip, *self.coarse.uses(*self.coarse_rows(lo, hi)), *[SHARED] * (1 + self.has_bias)]
 
-    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         first, last = self.coarse_rows(lo, hi)
         end = len(tensors) - 1 - self.has_bias
         coarse = self.coarse.rows(ops, first, last, tensors[self.skip_tensors : end])
@@ -269,8 +198,3 @@ def _check_layer(shape: tuple[int, ...], norm: Normalisation, slope: float) -> N
     for name, term in zip(norm._fields, norm, strict=True):
         expect(name, tuple(term.shape) == shape[:2], f"(N, C) = {shape[:2]}", tuple(term.shape))
     expect("slope", slope >= 0, "0 or more", slope)
-
-
-def expect(name: str, fits: bool, expected: object, got: object) -> None:
-    if not fits:
-        raise ValueError(f"{name}: expected {expected}, got {got}")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from effseg import functional
 from effseg.common.device import make_room
 from effseg.errors import InputError
-from effseg.expressions.layers import Deferred, Residual
+from effseg.expressions.base import Deferred
+from effseg.expressions.layers import Residual
 from effseg.expressions.slabs import slabs_of_levels
 from effseg.models.base import SegmentationModel, check_image, check_sizes
 from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, Triple

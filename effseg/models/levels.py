@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effseg import functional
-from effseg.expressions.layers import Deferred
+from effseg.expressions.base import Deferred
 from effseg.modules import ConvNormAct3d, ResidualBlock3d, recomputed
 
 Triple = tuple[int, int, int]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effseg.expressions.layers import Deferred
+from effseg.expressions.base import Deferred
 from effseg.expressions.slabs import Window
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)

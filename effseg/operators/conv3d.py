@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, StatisticsGradient, accumulation_dtype
+from effseg.algorithms.interface import Algorithm, StatisticsGradient
 from effseg.common.device import make_room
-from effseg.expressions.layers import Deferred, Spec, in_compute_type
+from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
+from effseg.expressions.base import Deferred, Spec, in_compute_type
 from effseg.expressions.slabs import Window, rows_per_slab, slabs
 from effseg.operators.moments import Moments
 from effseg.operators.operator import Operator
@@ -58,16 +59,12 @@ def _forward(
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """y, or y, mean, var."""
     weight, bias, *inner = tensors
-    if static.known is None:
-        y, *moments = conv3d_forward(
-            ops, static.spec, inner, weight, bias, static.window, static.statistics, static.slab_elements,
-            static.trains,
-        )  # fmt: skip
-    else:
-        y, *moments = (None if t is None else t.detach() for t in static.known)
-        assert y is not None
+    found: Outputs = static.known or conv3d_forward(
+        ops, static.spec, inner, weight, bias, static.window, static.statistics, static.slab_elements,
+        static.trains,
+    )  # fmt: skip
     # .data: a view may not be changed in place afterwards, and an algorithm may give one.
-    return [y.data, *(t for t in moments if t is not None)], ()
+    return [t.data for t in found if t is not None], ()
 
 
 def _own(outputs: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:

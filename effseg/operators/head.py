@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm, Head, Sums
-from effseg.expressions.layers import Deferred, Spec, in_compute_type
+from effseg.expressions.base import Deferred, Spec, in_compute_type
 from effseg.expressions.slabs import slabs
 from effseg.operators.checks import unknown_labels
 from effseg.operators.materialise import thickness

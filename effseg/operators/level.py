@@ -11,23 +11,21 @@ tensors of the level's size live: every gradient takes the place of what it is m
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
-from effseg.expressions.layers import Deferred, Normalisation, Spec, in_compute_type, plain, raw, residual
+from effseg.expressions.base import Deferred, Normalisation, Spec, in_compute_type
+from effseg.expressions.layers import plain, raw, residual
 from effseg.expressions.slabs import Window, slabs
 from effseg.operators.conv3d import conv3d_backward, conv3d_forward, through_statistics
 from effseg.operators.materialise import materialise_backward, materialise_forward, thickness
 from effseg.operators.norm_backward import NormBackward
-from effseg.operators.normalisation import Merging, Running, merging, terms, track
+from effseg.operators.normalisation import Merging, Running, terms
 from effseg.operators.operator import Operator
 from effseg.operators.pullback import rows
-
-if TYPE_CHECKING:
-    from effseg.modules import ConvNormAct3d
 
 UNITS = 3
 
@@ -74,29 +72,18 @@ class Static(NamedTuple):
 
 
 def level(
-    x: Deferred, units: Sequence[ConvNormAct3d], slope: float, slab_elements: int | None = None
-) -> Deferred:
-    """act(a + norm(conv(unit(a)))) with a = unit(x), of three units without bias, the last one's activation
-    with this slope; the first may have a stride. Not for torch.compile.
+    x: Deferred, units: Sequence[Unit], parameters: Sequence[Parameters], slab_elements: int | None = None
+) -> tuple[Deferred, list[Statistics]]:
+    """The level's value, stored, and the statistics of its three convolutions, without a gradient; the first
+    may have a stride. Not for torch.compile.
 
     Kept for backward: the expression's tensors, parameters, statistics (tiny). The gradient of the output is
     overwritten: this package's operators, which read it, made it for it alone.
     """
-    slopes = (units[0].negative_slope, units[1].negative_slope, slope)
-    described = [
-        Unit(Window(*_axes(unit)), *merging(unit.norm), own_slope)
-        for unit, own_slope in zip(units, slopes, strict=True)
-    ]
-    own = [t for unit in units for t in (unit.conv.weight, unit.norm.weight, unit.norm.bias)]
-    static = Static(x.spec, described, slab_elements)
+    static = Static(x.spec, units, slab_elements)
+    own = (t for unit in parameters for t in unit)
     out, *flat = _operator(x.device, x.dtype, static, (*x.tensors, *own))
-    for unit, found in zip(units, _pairs(flat), strict=True):
-        track(unit.norm, *found, out[0, 0].numel())
-    return plain(out, x.dtype)
-
-
-def _axes(unit: ConvNormAct3d) -> tuple[Any, Any]:
-    return unit.conv.kernel_size, unit.conv.stride
+    return plain(out, x.dtype), _pairs(flat)
 
 
 def _pairs(flat: Sequence[Tensor]) -> list[Statistics]:

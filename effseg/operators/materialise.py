@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import CHANNELS_LAST, Algorithm
-from effseg.expressions.layers import Deferred, Spec, in_compute_type
+from effseg.algorithms.interface import Algorithm
+from effseg.common.formats import CHANNELS_LAST
+from effseg.expressions.base import Deferred, Spec, in_compute_type
 from effseg.expressions.slabs import rows_per_slab, slabs
 from effseg.operators.operator import Operator
 from effseg.operators.pullback import Pullback, rows

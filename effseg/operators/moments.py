@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import Algorithm, accumulation_dtype
+from effseg.algorithms.interface import Algorithm
+from effseg.common.formats import accumulation_dtype
 
 # Slabs whose moments are kept until they are merged in one go: a few short operators, and little memory.
 MERGED_AT_ONCE = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effseg.expressions.layers import Normalisation
+from effseg.expressions.base import Normalisation
 from effseg.operators.normalisation import Merging, Running, terms
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from effseg.common.settings import Setting
-from effseg.expressions.layers import Normalisation
+from effseg.expressions.base import Normalisation
 
 Norm = nn.InstanceNorm3d | nn.BatchNorm3d | nn.GroupNorm
 NORMS = ("instance", "batch", "group")

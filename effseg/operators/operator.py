@@ -72,7 +72,7 @@ class Operator:
             return [t.detach() if i in self._constants else t for i, t in enumerate(found)]
         with torch.autocast(device.type, enabled=False):
             if self._node is not None:
-                return self._node.apply(algorithm, device.type, static, *tensors)  # type: ignore[no-any-return]
+                return self._node.apply(algorithm, device.type, static, *tensors)
             with torch.no_grad():
                 return self._forward(load(algorithm), static, tensors)[0]
 

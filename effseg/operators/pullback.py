@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, accumulation_dtype
-from effseg.expressions.layers import Rows, Spec, Use, in_compute_type
+from effseg.algorithms.interface import Algorithm
+from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
+from effseg.expressions.base import Rows, Spec, Use, in_compute_type
 
 
 class _Rows:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
+from effseg.expressions.base import Deferred
 from effseg.expressions.joins import Shared
-from effseg.expressions.layers import Deferred
 from effseg.operators.materialise import Static, pulled_back
 from effseg.operators.operator import Operator
 

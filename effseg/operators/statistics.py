@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import CHANNELS_LAST, Algorithm
+from effseg.algorithms.interface import Algorithm
+from effseg.common.formats import CHANNELS_LAST
 from effseg.expressions.slabs import rows_per_slab, slabs
 from effseg.operators.conv3d import through_statistics
 from effseg.operators.moments import Moments

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, accumulation_dtype
+from effseg.algorithms.interface import Algorithm
+from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
 from effseg.expressions.slabs import Window, rows_per_slab, slabs
 from effseg.operators.moments import Moments
 from effseg.operators.operator import Operator

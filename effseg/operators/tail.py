@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, Head, Sums, accumulation_dtype
+from effseg.algorithms.interface import Algorithm, Head, Sums
 from effseg.common.device import make_room
-from effseg.expressions.layers import Deferred, Normalisation, Spec, in_compute_type
+from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
+from effseg.expressions.base import Deferred, Normalisation, Spec, in_compute_type
 from effseg.expressions.slabs import Window, slabs
 from effseg.operators.checks import unknown_labels
 from effseg.operators.conv3d import thickness
@@ -100,16 +101,11 @@ def tail_sums(
     convolution's output nor its gradient exists but for a slab.
     """
     how, running = merging(norm)
+    running_mean, running_var = running or (None, None)
     given = Parameters(
-        labels,
-        class_weights,
-        *(running or (None, None)),
-        weight,
-        norm.weight,
-        norm.bias,
-        head_weight,
+        labels, class_weights, running_mean, running_var, weight, norm.weight, norm.bias, head_weight,
         head_bias,
-    )
+    )  # fmt: skip
     compiles = torch.compiler.is_compiling()
     static = Static(x.spec, window, slope, slab_elements, how, ignore_index, compiles)
     *sums, mean, var = _tail_sums(labels.device, x.dtype, static, (*given, *x.tensors))
@@ -169,19 +165,8 @@ def _backward(
     grad_weight, found = tail_sums_backward(
         layer, needed[COUNT:], mean, norm.terms, norm, head, given.labels, Sums(*sums), collected
     )
-    head_weight, head_bias = head_gradients(head, given.head_weight, given.head_bias)
-    own_grads = Parameters(
-        None,
-        None,
-        None,
-        None,
-        grad_weight,
-        norm.grad_gamma,
-        norm.grad_beta,
-        head_weight,
-        head_bias,  # type: ignore[arg-type]
-    )
-    return [*own_grads, *found]
+    head_grads = head_gradients(head, given.head_weight, given.head_bias)
+    return [*[None] * 4, grad_weight, norm.grad_gamma, norm.grad_beta, *head_grads, *found]
 
 
 def _fake(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> list[Tensor]:

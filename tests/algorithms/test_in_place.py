@@ -7,11 +7,12 @@ import torch
 
 from effseg import algorithm
 from effseg.algorithms import select
-from effseg.algorithms.interface import CHANNELS_LAST
+from effseg.common.formats import CHANNELS_LAST
+from effseg.expressions.base import Normalisation
+from effseg.expressions.layers import plain, raw, residual
+from effseg.expressions.slabs import Window
 from effseg.operators.conv3d import conv3d_backward
 from effseg.operators.materialise import materialise_backward
-from effseg.expressions.layers import Normalisation, plain, raw, residual
-from effseg.expressions.slabs import Window
 
 C, SIZE = 4, (5, 3, 2)
 SHAPE = (2, C, *SIZE)

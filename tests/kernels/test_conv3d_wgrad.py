@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from tolerances import assert_rounded, slack, stored
 from torch import Tensor
 
+from effseg.common.formats import CHANNELS_LAST
 from effseg.expressions.slabs import Window
 from effseg.kernels import conv3d_wgrad as family
 from effseg.kernels.config import Config
 from effseg.kernels.conv3d_wgrad import Fold, conv3d_wgrad, marches
-from effseg.kernels.launch import CHANNELS_LAST, NormAct
+from effseg.kernels.launch import NormAct
 
 CUBE = Window((3, 3, 3))
 

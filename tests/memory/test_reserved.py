@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from effseg.operators import conv3d, tail
 from effseg.common import device
 from effseg.conversion import convert
 from effseg.memory import peak_training_memory
@@ -11,6 +10,7 @@ from effseg.memory.trace import LARGEST_WORKSPACE
 from effseg.models import effsegnet
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.unet3d import UNet3D
+from effseg.operators import conv3d, tail
 
 SMALL = (1, 1, 32, 32, 32)
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from effseg.algorithms.interface import CHANNELS_LAST
+from effseg.common.formats import CHANNELS_LAST
 from effseg.expressions.layers import Conv, Plain, Raw, Residual, UpAdd
 from effseg.expressions.slabs import Window
 from effseg.operators.encoding import decode, encode
-from effseg.operators.opaque import gradients
 from effseg.operators.normalisation import Merging
+from effseg.operators.opaque import gradients
 
 WINDOW = Window((1, 3, 3), (1, 2, 1))
 SHAPE = (1, 2, 4, 5, 6)
@@ -70,16 +70,20 @@ def cases():
         "materialise": (*encode("aten", (True,) * 4, raw, 50), [y, *terms]),
         "stem_statistics": (*encode("aten", (True, True), WINDOW, x.dtype, 50), [x.detach(), weight]),
         "head_sums": (
-            *encode("aten", (True,) * 8, raw, None, None, True), [labels, torch.rand(4), head, bias, y, *terms],
+            *encode("aten", (True,) * 8, raw, None, None, True),
+            [labels, torch.rand(4), head, bias, y, *terms],
         ),
         "tail_sums": (
             *encode(
-                "aten", (True, *[False] * 3, *[True] * 6), PLAIN, Window((1, 3, 3)), 0.1, None, Merging(1e-5), 9, True
+                "aten", (True, *[False] * 3, *[True] * 6), PLAIN, Window((1, 3, 3)), 0.1, None, Merging(1e-5),
+                9, True,
             ),
             [labels, weight, randn(3), randn(3), head, bias, x],
         ),
         "segment": (*encode("aten", (True,) * 6, raw, None), [head, bias, y, *terms]),
-        "layer_statistics": (*encode("aten", (True, True), PLAIN, WINDOW, None), [weight.detach(), x.detach()]),
+        "layer_statistics": (
+            *encode("aten", (True, True), PLAIN, WINDOW, None), [weight.detach(), x.detach()]
+        ),
     }  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import CHANNELS_LAST, Features, Sums, VoxelSums, accumulation_dtype
+from effseg.algorithms.interface import Features, Sums, VoxelSums
 from effseg.common.device import kind_of
+from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
 
 # The loss holds about this many arrays of (classes, voxels) at a time; together they have so many elements.
 ARRAYS = 4

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from effseg.algorithms.aten.head import Head
-from effseg.algorithms.interface import CHANNELS_LAST, FusedConv3d, NormActGradients, accumulation_dtype
+from effseg.algorithms.interface import FusedConv3d, NormActGradients
+from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
 from effseg.common.settings import Function
 from effseg.expressions.slabs import Window
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from effseg.algorithms.interface import StatisticsGradient
 from effseg.algorithms.triton import choices
-from effseg.expressions.layers import Plain, Raw, Spec
+from effseg.expressions.base import Spec
+from effseg.expressions.layers import Plain, Raw
 from effseg.expressions.slabs import Window, slabs
 from effseg.kernels.conv3d_dgrad import conv3d_dgrad
 from effseg.kernels.conv3d_fwd import conv3d_forward

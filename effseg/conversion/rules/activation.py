@@ -12,7 +12,8 @@ from effseg import operators
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
-from effseg.expressions.layers import Deferred, Raw, Residual
+from effseg.expressions.base import Deferred
+from effseg.expressions.layers import Raw, Residual
 
 
 @rule(F.leaky_relu)

@@ -13,17 +13,9 @@ from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
 from effseg.conversion.values import Convolution, Value
+from effseg.expressions.base import Deferred, Normalisation
 from effseg.expressions.joins import Shared, concatenation
-from effseg.expressions.layers import (
-    Deferred,
-    Normalisation,
-    Raw,
-    Residual,
-    UpAdd,
-    plain,
-    residual,
-    upsample_add,
-)
+from effseg.expressions.layers import Raw, Residual, UpAdd, plain, residual, upsample_add
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__)

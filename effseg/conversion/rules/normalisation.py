@@ -14,7 +14,8 @@ from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, rule
 from effseg.conversion.values import Convolution
-from effseg.expressions.layers import Deferred, Normalisation, raw
+from effseg.expressions.base import Deferred, Normalisation
+from effseg.expressions.layers import raw
 from effseg.operators.normalisation import Merging, terms, update_running
 
 

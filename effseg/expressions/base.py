@@ -1,0 +1,130 @@
+"""What a deferred expression is: see `effseg.expressions.layers` for the kinds there are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from effseg.common.formats import CHANNELS_LAST
+from effseg.expressions.slabs import Window
+
+Rows = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Use:
+    """Which part of a stored tensor a slab needs: some rows of one sample, one sample, or all of it.
+
+    centre: of a normalisation, whose scale and beta follow; its gradient is -scale times that of beta.
+    """
+
+    rows: Rows | None = None
+    per_sample: bool = False
+    centre: bool = False
+
+    def cut(self, tensor: Tensor, sample: int) -> Tensor:
+        if self.rows is not None:
+            return tensor[sample : sample + 1, :, self.rows[0] : self.rows[1]]
+        return tensor[sample : sample + 1] if self.per_sample else tensor
+
+
+SHARED = Use()  # weights, which come in the compute type
+PER_SAMPLE = Use(per_sample=True)
+TERMS = (Use(per_sample=True, centre=True), PER_SAMPLE, PER_SAMPLE)
+
+
+class Operations(Protocol):
+    """What expressions ask of an algorithm, on rows of one sample, (1, C, d, h, w), channels last in memory;
+    pad: rows of zeros before and after them; terms are (1, C). All are differentiable."""
+
+    def convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int]
+    ) -> Tensor:
+        """Convolution of a slab; weight and bias in its type."""
+
+    def norm_act(
+        self,
+        y: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        beta: Tensor,
+        slope: float,
+        addend: Tensor | None = None,
+    ) -> Tensor:
+        """leaky_relu((y - mean) * scale + beta + addend, slope). Slope 0 is ReLU, 1 no activation."""
+
+    def upsample_add(
+        self,
+        x: Tensor,
+        rows: tuple[int, int],
+        height: int,
+        width: int,
+        factors: tuple[int, int, int],
+        addend: Tensor | None,
+    ) -> Tensor:
+        """Rows [lo, hi) of trilinear upsampling of a slab, plus addend (which may be overwritten)."""
+
+
+@dataclass(frozen=True)
+class Spec(ABC):
+    """How rows are made. `shape` is (N, C, D, H, W) of the value, `dtype` its (compute) type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        """What rows [lo, hi) need of each stored tensor, in the order of `Deferred.tensors`."""
+
+    @abstractmethod
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        """Rows [lo, hi) of one sample, (1, C, hi - lo, H, W), from the tensors cut as `uses` says, those that
+        are SHARED `in_compute_type`."""
+
+
+def in_compute_type(spec: Spec, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with weights as a sweep's slabs take them: in the compute type, kernels channels last."""
+    uses = spec.uses(0, spec.shape[2])
+    return [_low(t, spec.dtype) if use == SHARED else t for use, t in zip(uses, tensors, strict=True)]
+
+
+def _low(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    layout = CHANNELS_LAST if weight.dim() == 5 else torch.preserve_format
+    return weight.detach().to(dtype, memory_format=layout)
+
+
+class Deferred(NamedTuple):
+    """An expression: its specification and the tensors it is made of."""
+
+    spec: Spec
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+
+class Normalisation(NamedTuple):
+    """norm(y) = (y - mean) * scale + beta, each (N, C) in the accumulation type."""
+
+    mean: Tensor
+    scale: Tensor
+    beta: Tensor
+
+
+def expect(name: str, fits: bool, expected: object, got: object) -> None:
+    if not fits:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
