@@ -17,8 +17,9 @@ from effseg.benchmarking.registry import Workload
 from effseg.benchmarking.tabulation import Table
 from effseg.common.atomic import atomic_path
 from effseg.errors import InputError
-from effseg.memory.choice import Settings, choose
+from effseg.memory.choice import Settings
 from effseg.memory.units import format_bytes
+from effseg.planning import choose
 
 SCHEMA = 1
 FILE = "auto.json"

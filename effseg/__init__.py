@@ -9,8 +9,8 @@ from effseg.conversion import ConversionReport, convert, restore
 from effseg.criterion import SegmentationLoss
 from effseg.errors import InputError
 from effseg.memory import MemoryReport, peak_training_memory
-from effseg.models.checkpoint import load
 from effseg.models.effsegnet import EffSegNet
+from effseg.models.registry import load
 from effseg.models.unet3d import UNet3D
 from effseg.modules import ConvNormAct3d, ResidualBlock3d
 from effseg.version import __version__

@@ -22,7 +22,7 @@ from effseg.data.origin import checksum, made_by
 from effseg.data.preprocessing import AIR, Preprocessing
 from effseg.errors import InputError
 from effseg.models.base import SegmentationModel
-from effseg.models.checkpoint import load
+from effseg.models.registry import load
 
 OVERLAP = 0.5  # of neighbouring patches, where a network was trained on patches
 

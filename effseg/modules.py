@@ -16,7 +16,14 @@ from effseg import functional, operators
 from effseg.common.settings import Captured, Repeated
 from effseg.expressions.base import Deferred, Normalisation
 from effseg.expressions.layers import convolved, plain, raw, residual
-from effseg.operators.normalisation import frozen_running_statistics, make_norm, normalisation
+from effseg.operators.level import Parameters, Unit
+from effseg.operators.normalisation import (
+    frozen_running_statistics,
+    make_norm,
+    merging,
+    normalisation,
+    track,
+)
 
 SLOPE = 0.01
 

@@ -24,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import effseg
-from effseg.memory.choice import Choice, Step, first_that_fits, usable
+from effseg.memory.choice import Choice, first_that_fits, usable
+from effseg.models.effsegnet import EffSegNet
+from effseg.models.training_step import TrainingStep
 
 DEVICE = "gpu"
 PACKAGE = str(Path(effseg.__file__).parent)
@@ -101,7 +103,7 @@ def on_device(model: nn.Module) -> nn.Module:
 def chosen(memory: str, size: tuple[int, ...], gpu_memory: str) -> Choice:
     """What the planner chooses for a card of so much memory, of the candidates in this mode."""
     arguments = {"in_channels": 1, "num_classes": 15, "preset": "base"}
-    step = Step.of(arguments, (1, 1, *size), "bf16")
+    step = TrainingStep.of(EffSegNet, arguments, (1, 1, *size), "bf16")
     return first_that_fits(step, step.candidates(memory), usable(gpu_memory, torch.device("cuda")))
 
 
@@ -111,7 +113,7 @@ def count(size: tuple[int, ...], memory: str, gpu_memory: str | None = None) -> 
     if gpu_memory is not None:
         found = chosen(memory, size, gpu_memory)
         assert found.memory == memory
-        model.recompute_levels, model.slab_elements = found.recompute_levels, found.slab_elements
+        model.use(found.settings, found.slab_elements)
     with FakeTensorMode(allow_non_fake_inputs=True):
         on_device(model)
         image = torch.empty(1, 1, *size, device=DEVICE)

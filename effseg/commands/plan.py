@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from effseg.errors import InputError
 from effseg.memory.report import OUTSIDE, MemoryReport
 from effseg.memory.units import format_bytes, parse_bytes, parse_volume
-from effseg.models import MODEL_NAMES
+from effseg.models.registry import MODEL_NAMES
 from effseg.planning.network_plan import MODES, NetworkPlan, Tell, plan_network
 from effseg.planning.nnunet_plans import Size, read_plans
 from effseg.planning.planner import BASELINE, HEADROOM, MEMORY, Mode, Plan, Request, plan, total_gpu_memory

@@ -115,7 +115,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
-    from effseg.models import MODEL_NAMES
+    from effseg.models.registry import MODEL_NAMES
 
     group.add_argument(
         "--model", choices=MODEL_NAMES, default="effseg-base", help="network (default: effseg-base)"

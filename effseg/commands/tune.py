@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from effseg.errors import InputError
 from effseg.kernels.config import LOOPS, SHIPPED, cache_folder
 from effseg.memory.units import parse_volume
-from effseg.models import MODEL_NAMES
+from effseg.models.registry import MODEL_NAMES
 
 if TYPE_CHECKING:
     from effseg.kernels.config import Problem, Triple

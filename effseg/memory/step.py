@@ -1,7 +1,7 @@
 """The training step that is predicted on fake tensors and measured on real ones."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -9,7 +9,6 @@ from torch.utils._pytree import tree_leaves
 
 from effseg.errors import InputError
 from effseg.losses import dice_cross_entropy
-from effseg.models.base import SegmentationModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,8 +41,9 @@ def training_loss(
 
     Several outputs (deep supervision) are weighted as in nnU-Net: 1, 1/2, 1/4 ..., and the coarsest not.
     """
-    if loss is None and isinstance(model, SegmentationModel):
-        return model.loss(image, labels, **options)
+    if loss is None and getattr(model, "has_own_loss", False):
+        own: torch.Tensor = cast(Any, model).loss(image, labels, **options)
+        return own
     outputs = _outputs(model(image))
     if len(outputs) > 1 and outputs[-1].dim() == 5 and outputs[-1].shape[2:] != outputs[0].shape[2:]:
         outputs = outputs[:-1]

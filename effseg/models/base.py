@@ -8,6 +8,7 @@ from torch import nn
 
 from effseg.errors import InputError
 from effseg.losses import dice_cross_entropy
+from effseg.models import checkpoint
 
 if TYPE_CHECKING:
     from effseg.data.labels import Labels
@@ -21,10 +22,13 @@ class SegmentationModel(nn.Module):
     ways that need less memory. Images are of any float dtype or int16, labels (N, D, H, W) of any integer
     dtype. Raises InputError where an image's shape does not fit.
 
-    name: as :func:`effseg.models.build_model` knows it; arguments: the constructor's arguments, so that
+    name: as `effseg.models.registry.build_model` knows it; arguments: the constructor's arguments, so that
     ``type(model)(**model.arguments)`` is the same network; extra: what was given to `save` (preprocessing,
     names of labels ...), JSON values only.
     """
+
+    has_own_loss: ClassVar[bool] = True
+    """For code that knows no networks: `loss` is what a step of this one takes."""
 
     follows_autocast: ClassVar[bool] = False
     """Whether the network reads torch.autocast itself, because its operators are our own. False: its
@@ -67,8 +71,6 @@ class SegmentationModel(nn.Module):
         Raises InputError for labels or windows whose number is not the network's, TypeError for another
         preprocessing.
         """
-        from effseg.models import checkpoint
-
         if extra is not None:
             self.extra = dict(extra)
         if preprocessing is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,11 +16,15 @@ from effseg.errors import InputError
 from effseg.expressions.base import Deferred
 from effseg.expressions.layers import Residual
 from effseg.expressions.slabs import slabs_of_levels
+from effseg.memory.choice import Choice, Settings, first_that_fits, usable
 from effseg.models.base import SegmentationModel, check_image, check_sizes
 from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, Triple
+from effseg.models.training_step import TrainingStep
 from effseg.operators import share
 from effseg.operators.normalisation import NORMS
 
+COMPUTE_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}
+"""Those that a step is predicted in, and as what."""
 MEMORY_MODES = ("raw", "stream", "auto")
 AUXILIARY_WEIGHTS = (1.0, 0.5, 0.25)  # of the loss at strides 1, 2 and 4, divided by their sum
 
@@ -211,14 +216,41 @@ class EffSegNet(SegmentationModel):
         half = [-(-size // factor) for size, factor in zip(finest, self.first_stride, strict=True)]
         return widths[0] * math.prod(finest), widths[1] * math.prod(half)
 
+    def use(self, settings: Settings, slab_elements: int | None) -> None:
+        """Run training steps with these settings, in slabs of about so many elements."""
+        self.active_memory = settings.memory
+        self.recompute_levels = settings.recompute_levels
+        self.slab_elements = slab_elements
+
+    def configure(
+        self,
+        image_shape: Sequence[int],
+        dtype: torch.dtype,
+        budget: int | str | None = None,
+        device: torch.device | None = None,
+    ) -> Choice:
+        """Use, from now on, the settings with the least arithmetic that fit a training step with AdamW.
+
+        image_shape: (N, C, D, H, W); dtype: the compute type; budget: bytes, or a text such as ``24GB``;
+        None: what the GPU of `device` (by default that of the weights) has, less a tenth. Raises InputError
+        where nothing fits, on a CPU without a budget, and for a type that is never predicted.
+        """
+        device = device or self.head.weight.device
+        if dtype not in COMPUTE_TYPES:
+            known = ", ".join(str(d).removeprefix("torch.") for d in COMPUTE_TYPES)
+            raise InputError(f"memory: auto knows {known}, got {str(dtype).removeprefix('torch.')}")
+        kind = "cpu" if device.type == "cpu" else "cuda"
+        step = TrainingStep.of(type(self), self.arguments, image_shape, COMPUTE_TYPES[dtype], "adamw", kind)
+        choice = first_that_fits(step, step.candidates(), usable(budget, device))
+        self.use(choice.settings, choice.slab_elements)
+        return choice
+
     def _configure(self, image: Tensor) -> None:
         """Choose for this size, unless it was the last one's too."""
-        from effseg.memory.choice import configure  # which builds networks of this class
-
         dtype = functional.compute_dtype(image.device, self.head.weight)
         wanted = (tuple(image.shape), dtype, image.device)
         if wanted != self._configured_for:
-            configure(self, image.shape, dtype, self.arguments["memory_budget"], image.device)
+            self.configure(image.shape, dtype, self.arguments["memory_budget"], image.device)
             self._configured_for = wanted
 
     def _trunk(self, image: Tensor, streamed: bool, slab: int | None) -> Trunk:

@@ -11,7 +11,7 @@ import torch
 
 from effseg import phantom
 from effseg.errors import InputError
-from effseg.models import build_model
+from effseg.models.registry import build_model
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,5 +1,6 @@
 """Does a volume fit on a GPU, how, and what is the largest one that does?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -7,14 +8,18 @@ from typing import Any
 import torch
 
 from effseg.errors import InputError
-from effseg.memory import choice
-from effseg.memory.choice import HEADROOM, Settings, Step
+from effseg.memory.choice import HEADROOM, Choice, Settings, first_that_fits, predict
 from effseg.memory.largest import STEP, Volume, largest
 from effseg.memory.predict import peak_training_memory
 from effseg.memory.report import MemoryReport
-from effseg.models import build_model
+from effseg.models.effsegnet import EffSegNet
+from effseg.models.levels import PRESETS
+from effseg.models.registry import build_model
+from effseg.models.training_step import TrainingStep
 
-__all__ = ["BASELINE", "HEADROOM", "MEMORY", "STEP", "Mode", "Plan", "Request", "plan", "total_gpu_memory"]
+__all__ = [
+    "BASELINE", "HEADROOM", "MEMORY", "STEP", "Mode", "Plan", "Request", "choose", "plan", "total_gpu_memory",
+]  # fmt: skip
 
 BASELINE = "unet3d"
 MEMORY = ("auto", "raw", "stream")
@@ -131,6 +136,30 @@ def plan(request: Request, gpu_memory: int, headroom: float = HEADROOM) -> Plan:
     )
 
 
+def choose(
+    name: str,
+    in_channels: int,
+    num_classes: int,
+    shape: Sequence[int],
+    dtype: str,
+    budget: int,
+    optimizer: str = "adamw",
+    device: str = "cuda",
+) -> Choice:
+    """The settings with the least arithmetic whose predicted reservation is within `budget` bytes.
+
+    name: of an EffSegNet, as in ``effseg-base``; shape: the image's (N, C, D, H, W); dtype: bf16 or fp32;
+    device: cpu or cuda, where the step will run. Raises InputError where nothing fits, with what would.
+    """
+    preset = name.removeprefix("effseg-")
+    if preset not in PRESETS:
+        known = ", ".join(f"effseg-{preset}" for preset in PRESETS)
+        raise InputError(f"model: expected one of {known}, got {name!r}")
+    arguments = {"in_channels": in_channels, "num_classes": num_classes, "preset": preset}
+    step = TrainingStep.of(EffSegNet, arguments, shape, dtype, optimizer, device)
+    return first_that_fits(step, step.candidates(), budget)
+
+
 def total_gpu_memory() -> int:
     """Bytes of this machine's first GPU. Raises InputError without one."""
     if not torch.cuda.is_available():
@@ -153,8 +182,8 @@ def _modes(request: Request, usable: int) -> tuple[Mode, tuple[Mode, ...], Setti
     for settings in step.candidates():
         if settings.rows is not None and (chosen is not None or settings not in allowed):
             continue
-        report = choice.predict(step, settings)
-        arithmetic = report.macs / choice.predict(step, Settings("raw")).macs
+        report = predict(step, settings)
+        arithmetic = report.macs / predict(step, Settings("raw")).macs
         modes.append(Mode(settings, step.slab_elements(settings), report, arithmetic))
         if chosen is None and settings in allowed and report.reserved <= usable:
             chosen = modes[-1]
@@ -162,13 +191,13 @@ def _modes(request: Request, usable: int) -> tuple[Mode, tuple[Mode, ...], Setti
     return chosen or least, tuple(modes), allowed[-1]
 
 
-def _step(request: Request, volume: Volume) -> Step | None:
+def _step(request: Request, volume: Volume) -> TrainingStep | None:
     """None for a network without memory modes."""
     if not request.model.startswith("effseg-"):
         return None
     arguments = build_model(request.model, request.channels, request.classes).arguments
     shape = (request.batch, request.channels, *volume)
-    return Step.of(arguments, shape, request.dtype, request.optimizer)
+    return TrainingStep.of(EffSegNet, arguments, shape, request.dtype, request.optimizer)
 
 
 def _predict(request: Request, settings: Settings | None, volume: Volume) -> MemoryReport:
@@ -176,7 +205,7 @@ def _predict(request: Request, settings: Settings | None, volume: Volume) -> Mem
     step = _step(request, volume)
     if step is None or settings is None:
         return _stock(request, volume, request.model)
-    return choice.predict(step, settings)
+    return predict(step, settings)
 
 
 @lru_cache(maxsize=256)

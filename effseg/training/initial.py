@@ -7,7 +7,7 @@ from pathlib import Path
 from effseg.errors import InputError
 from effseg.inference import weights_file
 from effseg.models.base import SegmentationModel
-from effseg.models.checkpoint import load
+from effseg.models.registry import load
 from effseg.training.checkpoint import Checkpoints
 
 _NAMES = ("best.safetensors", "final.safetensors")

@@ -17,10 +17,9 @@ from effseg.data.cache import WholeCase
 from effseg.data.intensities import drawn
 from effseg.errors import InputError
 from effseg.inference import segment
-from effseg.models import build_model
 from effseg.models.base import SegmentationModel
-from effseg.models.checkpoint import load
 from effseg.models.effsegnet import EffSegNet
+from effseg.models.registry import build_model, load
 from effseg.training.average import WeightAverage
 from effseg.training.batches import Batches
 from effseg.training.checkpoint import Checkpoints, load_checkpoint, writing

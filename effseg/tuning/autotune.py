@@ -33,8 +33,8 @@ from effseg.kernels.config import ATEN, Config, Problem, Triple
 from effseg.kernels.launch import architecture, recording
 from effseg.memory.predict import peak_training_memory
 from effseg.memory.step import DTYPES
-from effseg.models import build_model
 from effseg.models.base import SegmentationModel
+from effseg.models.registry import build_model
 from effseg.tuning.search import MOST_CANDIDATES, Search, Timer, search
 from effseg.tuning.timer import cuda_seconds
 from effseg.tuning.trials import cropped

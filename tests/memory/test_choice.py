@@ -10,9 +10,11 @@ import torch
 from effseg.errors import InputError
 from effseg.expressions import slabs
 from effseg.memory import choice, peak_training_memory, predict
-from effseg.memory.choice import HEADROOM, Settings, Step, choose, choose_for, configure
+from effseg.memory.choice import HEADROOM, Settings, first_that_fits
 from effseg.models.effsegnet import EffSegNet
+from effseg.models.training_step import TrainingStep
 from effseg.models.unet3d import UNet3D
+from effseg.planning import choose
 
 GB = 10**9
 BUDGETS = (8, 12, 16, 24, 80)
@@ -49,7 +51,7 @@ def reports(arguments, shape, settings, every_slab, **options):
     def build():
         model = EffSegNet(**arguments, memory=settings.memory)
         model.recompute_levels = settings.recompute_levels
-        model.slab_elements = Step.of(arguments, shape).slab_elements(settings)
+        model.slab_elements = TrainingStep.of(EffSegNet, arguments, shape).slab_elements(settings)
         return model
 
     few = peak_training_memory(build, shape, **options)
@@ -97,7 +99,7 @@ def test_arithmetic_is_that_of_the_convolutions():
 @pytest.mark.slow
 def test_streamed_layers_run_as_often_as_is_said():
     """The first layer again in every sweep, the last one two more times, but for what halos add."""
-    step = Step.of(ARGUMENTS, (1, 1, 256, 32, 32))
+    step = TrainingStep.of(EffSegNet, ARGUMENTS, (1, 1, 256, 32, 32))
     raw, stream, recomputed = (
         choice.predict(step, s).macs / (256 * 32 * 32)
         for s in (Settings("raw"), Settings("stream"), Settings("stream", 1))
@@ -129,7 +131,7 @@ def choice_or_refusal(preset, shape, budget):
 @pytest.mark.usefixtures("small_preset")
 def test_choices_fit_their_budgets(preset, size, budgets, most):
     shape, found = (1, 1, *size), []
-    step = Step.of(ARGUMENTS | {"preset": preset}, shape)
+    step = TrainingStep.of(EffSegNet, ARGUMENTS | {"preset": preset}, shape)
     for budget in budgets:
         chosen, refusal = choice_or_refusal(preset, shape, int(budget * GB))
         found.append(chosen)
@@ -151,7 +153,9 @@ def flatness(shapes, dtype):
     """Largest over smallest bytes per voxel, without weights and optimizer, which no volume changes."""
     found = []
     for shape in shapes:
-        report = choice.predict(Step.of(ARGUMENTS, (1, 1, *shape), dtype, "adamw", "cpu"), Settings("stream"))
+        report = choice.predict(
+            TrainingStep.of(EffSegNet, ARGUMENTS, (1, 1, *shape), dtype, "adamw", "cpu"), Settings("stream")
+        )
         fixed = report.split["parameters"] + report.split["optimizer"]
         found.append((report.peak - fixed) / report.voxels)
     return max(found) / min(found)
@@ -170,11 +174,11 @@ def test_bytes_per_voxel_from_small_to_large(dtype):
 
 
 def test_the_order_of_candidates():
-    assert Step.of(ARGUMENTS, (1, 1, 512, 512, 512)).candidates() == [
+    assert TrainingStep.of(EffSegNet, ARGUMENTS, (1, 1, 512, 512, 512)).candidates() == [
         *ALL_SETTINGS[:6],
         *(Settings("stream", 2, rows) for rows in (4, 2, 1)),
     ]
-    small = Step.of(ARGUMENTS, (1, 1, 64, 64, 64))
+    small = TrainingStep.of(EffSegNet, ARGUMENTS, (1, 1, 64, 64, 64))
     whole = [Settings("raw", 0, 64), Settings("stream", 0, 64)]  # slabs so thick that there is one
     assert small.candidates() == [
         *(whole[0], Settings("raw"), whole[1]),
@@ -183,17 +187,19 @@ def test_the_order_of_candidates():
     ]
     assert small.candidates("raw") == [whole[0], Settings("raw")]
     assert small.candidates("stream")[:2] == [whole[1], Settings("stream")]
-    on_cpu = Step.of(ARGUMENTS, (1, 1, 64, 64, 64), "fp32", "adamw", "cpu")
+    on_cpu = TrainingStep.of(EffSegNet, ARGUMENTS, (1, 1, 64, 64, 64), "fp32", "adamw", "cpu")
     assert on_cpu.candidates()[:3] == [Settings("raw"), whole[1], Settings("stream")]
-    assert Step.of(ARGUMENTS, (1, 1, 2, 64, 64)).candidates()[-1] == Settings("stream", 2, 1)
-    tiny = Step.of(ARGUMENTS | {"preset": "tiny"}, (1, 1, 64, 64, 64))
+    assert TrainingStep.of(EffSegNet, ARGUMENTS, (1, 1, 2, 64, 64)).candidates()[-1] == Settings(
+        "stream", 2, 1
+    )
+    tiny = TrainingStep.of(EffSegNet, ARGUMENTS | {"preset": "tiny"}, (1, 1, 64, 64, 64))
     assert {settings.memory for settings in tiny.candidates()} == {"raw"}
     assert tiny.candidates("raw") == [Settings("raw", 0, 32), Settings("raw")]
 
 
 def test_the_first_candidate_that_fits_is_chosen(monkeypatch):
     """Peaks that fall along the list, with bytes per voxel that do not depend on the volume."""
-    step = Step.of(ARGUMENTS, (1, 1, 64, 64, 96), "fp32", "adamw", "cpu")
+    step = TrainingStep.of(EffSegNet, ARGUMENTS, (1, 1, 64, 64, 96), "fp32", "adamw", "cpu")
     per_voxel = {settings: 100 - 10 * i for i, settings in enumerate(step.candidates())}
 
     def predicted(step, settings):
@@ -207,7 +213,7 @@ def test_the_first_candidate_that_fits_is_chosen(monkeypatch):
     monkeypatch.setattr(choice, "predict", predicted)
     voxels = math.prod(step.shape)
     for i, (settings, count) in enumerate(per_voxel.items()):
-        chosen = choose_for(step, voxels * count)
+        chosen = first_that_fits(step, step.candidates(), voxels * count)
         assert chosen.settings == settings
         assert chosen.slab_elements == (None if settings.rows is None else settings.rows * 16 * 64 * 96)
         assert chosen.arithmetic == pytest.approx(1 + i)
@@ -217,22 +223,22 @@ def test_the_first_candidate_that_fits_is_chosen(monkeypatch):
         r"recomputed, slabs of 1 row\), the budget is 15.00 MiB; the largest volume that fits is 64x64x88$"
     )
     with pytest.raises(InputError, match=line):
-        choose_for(step, voxels * min(per_voxel.values()) - 1)
+        first_that_fits(step, step.candidates(), voxels * min(per_voxel.values()) - 1)
     with pytest.raises(InputError, match=r"no 64x64 volume fits$"):
-        choose_for(step, 1000)
+        first_that_fits(step, step.candidates(), 1000)
 
 
 @pytest.mark.usefixtures("small_preset")
 def test_configure_sets_what_was_chosen_and_disturbs_nothing():
     model = EffSegNet(**FEW_LEVELS)
     state, grads = torch.get_rng_state(), torch.is_grad_enabled()
-    chosen = configure(model, SMALL, torch.float32, "3MB")
+    chosen = model.configure(SMALL, torch.float32, "3MB")
     assert chosen.memory == "stream"
     assert (model.active_memory, model.recompute_levels) == (chosen.memory, chosen.recompute_levels)
     assert model.slab_elements == chosen.slab_elements
     assert chosen.peak <= 3 * 10**6
     with torch.no_grad():
-        assert configure(model, SMALL, torch.float32, 3 * 10**6) == chosen
+        assert model.configure(SMALL, torch.float32, 3 * 10**6) == chosen
     assert torch.equal(state, torch.get_rng_state())
     assert grads == torch.is_grad_enabled()
 
@@ -241,7 +247,9 @@ def test_configure_sets_what_was_chosen_and_disturbs_nothing():
 def test_the_network_of_a_choice_is_the_one_that_is_trained():
     """Other options of the constructor reach the prediction, those that a choice decides do not."""
     arguments = EffSegNet(2, 7, preset="small").arguments | {"norm": "batch", "memory_budget": "8GB"}
-    report = choice.predict(Step.of(arguments, (1, 2, 16, 16, 16), "fp32", "adamw", "cpu"), Settings("raw"))
+    report = choice.predict(
+        TrainingStep.of(EffSegNet, arguments, (1, 2, 16, 16, 16), "fp32", "adamw", "cpu"), Settings("raw")
+    )
     like = EffSegNet(2, 7, preset="small", norm="batch")
     assert report.parameters == sum(p.numel() for p in like.parameters())
     assert report.peak == peak_training_memory(like, (1, 2, 16, 16, 16), dtype="fp32").peak
@@ -269,9 +277,9 @@ def test_wrong_arguments_are_named(change, line):
 
 def test_configure_asks_for_what_it_cannot_know():
     with pytest.raises(InputError, match=r"memory_budget: .* on cpu needs one"):
-        configure(EffSegNet(1, 4), SMALL, torch.float32, None)
+        EffSegNet(1, 4).configure(SMALL, torch.float32, None)
     with pytest.raises(InputError, match=r"auto knows .*, got float64"):
-        configure(EffSegNet(1, 4), SMALL, torch.float64, GB)
+        EffSegNet(1, 4).configure(SMALL, torch.float64, GB)
 
 
 @pytest.mark.usefixtures("small_preset")
@@ -280,5 +288,5 @@ def test_a_gpu_is_filled_but_for_the_headroom(monkeypatch):
     properties = type("Properties", (), {"total_memory": total})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert choice.usable(None, torch.device("cuda")) == total * (1 - HEADROOM)
-    chosen = configure(EffSegNet(**FEW_LEVELS), SMALL, torch.bfloat16, None, torch.device("cuda"))
+    chosen = EffSegNet(**FEW_LEVELS).configure(SMALL, torch.bfloat16, None, torch.device("cuda"))
     assert chosen.peak < chosen.reserved <= total * (1 - HEADROOM)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from effseg.data.preprocessing import Preprocessing
 from effseg.errors import InputError
-from effseg.models.checkpoint import load
+from effseg.models.registry import load
 from effseg.models.unet3d import UNet3D
 
 EXTRA = {"labels": ["background", "liver"], "preprocessing": {"window": [-200.0, 400.0]}}

@@ -5,7 +5,7 @@ import torch
 
 from effseg.errors import InputError
 from effseg.losses import dice_cross_entropy
-from effseg.models import build_model
+from effseg.models.registry import build_model
 from effseg.models.unet3d import UNet3D
 
 

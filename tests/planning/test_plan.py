@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from effseg import cli, models
 from effseg.errors import InputError
-from effseg.memory import Request
 from effseg.memory.largest import STEP, largest
 from effseg.memory.units import format_bytes, parse_bytes
 from effseg.models.effsegnet import EffSegNet
-from effseg.planning import planner
+from effseg.planning import Request, planner
 
 COMMAND = ["plan", "--volume", "32x32x24", "--classes", "4", "--model", "unet3d", "--dtype", "fp32"]
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import effseg.training.loop as loop
-from effseg.models import build_model
+from effseg.models.registry import build_model
 from effseg.training import TrainingConfig, train
 
 

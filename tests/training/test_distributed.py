@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from effseg import phantom
 from effseg.errors import InputError
-from effseg.models import build_model
+from effseg.models.registry import build_model
 from effseg.training import loop, train
 from effseg.training.config import TrainingConfig
 from effseg.training.distributed import World, join_world

@@ -5,7 +5,7 @@ import torch
 
 import effseg
 from effseg.errors import InputError
-from effseg.models import build_model
+from effseg.models.registry import build_model
 from effseg.training.initial import describe_file, initial_weights, take_weights
 
 
