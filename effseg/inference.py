@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from effseg.common.formats import label_dtype
 from effseg.data.cases import Case, Found, case_of, look_for_cases
 from effseg.data.identity import case_identity
 from effseg.data.labels import LabelMap, Labels, as_label_map
@@ -301,7 +302,7 @@ def _segment_patches(
         device=torch.device("cpu"),
     )
     logits = inferer(image, model)
-    return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
+    return logits.argmax(1).to(label_dtype(logits.shape[1]))
 
 
 def weights_file(checkpoint: Path) -> Path:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from effseg.common.formats import DTYPES, dtype_name
 from effseg.common.settings import Setting
 
 if TYPE_CHECKING:
     from effseg.algorithms.interface import Algorithm
 
 ALGORITHMS = ("aten", "triton")
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = tuple(DTYPES.values())
 _forced = Setting("effseg_algorithm", "auto")
 
 
@@ -43,9 +44,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     which they have been measured (`effseg tune`), else ATen."""
     name = _forced.get()
     if name == "triton" and dtype not in TRITON_DTYPES:
-        known = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)
-        got = str(dtype).removeprefix("torch.")
-        raise ValueError(f"algorithm: triton computes in {known}, got {got}")
+        known = ", ".join(map(dtype_name, TRITON_DTYPES))
+        raise ValueError(f"algorithm: triton computes in {known}, got {dtype_name(dtype)}")
     if name == "auto":
         wanted = device.type == "cuda" and dtype in TRITON_DTYPES and _measured(device)
         name = "triton" if wanted else "aten"

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from effseg.benchmarking.registry import Case, Contender, Workload, contenders
 from effseg.benchmarking.trainee import Trainee
+from effseg.common.formats import DTYPES
 
 # Six levels below 64 voxels an axis has two, where much of a bf16 gradient is rounding.
 VOLUMES = {"fp32": (64, 64, 64), "bf16": (96, 96, 96)}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 2e-3, "bf16": 3e-2}
 """Relative error of the loss, and of all gradients taken as one vector, against the reference in float32;
 twice the error of the reference with operands and results rounded to that type where that is more."""

@@ -20,7 +20,7 @@ cancel.
 
 A specification (`Spec`) holds no tensor, so that it may live in an autograd context without keeping
 memory alive. `Spec.rows` is ordinary differentiable code over small slabs, in the operations of an
-algorithm; a slab's gradient is pulled back through it by autograd (`effseg.operators.pullback`).
+algorithm; a slab's gradient is pulled back through it by autograd (`effseg.algorithms.pullback`).
 """
 
 from __future__ import annotations

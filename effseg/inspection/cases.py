@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from effseg.common.formats import DTYPES
 from effseg.expressions.slabs import Window
 from effseg.kernels import conv3d_dgrad, conv3d_fwd, conv3d_wgrad, head, norm_act, statistics, upsample
 from effseg.kernels.config import LOOPS, Triple
@@ -20,7 +21,6 @@ from effseg.kernels.launch import Launch, NormAct, empty, recording
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.levels import PRESETS
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NNUNET_WIDTHS = (32, 64, 128, 256, 320, 320)
 CLASSES = (15, 105)
 SIZE = (64, 128, 128)
@@ -106,7 +106,7 @@ def _convolution(in_channels: int, out_channels: int, window: Window) -> Iterato
 def recorded(case: Case, architecture: str, dtype: str) -> list[Launch]:
     """What the case launches; of each kernel the last: of a strided dgrad's classes that of most taps."""
     with FakeTensorMode(), recording(architecture) as launches:
-        _call(case, TORCH_DTYPES[dtype])
+        _call(case, DTYPES[dtype])
     return list({id(launch.kernel): launch for launch in launches}.values())
 
 

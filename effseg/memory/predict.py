@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
 from effseg.common.device import DEVICE_KINDS, pretending
+from effseg.common.formats import dtype_name
 from effseg.common.tensors import unregistered
 from effseg.errors import InputError
 from effseg.expressions.slabs import abridged
@@ -163,7 +164,7 @@ def _report(
     for storage in tracker.at_peak:
         split[storage.label] += storage.nbytes
     largest = tuple(
-        LiveTensor(s.nbytes, s.label, s.operator, s.phase, s.shape, str(s.dtype).removeprefix("torch."))
+        LiveTensor(s.nbytes, s.label, s.operator, s.phase, s.shape, dtype_name(s.dtype))
         for s in sorted(tracker.at_peak, key=lambda s: s.nbytes, reverse=True)[:20]
     )
     # A CPU's allocator gives large tensors back at once.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from effseg.common.formats import label_dtype
 from effseg.errors import InputError
 from effseg.losses import dice_cross_entropy
 from effseg.models import checkpoint
@@ -51,7 +52,7 @@ class SegmentationModel(nn.Module):
         Training or evaluation mode is left as it is.
         """
         logits = self(image)
-        return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
+        return logits.argmax(1).to(label_dtype(logits.shape[1]))
 
     def save(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from effseg import functional
 from effseg.common.device import make_room
+from effseg.common.formats import dtype_name
 from effseg.errors import InputError
 from effseg.expressions.base import Deferred
 from effseg.expressions.layers import Residual
@@ -237,8 +238,8 @@ class EffSegNet(SegmentationModel):
         """
         device = device or self.head.weight.device
         if dtype not in COMPUTE_TYPES:
-            known = ", ".join(str(d).removeprefix("torch.") for d in COMPUTE_TYPES)
-            raise InputError(f"memory: auto knows {known}, got {str(dtype).removeprefix('torch.')}")
+            known = ", ".join(map(dtype_name, COMPUTE_TYPES))
+            raise InputError(f"memory: auto knows {known}, got {dtype_name(dtype)}")
         kind = "cpu" if device.type == "cpu" else "cuda"
         step = TrainingStep.of(type(self), self.arguments, image_shape, COMPUTE_TYPES[dtype], "adamw", kind)
         choice = first_that_fits(step, step.candidates(), usable(budget, device))

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm, StatisticsGradient
+from effseg.algorithms.pullback import Pullback, added, rows
 from effseg.common.device import make_room
 from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
 from effseg.expressions.base import Deferred, Spec, in_compute_type
 from effseg.expressions.slabs import Window, rows_per_slab, slabs
 from effseg.operators.moments import Moments
 from effseg.operators.operator import Operator
-from effseg.operators.pullback import Pullback, added, rows
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from effseg.common.formats import dtype_name
 from effseg.expressions.layers import Conv, Plain, Raw, Residual, UpAdd
 from effseg.expressions.slabs import Window
 from effseg.operators.normalisation import Merging
@@ -39,7 +40,7 @@ def _text(value: Any, numbers: list[int]) -> str:
         numbers.append(value)
         return NUMBER
     if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+        return dtype_name(value)
     if isinstance(value, tuple):
         return "(" + "".join([_text(v, numbers) + "," for v in value]) + ")"
     fields = [_text(getattr(value, name), numbers) for name in type(value).__match_args__]

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm, Head, Sums
+from effseg.algorithms.pullback import Pullback, rows
+from effseg.common.formats import label_dtype
 from effseg.expressions.base import Deferred, Spec, in_compute_type
 from effseg.expressions.slabs import slabs
 from effseg.operators.checks import unknown_labels
 from effseg.operators.materialise import thickness
 from effseg.operators.operator import Operator
-from effseg.operators.pullback import Pullback, rows
 
 COUNTS = (Sums._fields.index("voxels"), Sums._fields.index("unknown"))
 """Of the sums: they have no gradient."""
@@ -161,10 +162,6 @@ def head_gradients(
         None if weight is None or w is None else w.view_as(weight).to(weight.dtype),
         None if bias is None or b is None else b.to(bias.dtype),
     )
-
-
-def label_dtype(classes: int) -> torch.dtype:
-    return torch.uint8 if classes <= 256 else torch.int16
 
 
 def head_segment(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
+from effseg.algorithms.pullback import rows
 from effseg.expressions.base import Deferred, Normalisation, Spec, in_compute_type
 from effseg.expressions.layers import plain, raw, residual
 from effseg.expressions.slabs import Window, slabs
@@ -25,7 +26,6 @@ from effseg.operators.materialise import materialise_backward, materialise_forwa
 from effseg.operators.norm_backward import NormBackward
 from effseg.operators.normalisation import Merging, Running, terms
 from effseg.operators.operator import Operator
-from effseg.operators.pullback import rows
 
 UNITS = 3
 

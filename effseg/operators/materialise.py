@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
+from effseg.algorithms.pullback import Pullback, rows
 from effseg.common.formats import CHANNELS_LAST
 from effseg.expressions.base import Deferred, Spec, in_compute_type
 from effseg.expressions.slabs import rows_per_slab, slabs
 from effseg.operators.operator import Operator
-from effseg.operators.pullback import Pullback, rows
 
 
 class Static(NamedTuple):

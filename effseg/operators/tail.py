@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm, Head, Sums
+from effseg.algorithms.pullback import Pullback, added, rows
 from effseg.common.device import make_room
 from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
 from effseg.expressions.base import Deferred, Normalisation, Spec, in_compute_type
@@ -34,7 +35,6 @@ from effseg.operators.norm_backward import NormBackward
 from effseg.operators.norm_sums import NormSums, terms_from_sums
 from effseg.operators.normalisation import Merging, Norm, Running, merging, terms
 from effseg.operators.operator import Operator
-from effseg.operators.pullback import Pullback, added, rows
 
 # How many tensors of a slab the sweeps F4 and B2 hold at a time, about.
 FORWARD_SLABS, BACKWARD_SLABS = 4, 7

@@ -1,4 +1,4 @@
-"""Configurations by measurement: `effseg tune`, also `python -m effseg.tuning.autotune`.
+"""Configurations by measurement: `effseg tune`.
 
 `problems` lists what a network's training step and segmentation ask `choose`; `tune` climbs, for each
 of them, from the heuristic's configuration to faster neighbours, and writes what is fastest of those that
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -320,9 +319,3 @@ def _tune_and_tell(
 ) -> None:
     """Every problem as it is done with, then what came of them."""
     tell(tune(needed, machine, path, todo=rest, again=again, seconds=seconds, show=tell))
-
-
-if __name__ == "__main__":
-    from effseg.cli import main
-
-    sys.exit(main(["tune", *sys.argv[1:]]))

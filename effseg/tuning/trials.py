@@ -14,8 +14,8 @@ from torch import Tensor
 
 from effseg.algorithms.aten import ops as aten
 from effseg.algorithms.interface import Sums
+from effseg.common.formats import DTYPES, label_dtype
 from effseg.expressions.slabs import Window
-from effseg.inspection.cases import TORCH_DTYPES
 from effseg.kernels import statistics
 from effseg.kernels.config import Config, Problem, Triple, uses_aten
 from effseg.kernels.conv3d_dgrad import conv3d_dgrad
@@ -72,7 +72,7 @@ class _Operands:
 
     @property
     def stored(self) -> torch.dtype:
-        return TORCH_DTYPES[self.problem.dtype]
+        return DTYPES[self.problem.dtype]
 
     @property
     def summed(self) -> torch.dtype:
@@ -294,7 +294,7 @@ class _HeadOperands:
         self.a = o.features(channels, o.problem.size)
         self.weight = _weight(o).flatten(1)
         self.bias = torch.zeros(self.classes, dtype=self.weight.dtype, device=o.device)
-        self.label_dtype = torch.uint8 if self.classes <= 256 else torch.int16
+        self.label_dtype = label_dtype(self.classes)
         self.labels = torch.randint(self.classes, o.problem.size, dtype=self.label_dtype, device=o.device)
         self.class_weights = torch.ones(self.classes, device=o.device)
         self.sums = Sums(*(o.values(1, *s).to(o.summed) for s in [(self.classes,)] * 3 + [()] * 3))

@@ -1,5 +1,7 @@
 """What a GPU's allocator reserves for a training step, beside what lives."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -7,10 +9,8 @@ from effseg.common import device
 from effseg.conversion import convert
 from effseg.memory import peak_training_memory
 from effseg.memory.trace import LARGEST_WORKSPACE
-from effseg.models import effsegnet
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.unet3d import UNet3D
-from effseg.operators import conv3d, tail
 
 SMALL = (1, 1, 32, 32, 32)
 
@@ -65,8 +65,10 @@ def test_where_there_is_no_room_none_is_made(monkeypatch):
 def test_room_is_made_for_what_is_stored_next(monkeypatch):
     """32 channels at half the resolution, in bf16."""
     asked = []
-    for module in (conv3d, tail, effsegnet):
-        monkeypatch.setattr(module, "make_room", lambda _, *sizes: asked.append(sizes))
+    for module in ("operators.conv3d", "operators.tail", "models.effsegnet"):
+        monkeypatch.setattr(
+            import_module(f"effseg.{module}"), "make_room", lambda _, *sizes: asked.append(sizes)
+        )
     report(SMALL, classes=4)
     stored = 2 * 32 * 16**3
     assert asked[0] == (stored,)  # before the first layer

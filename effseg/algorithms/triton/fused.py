@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import StatisticsGradient
+from effseg.algorithms.pullback import alike
 from effseg.algorithms.triton import choices
 from effseg.expressions.base import Spec
 from effseg.expressions.layers import Plain, Raw
@@ -25,7 +26,6 @@ from effseg.kernels.conv3d_fwd import conv3d_forward
 from effseg.kernels.conv3d_wgrad import Fold, conv3d_wgrad
 from effseg.kernels.launch import NormAct, empty
 from effseg.kernels.norm_act import fold as fold_kernel
-from effseg.operators.pullback import alike
 
 WIDE = 128
 
