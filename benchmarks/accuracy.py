@@ -6,7 +6,6 @@ seen, with the weights of the last step: nothing is chosen by those cases.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -25,6 +24,7 @@ import torch
 
 from effseg import phantom
 from effseg.benchmarking import record
+from effseg.common.arguments import Parser
 from effseg.common.atomic import atomic_path
 from effseg.common.device import find_device
 from effseg.errors import InputError
@@ -226,7 +226,7 @@ def _write(document: Mapping[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=HELP)
+    parser = Parser(prog="python -m benchmarks.accuracy", description=HELP)
     parser.add_argument(
         "--minutes", type=float, default=8.0, metavar="N", help="all of it takes about so long (default: 8)"
     )

@@ -22,6 +22,7 @@ from effseg.benchmarking.journal import Journal, continued
 from effseg.benchmarking.record import INTERRUPTED, Row, begin
 from effseg.benchmarking.registry import Case, contenders, workloads
 from effseg.benchmarking.timing import ROUNDS
+from effseg.common.arguments import Parser
 from effseg.common.device import find_device
 from effseg.errors import InputError
 from effseg.memory.units import format_bytes
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_steps", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.gpu_steps", description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="the record")
     parser.add_argument(

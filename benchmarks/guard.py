@@ -16,10 +16,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from effseg.benchmarking.memory import predict
 from effseg.benchmarking.registry import DTYPES, Case, contenders, missing, workloads
+from effseg.common.arguments import Parser
 from effseg.common.atomic import atomic_path
 from effseg.errors import InputError
 
@@ -169,13 +170,8 @@ def write(path: Path, baseline: Baseline) -> None:
 # The command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"guard: error: {message} (see --help)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.guard",
         description=f"""Compares predicted bytes per voxel ({WORKLOAD}), parameters and multiply-accumulates
             of every contender, and the kernels' issue clocks, with a baseline. Exit code 1 if one is worse by

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from benchmarks import memory_plots, speed_plots
 from effseg.benchmarking import results
 from effseg.benchmarking.record import Record
+from effseg.common.arguments import Parser
 from effseg.errors import InputError
 from effseg.figures.canvas import save
 
@@ -29,13 +29,8 @@ def figures(records: Mapping[str, Record]) -> Iterator[tuple[str, Any]]:
             yield f"{name}.png", figure
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"plots: error: {message} (see --help)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _Parser(prog="python -m benchmarks.plots", description="Draws what records hold, as PNG.")
+    parser = Parser(prog="python -m benchmarks.plots", description="Draws what records hold, as PNG.")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="default: benchmarks/results")
     parser.add_argument("--output", type=Path, help="folder of the pictures (default: that of the results)")
     args = parser.parse_args(argv)

@@ -5,16 +5,15 @@ Predicts it, on any machine in a quarter of an hour, and writes benchmarks/resul
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from benchmarks import auto
 from benchmarks.memory_plots import LINES
 from effseg.benchmarking import memory, record, results
 from effseg.benchmarking.registry import DTYPES, Case, contenders, workloads
+from effseg.common.arguments import Parser
 
 CLASSES = 15
 FILE = memory.FILE
@@ -47,13 +46,8 @@ def write(folder: Path) -> None:
     auto.write(cells, folder / auto.FILE)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"predictions: error: {message} (see --help)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.predictions",
         description=f"Predicts the memory of training steps and writes {FILE} and {auto.FILE}.",
     )

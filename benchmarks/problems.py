@@ -3,13 +3,13 @@ tunes and `effseg bench` measures, on any machine in some minutes, and writes be
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
 from benchmarks.real_size import VOLUMES
+from effseg.common.arguments import Parser
 from effseg.memory.units import parse_volume
 from effseg.tuning import autotune
 from effseg.tuning.problem_lists import Listed, write
@@ -36,7 +36,7 @@ def problems(listed: Listed) -> list[autotune.Problem]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.problems", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.problems", description=__doc__)
     parser.add_argument("--output", type=Path, default=FILE, metavar="FILE", help="default: %(default)s")
     args = parser.parse_args(argv)
     found = {}

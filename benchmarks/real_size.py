@@ -17,6 +17,7 @@ import torch
 
 from effseg.benchmarking import record
 from effseg.benchmarking.registry import DTYPES, NO_GPU
+from effseg.common.arguments import Parser
 from effseg.common.atomic import atomic_path
 from effseg.errors import InputError
 from effseg.memory.units import parse_volume
@@ -151,7 +152,7 @@ def _write(path: Path, begun: dict[str, Any], checks: Sequence[Check]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_size", description=HELP)
+    parser = Parser(prog="python -m benchmarks.real_size", description=HELP)
     parser.add_argument("--volume", nargs="+", default=VOLUMES, metavar="XxYxZ", help="default: %(default)s")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")

@@ -5,18 +5,17 @@ A block of the file lies between a line `<!-- benchmark: NAME -->` and the next 
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from benchmarks import auto, speed_plots
 from benchmarks.memory_plots import LINES
 from effseg.benchmarking import results, tabulation
 from effseg.benchmarking.record import Record
 from effseg.benchmarking.tabulation import Table
+from effseg.common.arguments import Parser
 from effseg.common.atomic import atomic_path
 from effseg.errors import InputError
 
@@ -129,13 +128,8 @@ def _block(name: str, lines: Iterator[str]) -> str:
 # The command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"tables: error: {message} (see --help)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.tables",
         description=f"""Makes the tables of a Markdown file anew ({", ".join(BLOCKS)}), from the JSON of
             benchmarks/results. Exit code 1 with --check if one differs.""",

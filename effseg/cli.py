@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import NoReturn
 
+from effseg.common.arguments import EXIT_BAD_INPUT, Parser
 from effseg.errors import InputError, InputWarning
 from effseg.version import __version__
 
@@ -27,7 +27,6 @@ COMMANDS = {
     "doctor": "check versions, the GPU, known faults, and the arithmetic",
 }
 
-EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
@@ -60,21 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, whose usage errors are one line like every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"effseg: error: {message} (see `{self.prog} --help`)\n")
-
-
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="effseg",
         description="3D segmentation of whole CT volumes in a fraction of the memory.",
         epilog="`effseg COMMAND --help` explains a command.",
     )
     parser.add_argument("--version", action="version", version=f"effseg {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     called = next((word for word in arguments if not word.startswith("-")), None)
     for name, line in COMMANDS.items():
         if name == called:

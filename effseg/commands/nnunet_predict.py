@@ -3,8 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from effseg.common.arguments import Parser
 from effseg.errors import InputError
 
 DESCRIPTION = """Segment scans with a trained nnU-Net v2 model, 2d, 3d_fullres or 3d_lowres, as
@@ -90,13 +91,8 @@ def _given(arguments: Sequence[str], *names: str) -> argparse.Namespace:
     return parser.parse_known_args([*arguments])[0]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see `{self.prog} --help`)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="effseg nnunet predict", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog="effseg nnunet predict", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("-i", type=Path, required=True, metavar="FOLDER", help="scans NAME_0000, one file a channel")
     add("-o", type=Path, required=True, metavar="FOLDER", help="where labels are written, made if needed")

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from effseg.common.arguments import Parser
 from effseg.common.atomic import atomic_path
 from effseg.kernels.config import ARCHITECTURES, DTYPES, LOOPS
 
@@ -80,13 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"inspect: error: {message} (see --help)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m effseg.inspection",
         description="""Compiles every kernel for GPUs that need not be there, with the configurations that
             would be chosen, and says what their machine code costs. Issue clocks per 128 voxels, of the main

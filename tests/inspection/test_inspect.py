@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import guard
-from effseg import inspection as inspect
+from effseg.inspection import __main__ as inspect
 from effseg.inspection import sass
 from effseg.kernels.config import ARCHITECTURES, LOOPS
 
@@ -154,7 +154,7 @@ config._conv = lambda *_: config.Config("slide", block_d=4, block_h=16, block_w=
 """
 START = """
 import sys
-from effseg.inspection import main
+from effseg.inspection.__main__ import main
 if __name__ == "__main__":
     sys.exit(main())
 """
