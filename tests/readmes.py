@@ -88,7 +88,7 @@ def make_world(folder: Path) -> dict[str, Any]:
         import nnunet_models
         import with_nnunet  # noqa: F401  so that nnU-Net can look trainers up
 
-        plans = nnunet_models.make_plans(nnunet_models.configuration((16, 16, 16), (8.0, 8.0, 8.0)))
+        plans = nnunet_models.make_plans(nnunet_models.configuration((16, 16, 16), (32.0, 32.0, 32.0)))
         nnunet_models.write_model(folder / NNUNET_MODEL, plans, folds=(0, 1), steps=1)
     volume, labels = map(torch.from_numpy, phantom.generate((32, 32, 32), seed=1))
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from effseg.errors import InputError
 from effseg.models.base import SegmentationModel
 
+__all__ = ["MODEL_NAMES", "build_model"]
+
 
 def _effsegnet(preset: str) -> Callable[[int, int], SegmentationModel]:
     def build(in_channels: int, num_classes: int) -> SegmentationModel:
