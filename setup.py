@@ -59,6 +59,7 @@ setup(
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "dynamic-network-architectures>=0.4",
+            "pyyaml>=6.0",
             "ruff>=0.9",
             "mypy>=1.14",
         ],

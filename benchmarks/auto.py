@@ -1,4 +1,4 @@
-"""What `memory="auto"` takes on cards of several sizes, for the README's table.
+"""What `memory="auto"` takes on cards of several sizes, for the table of the page on planning.
 
 `python -m benchmarks.predictions` writes it.
 """

@@ -1,4 +1,4 @@
-"""What the README says of memory that was not measured: `python -m benchmarks.predictions`.
+"""What the READMEs say of memory that was not measured: `python -m benchmarks.predictions`.
 
 Predicts it, on any machine in a quarter of an hour, and writes benchmarks/results/memory.json and auto.json.
 """

@@ -1,4 +1,4 @@
-"""The README's tables, made from the committed results: `python -m benchmarks.tables README.md`.
+"""The READMEs' tables, made from the committed results: `python -m benchmarks.tables`.
 
 A block of the file lies between a line `<!-- benchmark: NAME -->` and the next `<!-- end -->`.
 """
@@ -69,8 +69,8 @@ def _of(folder: Path, gpu: bool) -> dict[str, Record]:
 
 
 def _picture(name: str, what: str) -> str:
-    """One that `benchmarks.plots` draws."""
-    return f"![{what}](benchmarks/results/{name}.png)"
+    """One that `benchmarks.plots` draws, as benchmarks/README.md finds it."""
+    return f"![{what}](results/{name}.png)"
 
 
 def _titled(table: Table) -> str:
@@ -81,7 +81,7 @@ TIMED = (
     *LINES, "nnunet/raw/auto", "nnunet/block/auto",
     *(f"effseg-base/{memory}/{how}" for how in ("aten", "triton") for memory in ("raw", "stream")),
 )  # fmt: skip
-"""Contenders whose time the README tells."""
+"""Contenders whose time benchmarks/README.md tells."""
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "memory": memory_block,
     "auto": auto_block,
@@ -90,8 +90,12 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "kernels": kernels_block,
 }
 
+ROOT = results.FOLDER.parents[1]
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "effseg" / "planning" / "README.md")
+"""Where the blocks stand, each once."""
 
-# The file
+
+# The files
 
 
 def regenerated(text: str, folder: Path = results.FOLDER) -> tuple[str, list[str]]:
@@ -131,18 +135,28 @@ def _block(name: str, lines: Iterator[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m benchmarks.tables",
-        description=f"""Makes the tables of a Markdown file anew ({", ".join(BLOCKS)}), from the JSON of
+        description=f"""Makes the tables of Markdown files anew ({", ".join(BLOCKS)}), from the JSON of
             benchmarks/results. Exit code 1 with --check if one differs.""",
     )
-    parser.add_argument("file", type=Path, metavar="README.md")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="*",
+        default=PAGES,
+        metavar="README.md",
+        help="default: every page with a table",
+    )
     parser.add_argument("--check", action="store_true", help="write nothing, name the blocks that differ")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="default: benchmarks/results")
     args = parser.parse_args(argv)
+    differing = []
     try:
-        text, differing = regenerated(args.file.read_text(encoding="utf-8"), args.results)
-        if not args.check:
-            with atomic_path(args.file) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        for file in args.files:
+            text, names = regenerated(file.read_text(encoding="utf-8"), args.results)
+            differing += names
+            if not args.check:
+                with atomic_path(file) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
     except (InputError, OSError, UnicodeDecodeError) as error:
         print(f"tables: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

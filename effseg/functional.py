@@ -45,9 +45,9 @@ __all__ = [
 
 
 def compute_dtype(device: torch.device, weight: Tensor) -> torch.dtype:
-    """The type to convolve and to store in: autocast's for `device` where it is on, else the weight's.
+    """The type to convolve and to store in: get_autocast_dtype(device) if autocast is on, else weight.dtype.
 
-    As in torch, autocast leaves float64 alone.
+    weight: of any shape. As in torch, autocast leaves float64 alone.
     """
     if weight.dtype != torch.float64 and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
@@ -99,9 +99,9 @@ def convolve(
 
 
 def materialise(x: Deferred, *, slab_elements: int | None = None) -> Tensor:
-    """The expression's value as a stored tensor (N, C, D, H, W), for code that needs one.
+    """y = x as a stored tensor (N, C, D, H, W) of the expression's type, for code that needs one.
 
-    Memory kept for backward: what x stores (not the value).
+    Memory kept for backward: what x stores (not the value). Raises `ValueError` for x of other dimensions.
     """
     checks.features("x", x)
     return operators.materialise(x, slab_elements)
@@ -119,6 +119,9 @@ def stem_statistics(
 
     Differentiable in the weight without another sweep: the gradient is linear in sums that the forward
     sweep collects ((C + 1) * Ci * taps float64 numbers a sample). The image gets no gradient.
+    image: (N, Ci, D, H, W) of any float type or int16; weight (C, Ci, kd, kh, kw) with odd kernels; dtype:
+    the compute type, by default `compute_dtype`. The statistics are those of y rounded to it, in float32
+    (float64 for float64). Raises `ValueError` where shapes do not fit or the image requires a gradient.
     """
     checks.features("image", image)
     checks.convolution(weight, None, image.shape[1])
@@ -183,6 +186,7 @@ def tail_segmentation_loss(
     statistics are updated. Head and options as in `segmentation_loss`.
     Memory kept for backward: what x stores, and the labels as given. The convolution runs twice in forward
     (statistics; sums) and again in backward, with many classes twice (`effseg.operators.tail`).
+    Raises `ValueError` as `segmentation_loss` does, and where the layer does not fit x.
     """
     chosen = LossOptions(**options)
     kernel, norm, slope = layer
@@ -209,7 +213,8 @@ def segment(
 ) -> Tensor:
     """argmax over the classes of head(x): (N, D, H, W), uint8, or int16 for more than 256 classes.
 
-    x, weight, bias as in `segmentation_loss`; logits exist a few rows at a time, nothing is kept.
+    x, weight, bias as in `segmentation_loss`; logits exist a few rows at a time, nothing is kept. Raises
+    `ValueError` for shapes that do not fit.
     """
     x = _head_input(x, weight)
     checks.head(x.shape[1], weight, bias)

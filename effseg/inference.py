@@ -25,6 +25,15 @@ from effseg.errors import InputError
 from effseg.models.base import SegmentationModel
 from effseg.models.registry import load
 
+__all__ = [
+    "Predictor",
+    "keep_largest_components",
+    "load_predictor",
+    "predict_files",
+    "predict_scan",
+    "segment",
+]
+
 OVERLAP = 0.5  # of neighbouring patches, where a network was trained on patches
 
 Size = tuple[int, int, int]
@@ -153,7 +162,7 @@ def load_predictor(
     labels: Labels | None = None,
     patch_size: Size | None = None,
 ) -> Predictor:
-    """From a .safetensors file, or a run's folder (its best network, else its final one).
+    """A predictor from a .safetensors file, or a run's folder (its best network, else its final one).
 
     preprocessing, labels, patch_size: for a file that does not say them, as one that `model.save` wrote
     without; see `effseg.data.labels.as_label_map`. A file's own are not changed.

@@ -10,6 +10,8 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from effseg.errors import InputError
 
+__all__ = ["LossOptions", "dice_cross_entropy"]
+
 SPACE = (2, 3, 4)
 
 
@@ -31,7 +33,10 @@ class ClassSums(Protocol):
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of `dice_cross_entropy`, checked. Raises `InputError` (a `ValueError`) or `TypeError`."""
+    """The options of `dice_cross_entropy`: dice_weight * (1 - mean Dice) + ce_weight * cross-entropy.
+
+    class_weights: (K,) or None. Raises `InputError` (a `ValueError`) or `TypeError` for what is no option.
+    """
 
     class_weights: torch.Tensor | None = None
     ignore_index: int | None = None
@@ -53,7 +58,7 @@ class LossOptions:
             raise InputError(f"label_smoothing: expected 0 to 1, got {self.label_smoothing}")
 
     def of_sums(self, sums: ClassSums) -> torch.Tensor:
-        """The loss, float64: it depends on a batch through these sums alone."""
+        """The loss, a float64 scalar: it depends on a batch through these sums alone."""
         group = GroupSum(self.process_group)
         classes = sums.voxels.shape[1]
         first = 0 if self.include_background else 1

@@ -39,6 +39,8 @@ class ConvNormAct3d(nn.Module):
 
     Memory kept for backward by `forward`: the input and the raw output; stock torch keeps the input, the
     raw output, the normalised output and the activated one (or three of them with an in-place activation).
+    Raises `ValueError` for options and shapes that do not fit, and for hooks on the convolution or the norm,
+    which are not called as modules.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class ConvNormAct3d(nn.Module):
     def normalised(
         self, x: Tensor | Deferred, slab_elements: int | None = None
     ) -> tuple[Tensor, Normalisation]:
-        """The raw convolution output, stored, and what normalises it."""
+        """The raw convolution output (N, C', D', H', W'), stored, and what normalises it."""
         self._refuse_hooks()
         # Only expressions read y, which multiply its gradient by the norm's scale: so that is its own.
         y, mean, var = functional.convolve(
@@ -75,6 +77,7 @@ class ConvNormAct3d(nn.Module):
         return y, normalisation(self.norm, mean, var, y[0, 0].numel())
 
     def deferred(self, x: Tensor | Deferred, slab_elements: int | None = None) -> Deferred:
+        """leaky_relu(norm(conv(x))) as an expression over the stored conv(x)."""
         return raw(*self.normalised(x, slab_elements), self.negative_slope)
 
     def streamed_layer(self, x: Deferred, slab_elements: int | None = None) -> Deferred:
@@ -117,7 +120,8 @@ class ConvNormAct3d(nn.Module):
 class ResidualBlock3d(nn.Module):
     """leaky_relu(x + norm(conv(unit(x)))) at constant width, with unit a `ConvNormAct3d`.
 
-    Memory kept for backward in a chain: two raw outputs.
+    x (N, C, D, H, W) -> the same shape, in the compute type. Memory kept for backward in a chain: two raw
+    outputs. Raises `ValueError` as `ConvNormAct3d` does.
     """
 
     def __init__(self, channels: int, norm: str = "instance", negative_slope: float = SLOPE) -> None:
@@ -127,6 +131,7 @@ class ResidualBlock3d(nn.Module):
         self.negative_slope = negative_slope
 
     def deferred(self, x: Deferred, slab_elements: int | None = None) -> Deferred:
+        """The block's output as an expression over x and its two stored raw outputs."""
         inner = self.unit.deferred(x, slab_elements)
         return residual(x, *self.last.normalised(inner, slab_elements), self.negative_slope)
 

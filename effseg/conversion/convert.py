@@ -247,7 +247,10 @@ def _other_inputs(inputs: Any, image: Tensor) -> Any:
 
 
 def restore(model: M) -> M:
-    """The network as it was before `convert`, with the converted one's parameters and buffers."""
+    """The network as it was before `convert`, with the converted one's parameters and buffers, shared.
+
+    Raises `TypeError` for what is no module or is wrapped (DDP, torch.compile).
+    """
     _check_model(model)
     plain = copy.deepcopy(model, _shared(model))
     for module in plain.modules():

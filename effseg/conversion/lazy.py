@@ -99,7 +99,7 @@ class LazyTensor(Tensor):
         return self._value
 
     def taken(self) -> Value:
-        """For an operator that keeps what it is made of."""
+        """The value, for an operator that keeps what it is made of."""
         self._was_taken = True
         value = self.value
         self._memory_is_kept = isinstance(value, Tensor)
@@ -165,6 +165,7 @@ class LazyTensor(Tensor):
         return stored
 
     def laid_out_for_others(self) -> Tensor:
+        """`laid_out`, for code that may look at the memory again."""
         found = self.laid_out()
         self._memory_is_seen = True
         return found
@@ -226,7 +227,7 @@ class LazyTensor(Tensor):
 
     @property
     def foreign_node(self) -> Any:
-        """Of autograd's graph, where other code made it of this tensor's."""
+        """The node of autograd's graph that other code made of this tensor's; None where none did."""
         node = self._edge()
         return None if node is self._node else node
 

@@ -65,24 +65,27 @@ class ConversionReport:
 
     @property
     def left(self) -> tuple[ModuleReport, ...]:
+        """Modules with operators that were left to torch."""
         return tuple(m for m in self.modules if m.left)
 
     @property
     def before(self) -> StepBytes:
+        """What a step of the original network needs."""
         return self._measured()[0]
 
     @property
     def after(self) -> StepBytes:
+        """What a step of the converted network needs."""
         return self._measured()[1]
 
     @property
     def bytes_saved(self) -> float:
-        """That are no longer kept for backward, per voxel of the image."""
+        """Bytes that are no longer kept for backward, per voxel of the image."""
         return self.before.kept - self.after.kept
 
     @property
     def peak_saved(self) -> float:
-        """By which the peak of a step is lower, per voxel of the image."""
+        """Bytes by which the peak of a step is lower, per voxel of the image."""
         return self.before.peak - self.after.peak
 
     def _measured(self) -> tuple[StepBytes, StepBytes]:

@@ -13,6 +13,8 @@ from effseg.data.origin import made_by
 from effseg.data.selection import listed, select_names
 from effseg.errors import InputError
 
+__all__ = ["Case", "Found", "case_of", "describe_missing", "find_cases", "look_for_cases", "select_cases"]
+
 _CHANNEL = re.compile(r"(.+)_([0-9]{4})")
 _Files = dict[str | None, Path]  # of a case, by channel; None for a name that has no channel
 _LABELLED = "imagesTr/NAME_0000.nii.gz with labelsTr/NAME.nii.gz, or NAME_ct.nii.gz with NAME_seg.nii.gz"

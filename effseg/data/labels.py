@@ -11,6 +11,8 @@ import numpy as np
 from effseg.data.description import DATASET_JSON, MIRROR_PAIRS, description_file, read_json, same_text
 from effseg.errors import InputError
 
+__all__ = ["LabelMap", "as_label_map", "label_names", "load_label_map"]
+
 BACKGROUND = "background"
 IGNORE = "ignore"
 _LARGEST = 65535
@@ -23,6 +25,7 @@ class LabelMap:
 
     names, values: one a class; values[0] is 0. ignore: the file value of voxels that no loss may count.
     left_out: file values of organs that are known, but are background here.
+    Raises InputError for values or names that are not distinct, or no values of label files.
     """
 
     names: tuple[str, ...]
@@ -46,11 +49,12 @@ class LabelMap:
 
     @property
     def num_classes(self) -> int:
+        """Classes, background included."""
         return len(self.names)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of class arrays: uint8 where the classes and 255 for "ignore" fit, else int16."""
+        """The type of class arrays: uint8 where the classes and 255 for "ignore" fit, else int16."""
         return np.dtype(np.uint8 if self.num_classes <= (256 if self.ignore is None else 255) else np.int16)
 
     @property
@@ -83,7 +87,7 @@ class LabelMap:
         return classes
 
     def to_values(self, classes: np.ndarray) -> np.ndarray:
-        """Classes to file values: uint8, or uint16 where a value is above 255."""
+        """Classes (of any shape) to file values: uint8, or uint16 where a value is above 255."""
         table = np.array(self.values, np.uint8 if max(self.values) <= 255 else np.uint16)
         return table[classes]
 
@@ -98,7 +102,7 @@ class LabelMap:
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> "LabelMap":
-        """Raises InputError where `entries` are not what `to_dict` gives."""
+        """The inverse of `to_dict`. Raises InputError for entries that it does not give."""
         try:
             ignore = entries.get("ignore")
             return cls(

@@ -24,6 +24,8 @@ from effseg.common.atomic import atomic_path
 from effseg.data.grid import Grid
 from effseg.errors import DamagedFile, InputError, InputWarning
 
+__all__ = ["Scan", "read_image", "read_labels", "write_labels"]
+
 SUFFIXES = (".nii.gz", ".nii")
 LARGEST_LABEL = 65535
 
@@ -58,7 +60,7 @@ class Scan:
 
 
 def read_image(paths: _PathLike | Sequence[_PathLike]) -> Scan:
-    """Read a scan from one NIfTI file a channel.
+    """Read a scan from one NIfTI file a channel: (C, X, Y, Z) in RAS+, the values as the header scales them.
 
     The grid is that of the NIfTI standard: sform, else qform, with pixdim[0] = 0 taken as 1 and a quaternion
     that rounding has made longer than 1 normalised. With neither, voxel sizes along axes that go left,

@@ -15,6 +15,8 @@ from effseg.data.nifti import Scan
 from effseg.data.resampling import resample_labels, resample_linear
 from effseg.errors import InputError, InputWarning
 
+__all__ = ["Prepared", "Preprocessing"]
+
 AIR = -1.5  # the window's lower end, after `Preprocessing.normalise`
 CROPS = ("body", "none")
 MOST_VOXELS = 1 << 31  # after resampling
@@ -41,6 +43,7 @@ class Prepared:
 
     @property
     def box_shape(self) -> Shape:
+        """Voxels of the scan along X, Y, Z that were kept."""
         x, y, z = (side.stop - side.start for side in self.box)
         return x, y, z
 
@@ -56,6 +59,8 @@ class Preprocessing:
     spacing: mm to resample to, or None to keep the scan's.
     crop: "body", the box of all that could be anatomy (see `body_box`) above `threshold` (HU) in the first
     channel with a window that can be CT, and `margin` mm around it, or "none". Without one nothing is cut.
+
+    Raises InputError for values that make no sense.
     """
 
     window: Window | tuple[Scaling, ...] = (-200.0, 400.0)
@@ -78,7 +83,7 @@ class Preprocessing:
             raise InputError(f"threshold: expected a HU value, got {self.threshold:g}")
 
     def windows(self, channels: int) -> tuple[Scaling, ...]:
-        """What is made of each of `channels` channels."""
+        """What is made of each of `channels` channels. Raises InputError for another number of windows."""
         if not is_window(self.window):
             if len(self.window) != channels:
                 raise InputError(f"window: expected one a channel, {channels}, got {len(self.window)}")
@@ -127,7 +132,10 @@ class Preprocessing:
         return Prepared(image, box, shape, spacing, rescued)
 
     def prepare_labels(self, labels: np.ndarray, prepared: Prepared) -> np.ndarray:
-        """Labels (X, Y, Z) on the scan's RAS grid -> (D, H, W) on the prepared one; see `resample_labels`."""
+        """Labels (X, Y, Z) on the scan's RAS grid -> (D, H, W) on the prepared one; see `resample_labels`.
+
+        Raises ValueError for labels of another shape than the scan's.
+        """
         if labels.shape != prepared.scan_shape:
             raise ValueError(f"labels: expected shape {prepared.scan_shape}, got {labels.shape}")
         return resample_labels(labels[prepared.box], _shape(prepared.image))
@@ -150,7 +158,8 @@ class Preprocessing:
     def restore(self, labels: np.ndarray, prepared: Prepared) -> np.ndarray:
         """Labels (D, H, W) on the prepared grid -> (X, Y, Z) on the scan's, 0 outside of the crop.
 
-        Without resampling, exactly the inverse of the crop; else see `resample_labels`.
+        Without resampling, exactly the inverse of the crop; else see `resample_labels`. Raises ValueError for
+        labels of another shape than the prepared image's.
         """
         if labels.shape != prepared.image.shape[1:]:
             raise ValueError(f"labels: expected shape {prepared.image.shape[1:]}, got {labels.shape}")

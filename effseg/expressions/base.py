@@ -99,21 +99,25 @@ def _low(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Deferred(NamedTuple):
-    """An expression: its specification and the tensors it is made of."""
+    """An expression of value (N, C, D, H, W): its specification and the tensors it is made of: features (N,
+    C', D', H', W'), terms (N, C') and weights."""
 
     spec: Spec
     tensors: tuple[Tensor, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(N, C, D, H, W) of the value."""
         return self.spec.shape
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type that the value is computed in."""
         return self.spec.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of its tensors."""
         return self.tensors[0].device
 
 

@@ -139,20 +139,30 @@ def plain(x: Tensor, dtype: torch.dtype | None = None) -> Deferred:
 
 
 def raw(y: Tensor, norm: Normalisation, slope: float) -> Deferred:
-    """leaky_relu((y - mean) * scale + beta, slope) of a raw convolution output y (N, C, D, H, W)."""
+    """leaky_relu((y - mean) * scale + beta, slope) of a raw convolution output y (N, C, D, H, W).
+
+    slope: 0 or more; 0 is ReLU, 1 no activation. Raises `ValueError` for terms that are not (N, C).
+    """
     _check_layer(tuple(y.shape), norm, slope)
     return Deferred(Raw(tuple(y.shape), y.dtype, slope), (y, *norm))
 
 
 def residual(inner: Deferred, y: Tensor, norm: Normalisation, slope: float) -> Deferred:
-    """leaky_relu(inner + (y - mean) * scale + beta, slope), inner and y of one shape."""
+    """leaky_relu(inner + (y - mean) * scale + beta, slope), inner and y of one shape, (N, C, D, H, W).
+
+    Raises `ValueError` as `raw` does, and where the shapes differ.
+    """
     _check_layer(tuple(y.shape), norm, slope)
     expect("inner", inner.shape == tuple(y.shape), tuple(y.shape), inner.shape)
     return Deferred(Residual(tuple(y.shape), y.dtype, slope, inner.spec), (*inner.tensors, y, *norm))
 
 
 def convolved(inner: Deferred, weight: Tensor, window: Window, norm: Normalisation, slope: float) -> Deferred:
-    """leaky_relu(norm(conv(inner, weight)), slope): a layer whose output is made again where it is used."""
+    """leaky_relu(norm(conv(inner, weight)), slope): a layer whose output is made again where it is used.
+
+    inner: (N, Ci, D, H, W); weight (C, Ci, kd, kh, kw); window: its kernel, stride and zero padding, as
+    `convolution_window` makes it. Raises `ValueError` where weight or terms do not fit.
+    """
     d, h, w = inner.shape[2:]
     shape = (inner.shape[0], weight.shape[0], *window.output_size((d, h, w)))
     _check_layer(shape, norm, slope)
@@ -172,7 +182,8 @@ def upsample_add(
     """skip + crop(upsample(conv1x1(coarse, weight, bias))), trilinear, align_corners=False.
 
     weight: (C, Cc, 1, 1, 1); factors: 2 or 1 per axis. Without a skip, `size` is the fine grid's (D, H, W):
-    2n or 2n - 1 along an axis of factor 2, n along one of factor 1.
+    2n or 2n - 1 along an axis of factor 2, n along one of factor 1. Raises `ValueError` where sizes, channels
+    or factors do not fit.
     """
     if skip is not None:
         size = (skip.shape[2], skip.shape[3], skip.shape[4])

@@ -53,6 +53,8 @@ def draw_overlay(
         reference: class indices (X, Y, Z): drawn below the prediction, and the legend gives Dice per organ.
         spacing: mm along X, Y, Z: sets the pictures' aspect.
         window: values drawn black and white.
+
+    Raises: ValueError for label maps of another shape than the image's.
     """
     from matplotlib.patches import Patch
 

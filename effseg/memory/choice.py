@@ -101,10 +101,12 @@ class Choice:
 
     @property
     def memory(self) -> str:
+        """The mode, raw or stream."""
         return self.settings.memory
 
     @property
     def recompute_levels(self) -> int:
+        """Levels, from half resolution down, that run again in backward."""
         return self.settings.recompute_levels
 
 

@@ -69,10 +69,11 @@ class MemoryReport:
 
     @property
     def bytes_per_voxel(self) -> float:
+        """peak / voxels."""
         return self.peak / self.voxels
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The fields, and bytes_per_voxel, as JSON can hold them."""
         return asdict(self) | {"bytes_per_voxel": self.bytes_per_voxel}
 
     @property

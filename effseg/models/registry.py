@@ -18,6 +18,8 @@ from effseg.models.levels import PRESETS
 from effseg.models.stock import StockEffSegNet
 from effseg.models.unet3d import UNet3D
 
+__all__ = ["MODEL_NAMES", "build_model", "load"]
+
 _FACTORIES: dict[str, Callable[[int, int], SegmentationModel]] = {
     **{f"effseg-{preset}": partial(EffSegNet, preset=preset) for preset in PRESETS},
     "unet3d": UNet3D,

@@ -28,6 +28,10 @@ class UNet3D(SegmentationModel):
     today, convolutions keep the size, where the paper's shrink it. Any size works: max-pooling rounds up
     (the last window is cut at the border), and upsampled tensors are cropped to the skip's size; for sizes
     divisible by 8 this is the plain network.
+
+    Image (N, in_channels, D, H, W) of any float dtype or int16; logits (N, num_classes, D, H, W), background
+    included. Raises InputError for numbers that make no network, images of another shape, and in training a
+    single image of 8 voxels or fewer along every axis (batch norm needs more than one voxel).
     """
 
     def __init__(self, in_channels: int, num_classes: int) -> None:

@@ -86,10 +86,12 @@ class Plan:
 
     @property
     def report(self) -> MemoryReport:
+        """The prediction for the chosen mode."""
         return self.mode.report
 
     @property
     def fits(self) -> bool:
+        """Whether what it is predicted to reserve is usable."""
         return self.report.reserved <= self.usable
 
     def to_dict(self) -> dict[str, Any]:

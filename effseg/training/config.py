@@ -175,6 +175,7 @@ class TrainingConfig:
 
     @property
     def validates(self) -> bool:
+        """Whether a part of the cases validates."""
         return self.fold != "all"
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,6 +195,7 @@ class TrainingConfig:
         return cls(**values)
 
     def replace(self, **changes: Any) -> "TrainingConfig":
+        """The same but for these fields. Raises InputError as the constructor does."""
         return replace(self, **changes)
 
     def check_continues(self, earlier: "TrainingConfig") -> None:
