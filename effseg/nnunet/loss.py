@@ -41,9 +41,20 @@ class FusedLoss(SegmentationLoss):
 
     Under DDP every sum is over all processes, where nnU-Net takes the cross-entropy of each process alone:
     the same unless the processes have different numbers of voxels that are not ignored.
+
+    weights: of the outputs; one of weight 0 gets no gradient, and so no weight decay, as in nnU-Net.
     """
 
+    def __init__(self, weights: Sequence[float], **options: Any) -> None:
+        super().__init__([weight for weight in weights if weight], **options)
+        self._takes = [bool(weight) for weight in weights]
+        self._dice = options["dice_weight"] * sum(weights)
+
     def forward(self, outputs: Tensors, labels: Tensors) -> Tensor:
-        """outputs: logits (N, K, D, H, W), lazy or not, or a list of them; labels (N, 1, D, H, W)."""
-        assert self.weights is not None
-        return super().forward(outputs, labels) - self.options["dice_weight"] * sum(self.weights)
+        """outputs: logits (N, K, D, H, W), lazy or not, or a list of them; labels: (N, 1, D, H, W), or a list
+        of them."""
+        return super().forward(self._taken(outputs), self._taken(labels)) - self._dice
+
+    def _taken(self, given: Tensors) -> list[Tensor]:
+        given = [given] if isinstance(given, Tensor) else given
+        return [x for x, takes in zip(given, self._takes, strict=True) if takes]
