@@ -73,7 +73,7 @@ class _Reused(_Rows):
     def add(self, rows: Rows, sample: int, part: Tensor) -> None:
         lo, hi = rows
         if self.waiting is not None:
-            first = self.written[sample] - lo
+            first = max(self.written[sample] - lo, 0)  # below 0 where an abridged sweep skips slabs
             part[:, :, first : first + self.waiting.shape[2]].add_(self.waiting)
         ready = min(self.read, hi)
         self.waiting = part[:, :, ready - lo :].clone() if ready < hi else None
