@@ -73,8 +73,8 @@ def conv3d(
     consumes: bool = False,
 ) -> Outputs:
     """See `effseg.functional.conv3d`. known: what a forward pass gave that is run again for its graph.
-    A gradient of x comes to lie in the memory of the gradient of y where nothing else holds that. consumes: y is
-    only read by operators of this package, and only with a normalisation, so that this need not be asked."""
+    A gradient of x comes to lie in the memory of the gradient of y where nothing else holds that. consumes: y
+    is only read by operators of this package, and with a normalisation, so that this need not be asked."""
     if torch.compiler.is_compiling():
         return compiled.conv3d(x, weight, bias, window, statistics, slab_elements)
     with torch.autocast(x.device.type, enabled=False):
