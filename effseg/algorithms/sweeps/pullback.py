@@ -194,8 +194,8 @@ def alike(memory: Tensor, tensor: Tensor) -> bool:
 
 
 def added(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sum over slabs and one more, in `dtype`."""
-    return part.to(dtype, copy=True) if total is None else total.add_(part)
+    """A sum over slabs and one more, in `dtype`; a part that is nobody else's becomes the sum."""
+    return part.to(dtype) if total is None else total.add_(part)
 
 
 def rows(ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], sample: int, lo: int, hi: int) -> Tensor:
