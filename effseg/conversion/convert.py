@@ -25,10 +25,11 @@ from effseg.conversion.boundary import (
     refuse_tracing,
 )
 from effseg.conversion.examine import examine
-from effseg.conversion.lazy import LazyTensor, real
+from effseg.conversion.lazy import LazyTensor, logits_loss, real
 from effseg.conversion.recompute import Block, blocks_run_again, is_block
 from effseg.conversion.report import ConversionReport, StepBytes, one_line, step_bytes
 from effseg.errors import InputError
+from effseg.losses import OWN_LOSS
 from effseg.memory.choice import usable
 from effseg.memory.predict import peak_training_memory
 from effseg.memory.units import format_bytes
@@ -144,7 +145,8 @@ def convert(
         default the GPU's memory).
     lazy_logits: in training, a network that ends in a 1x1x1 convolution returns logits as a `LazyTensor`:
         `effseg.SegmentationLoss` and `effseg.losses.dice_cross_entropy` then never make them; any other
-        use makes them once. Needs False under DDP with find_unused_parameters or static_graph.
+        use makes them once. Of other logits, which are stored, those two make probabilities slab by slab.
+        Needs False under DDP with find_unused_parameters or static_graph.
     shape: an input's (N, C, D, H, W) to examine the network with, on fake tensors, for the report; by
         default (1, C, 64, 64, 64) and a few more where that does not fit.
     strict: whether to refuse a model of which nothing could be taken over.
@@ -278,8 +280,13 @@ def _shared(model: nn.Module) -> dict[int, Any]:
 
 def _logits(x: Tensor) -> Tensor:
     """Lazy ones stay so; parameters are remembered for whoever reads them after an optimizer's step."""
-    if not isinstance(x, LazyTensor) or not x.has_head:
-        return ordinary(x)
+    if not isinstance(x, LazyTensor):
+        return x
+    if not x.has_head:
+        found = ordinary(x)
+        if found.shape[1] > 1:
+            setattr(found, OWN_LOSS, logits_loss)
+        return found
     x.keep_parameters()
     return x
 

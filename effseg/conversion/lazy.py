@@ -28,6 +28,7 @@ from effseg.conversion.standing import Attached, Changed, Standing
 from effseg.conversion.surroundings import Surroundings
 from effseg.conversion.values import Convolution, Value, computed, constant, operands, recipe
 from effseg.expressions.base import Deferred
+from effseg.expressions.joins import cast
 from effseg.expressions.layers import plain
 from effseg.losses import LossOptions
 
@@ -133,9 +134,9 @@ class LazyTensor(Tensor):
     def deferred(self, dtype: torch.dtype) -> Deferred:
         """An expression in the compute type."""
         value = self.value
-        if isinstance(value, Deferred) and value.dtype == dtype:
+        if isinstance(value, Deferred):
             self._was_taken = True
-            return value
+            return cast(value, dtype)
         return plain(self.stored(), dtype)
 
     def materialise(self) -> Tensor:
@@ -175,13 +176,10 @@ class LazyTensor(Tensor):
         """Whether it is features and a 1x1x1 convolution that has not run: logits."""
         return isinstance(self.value, Convolution) and self.value.is_head
 
-    def segmentation_loss(self, labels: Tensor, options: LossOptions) -> Tensor:
-        """`effseg.functional.segmentation_loss` of logits, which it does not make."""
-        head = self.taken()
-        assert isinstance(head, Convolution)
-        chosen = {f.name: getattr(options, f.name) for f in fields(options)}
-        with self._around.settings():
-            return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
+    @property
+    def effseg_loss(self) -> Callable[[Tensor, Tensor, LossOptions], Tensor] | None:
+        """See `effseg.losses.OWN_LOSS`."""
+        return logits_loss if self.has_head else None
 
     @property
     def memory_is_seen(self) -> bool:
@@ -282,6 +280,17 @@ class LazyTensor(Tensor):
         if func in ALIASES and isinstance(args[0], LazyTensor) and _keeps_shape(func, args):
             return _wrapped(cls, real_args[0])
         return func(*real_args, **real_kwargs)
+
+
+def logits_loss(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
+    """`effseg.functional.segmentation_loss` of logits: lazy ones, which it does not make, or stored ones."""
+    chosen = {f.name: getattr(options, f.name) for f in fields(options)}
+    if not isinstance(logits, LazyTensor):
+        return functional.segmentation_loss(logits, labels, **chosen)
+    head = logits.taken()
+    assert isinstance(head, Convolution)
+    with logits._around.settings():
+        return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
 
 
 def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -43,9 +43,9 @@ def conv3d(
     consumes: bool = False,
 ) -> Outputs:
     """See `effseg.functional.conv3d`. known: what a forward pass gave that is run again for its graph.
-    consumes: y is only read by operators of this package, and only with a normalisation, so that the gradient
-    which reaches it was made for it alone, and a gradient of x may come to lie in its memory (not under
-    torch.compile, whose operators change nothing)."""
+    A gradient of x comes to lie in the memory of the gradient of y where nothing else holds that (not under
+    torch.compile, whose operators change nothing). consumes: y is only read by operators of this package, and
+    with a normalisation, so that this need not be asked."""
     if torch.compiler.is_compiling():
         static = Static(x.spec, window, statistics, slab_elements)
     else:
@@ -80,6 +80,7 @@ def _backward(
     tensors: Sequence[Tensor],
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
+    alone: bool = False,
 ) -> list[Tensor | None]:
     (y, mean), (weight, _, *inner) = own, tensors
     need_weight, need_bias, *rest = needed
@@ -89,7 +90,7 @@ def _backward(
     assert y is not None
     grad_weight, grad_bias, found = conv3d_backward(
         ops, static.spec, inner, rest, weight, static.window, y, mean, grad_y, grad_mean, grad_var,
-        need_weight, need_bias, static.slab_elements, static.consumes,
+        need_weight, need_bias, static.slab_elements, alone or static.consumes,
     )  # fmt: skip
     return [grad_weight, grad_bias, *found]
 
@@ -110,6 +111,7 @@ _operator = Operator(
     _fake,
     outputs=lambda static: 3 if static.statistics else 1,
     own=_own,
+    reuses=True,
 )
 
 

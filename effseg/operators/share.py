@@ -33,4 +33,4 @@ def _forward(
     return (torch.empty((), dtype=static.spec.dtype, device=tensors[0].device).expand(static.spec.shape),), ()
 
 
-_operator = Operator("share", Static, _forward, pulled_back, zeros=True)
+_operator = Operator("share", Static, _forward, pulled_back, zeros=True, reuses=True)
