@@ -25,6 +25,7 @@ from effseg.conversion.functions import (
     asked_by_checkpoint,
 )
 from effseg.conversion.standing import Attached, Changed, Standing
+from effseg.conversion.streamed import Layer, Logits
 from effseg.conversion.surroundings import Surroundings
 from effseg.conversion.values import Convolution, Value, computed, constant, operands, recipe
 from effseg.deferred import Deferred, plain
@@ -132,6 +133,9 @@ class LazyTensor(Tensor):
     def deferred(self, dtype: torch.dtype) -> Deferred:
         """An expression in the compute type."""
         value = self.value
+        if isinstance(value, Layer):
+            with self._around.restored():
+                self.settle(value := value.deferred())
         if isinstance(value, Deferred) and value.dtype == dtype:
             self._was_taken = True
             return value
@@ -172,14 +176,17 @@ class LazyTensor(Tensor):
     @property
     def has_head(self) -> bool:
         """Whether it is features and a 1x1x1 convolution that has not run: logits."""
-        return isinstance(self.value, Convolution) and self.value.is_head
+        value = self.value
+        return isinstance(value, Logits) or (isinstance(value, Convolution) and value.is_head)
 
     def segmentation_loss(self, labels: Tensor, options: LossOptions) -> Tensor:
         """`effseg.functional.segmentation_loss` of logits, which it does not make."""
         head = self.taken()
-        assert isinstance(head, Convolution)
+        assert isinstance(head, Convolution | Logits)
         chosen = {f.name: getattr(options, f.name) for f in fields(options)}
         with self._around.settings():
+            if isinstance(head, Logits):
+                return head.segmentation_loss(labels, **chosen)
             return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
 
     @property

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from effseg.conversion.boundary import Noticing
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import KeptOutputs
+from effseg.conversion.streamed import has_last
 from effseg.deferred import Deferred, Spec, plain
 from effseg.normalisation import frozen_running_statistics
 from effseg.settings import Captured, Repeated, Setting
@@ -27,7 +28,8 @@ class Block(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         one = args[0] if len(args) == 1 and not kwargs else None
-        if not isinstance(one, LazyTensor) or not (blocks_run_again.get() and torch.is_grad_enabled()):
+        runs_again = blocks_run_again.get() and torch.is_grad_enabled() and not has_last(self)
+        if not isinstance(one, LazyTensor) or not runs_again:
             return super().forward(*args, **kwargs)
         return run_again(self, super().forward, one)
 

@@ -1,4 +1,5 @@
-"""What a lazy tensor's values may be: stored, deferred, or a convolution that has not run."""
+"""What a lazy tensor's values may be: stored, deferred, or a convolution that has not run (in `stream` with
+what follows it)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from effseg import functional
 from effseg.composed import Concatenation
+from effseg.conversion import streamed
 from effseg.conversion.outputs import convolve
+from effseg.conversion.streamed import Streamed
 from effseg.deferred import Deferred, Plain
 from effseg.slabs import Window
 
@@ -42,7 +45,7 @@ class Convolution(NamedTuple):
         return self.window == Window((1, 1, 1))
 
 
-Value = Tensor | Deferred | Convolution
+Value = Tensor | Deferred | Convolution | Streamed
 Recipe = Callable[[Sequence[Tensor]], Value]
 
 
@@ -52,6 +55,8 @@ def operands(value: Value) -> tuple[Tensor, ...]:
         return (value,)
     if isinstance(value, Deferred):
         return value.tensors
+    if isinstance(value, Streamed):
+        return streamed.operands(value)
     parameters = (value.weight,) if value.bias is None else (value.weight, value.bias)
     return (*value.x.tensors, *parameters)
 
@@ -63,6 +68,8 @@ def recipe(value: Value) -> Recipe:
     if isinstance(value, Deferred):
         spec = value.spec
         return lambda tensors: Deferred(spec, tuple(tensors))
+    if isinstance(value, Streamed):
+        return streamed.recipe(value)
     spec, window, count, has_bias = value.x.spec, value.window, len(value.x.tensors), value.bias is not None
 
     def convolution(tensors: Sequence[Tensor]) -> Convolution:
@@ -86,6 +93,8 @@ def computed(value: Value) -> Tensor:
             return functional.materialise(value)
         if isinstance(value, Convolution):
             return convolve(value.x, value.weight, value.bias, value.window, statistics=False)[0]
+        if isinstance(value, Streamed):
+            return value.computed()
         return value
 
 
