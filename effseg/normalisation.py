@@ -115,6 +115,12 @@ def layer_terms(
     return Normalisation(*(t.to(mean.dtype) for t in norm))
 
 
+def moving_alone(offset: Tensor | None, like: Tensor) -> Normalisation:
+    """Terms of y + offset itself, of the shape and type of `like`."""
+    zero = torch.zeros_like(like)
+    return Normalisation(zero if offset is None else zero - offset.to(like.dtype), zero + 1, zero)
+
+
 @torch.no_grad()
 def track(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> None:
     """Update the running statistics of a norm in training as torch does."""

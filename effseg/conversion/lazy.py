@@ -133,7 +133,7 @@ class LazyTensor(Tensor):
     def deferred(self, dtype: torch.dtype) -> Deferred:
         """An expression in the compute type."""
         value = self.value
-        if isinstance(value, Layer):
+        if isinstance(value, Layer) or (isinstance(value, Convolution) and value.reads_image):
             with self._around.restored():
                 self.settle(value := value.deferred())
         if isinstance(value, Deferred) and value.dtype == dtype:

@@ -48,8 +48,7 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
 
     Raw outputs that leave the block live on in what reads them; the second pass takes them from there.
     """
-    value = x.taken()
-    start = value if isinstance(value, Deferred) else plain(x.stored())
+    start = x.deferred(x.dtype)
     kept, specs, buffers = KeptOutputs(), list[Spec](), Buffers(block)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:

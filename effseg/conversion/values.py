@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from effseg import functional
+from effseg.algorithms.interface import accumulation_dtype
 from effseg.composed import Concatenation
 from effseg.conversion import streamed
 from effseg.conversion.outputs import convolve
 from effseg.conversion.streamed import Streamed
-from effseg.deferred import Deferred, Plain
+from effseg.deferred import Deferred, Plain, convolved
+from effseg.normalisation import moving_alone
 from effseg.slabs import Window
 
 
@@ -43,6 +45,16 @@ class Convolution(NamedTuple):
     def is_head(self) -> bool:
         """Whether it is a matrix for every voxel."""
         return self.window == Window((1, 1, 1))
+
+    @property
+    def reads_image(self) -> bool:
+        """Whether it is to be made again wherever it is used: see `effseg.conversion.streamed`."""
+        return streamed.reads_image(self.x, self.weight)
+
+    def deferred(self) -> Deferred:
+        """Not stored, as in `reads_image`."""
+        like = self.weight.new_empty(self.shape[:2], dtype=accumulation_dtype(self.dtype))
+        return convolved(self.x, self.weight, self.window, moving_alone(self.bias, like), 1.0)
 
 
 Value = Tensor | Deferred | Convolution | Streamed

@@ -16,10 +16,10 @@ from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, rule
-from effseg.conversion.streamed import Layer, Sum, is_last, reads_image, streaming
+from effseg.conversion.streamed import Layer, Sum, is_last, streaming
 from effseg.conversion.values import Convolution, Value
 from effseg.deferred import Deferred, Normalisation, UpAdd, convolved, raw
-from effseg.normalisation import Merging, layer_terms, update_running
+from effseg.normalisation import Merging, layer_terms, moving_alone, update_running
 
 
 @rule(torch.instance_norm, F.instance_norm)
@@ -133,15 +133,15 @@ def _measured(input: LazyTensor, value: Value) -> _Measured:
 
 def _of_convolution(input: LazyTensor, value: Convolution) -> _Measured:
     x, weight, offset, window = value
-    if reads_image(x, weight):
+    if value.reads_image:
         input.taken()
         mean, var = nodes.stem_statistics(x.tensors[0], weight, window, x.dtype)
-        input.settle(convolved(x, weight, window, _unmoved(offset, mean), IDENTITY))
+        input.settle(value.deferred())
         return _Measured(mean, var, offset, lambda norm: convolved(x, weight, window, norm, IDENTITY))
     y, found, spread = convolve(x, weight, None, window, statistics=True)
     assert found is not None
     assert spread is not None
-    input.settle(y if offset is None else raw(y, _unmoved(offset, found), IDENTITY))  # for other readers
+    input.settle(y if offset is None else raw(y, moving_alone(offset, found), IDENTITY))  # for other readers
     return _Measured(found, spread, offset, lambda norm: raw(y, norm, IDENTITY))
 
 
@@ -161,9 +161,3 @@ def _last(
             (found.mean, found.var),
         )
     )  # fmt: skip
-
-
-def _unmoved(bias: Tensor | None, like: Tensor) -> Normalisation:
-    """Terms of y + bias."""
-    zero = torch.zeros_like(like)
-    return Normalisation(zero if bias is None else zero - bias.to(like.dtype), zero + 1, zero)
