@@ -38,7 +38,7 @@ def last_convolutions(model: nn.Module, report: ConversionReport, required: bool
         lasts = {weight for x in outputs if (weight := _last(x)) in read_once}
         names = frozenset(name for name, p in network.named_parameters() if place(p) in lasts)
         if required and not names:
-            got = ", ".join(_described(x) for x in outputs) or "none"
+            got = ", ".join(_described(x, trial) for x in outputs) or "none"
             raise InputError(LACKS.format(report.model, got))
     return names
 
@@ -53,10 +53,13 @@ def _last(output: Tensor) -> Place | None:
     return place(value.layer.tail.weight) if isinstance(value, Logits) else None
 
 
-def _described(output: Tensor) -> str:
+def _described(output: Tensor, trial: Streaming) -> str:
     value = output.value if isinstance(output, LazyTensor) else None
     if isinstance(value, Logits):
-        return "a 1x1x1 convolution of a layer that others read"
+        weight = place(value.layer.tail.weight)
+        alone = trial.heads.count(weight) == 1 and weight not in trial.stored
+        what = "whose weight is none of its parameters" if alone else "that others read"
+        return f"a 1x1x1 convolution of a layer {what}"
     if isinstance(value, Convolution) and value.is_head:
         return f"a 1x1x1 convolution of what is no such layer ({type(value.x.spec).__name__})"
     return "a tensor made by another operator"

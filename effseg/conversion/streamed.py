@@ -179,10 +179,15 @@ def has_last(module: nn.Module) -> bool:
     return now is not None and any(map(now.includes, module.parameters()))
 
 
+def makes_again() -> bool:
+    """Whether what is cheap to make is made again wherever it is used."""
+    return streaming.get() is not None and torch.is_grad_enabled()
+
+
 def reads_image(x: Deferred, weight: Tensor) -> bool:
     """Whether a convolution of x is to be made again wherever it is used: x is stored anyway, wants no
     gradient, and has few channels."""
-    if streaming.get() is None or not torch.is_grad_enabled() or not isinstance(x.spec, Plain):
+    if not makes_again() or not isinstance(x.spec, Plain):
         return False
     return not x.tensors[0].requires_grad and LEAST_WIDENING * weight.shape[1] <= weight.shape[0]
 

@@ -16,7 +16,7 @@ from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, rule
-from effseg.conversion.streamed import Layer, Sum, is_last, streaming
+from effseg.conversion.streamed import Layer, Sum, is_last, makes_again
 from effseg.conversion.values import Convolution, Value
 from effseg.deferred import Deferred, Normalisation, UpAdd, convolved, raw
 from effseg.normalisation import Merging, layer_terms, moving_alone, update_running
@@ -124,7 +124,7 @@ def _measured(input: LazyTensor, value: Value) -> _Measured:
             if isinstance(value, Convolution):
                 return _of_convolution(input, value)
     watch.took("normalisation")
-    if isinstance(value, Deferred) and isinstance(value.spec, UpAdd) and streaming.get() is not None:
+    if isinstance(value, Deferred) and isinstance(value.spec, UpAdd) and makes_again():
         x = input.deferred(value.dtype)
         return _Measured(*nodes.statistics(x), None, lambda norm: normed(x, norm, IDENTITY))
     y = input.stored()
