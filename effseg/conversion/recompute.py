@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from effseg.conversion.boundary import Noticing
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import KeptOutputs
-from effseg.conversion.streamed import has_last
+from effseg.conversion.streamed import has_last, reads_image
 from effseg.deferred import Deferred, Spec, plain
 from effseg.normalisation import frozen_running_statistics
 from effseg.settings import Captured, Repeated, Setting
@@ -29,7 +29,7 @@ class Block(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         one = args[0] if len(args) == 1 and not kwargs else None
         runs_again = blocks_run_again.get() and torch.is_grad_enabled() and not has_last(self)
-        if not isinstance(one, LazyTensor) or not runs_again:
+        if not isinstance(one, LazyTensor) or not runs_again or keeps_its_output_alone(self, one):
             return super().forward(*args, **kwargs)
         return run_again(self, super().forward, one)
 
@@ -41,6 +41,15 @@ def is_block(module: nn.Module) -> bool:
 
 def _wide(module: nn.Module) -> int:
     return sum(isinstance(m, nn.Conv3d) and max(m.kernel_size) > 1 for m in module.modules())
+
+
+def keeps_its_output_alone(block: nn.Module, x: LazyTensor) -> bool:
+    """Whether of two convolutions, one after the other, the first is made again wherever it is used: then
+    there is nothing that running the block again would save."""
+    first = next((m for m in block.modules() if isinstance(m, nn.Conv3d)), None)
+    if first is None or _wide(block) > 2 or not isinstance(x.value, Tensor):
+        return False
+    return reads_image(plain(x.value), first.weight)
 
 
 def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTensor) -> Any:
