@@ -201,6 +201,7 @@ def convert(
     lasts: frozenset[str] = frozenset()
     if memory == "stream" or (memory == "auto" and lazy_logits and report.problem is None):
         lasts = last_convolutions(converted, report, required=memory == "stream")
+        report = dataclasses.replace(report, lasts=tuple(sorted(lasts)))
     return _mix(converted, Settings(memory, memory_budget, lazy_logits, lasts), report)
 
 

@@ -163,7 +163,11 @@ class LazyTensor(Tensor):
         """The values in memory as the strides say: for views and for code that reads memory."""
         stored = self._values()
         if stored.stride() != self.stride() and not stored.is_contiguous():
-            with self._around.settings(), torch.set_grad_enabled(stored.requires_grad):
+            with (
+                self._around.settings(),
+                torch.set_grad_enabled(stored.requires_grad),
+                torch._C.DisableTorchFunction(),  # no network is to see this
+            ):
                 self.settle(stored := stored.contiguous())
         return stored
 

@@ -209,7 +209,7 @@ def test_our_baseline_is_one_of_them():
     ("change", "error", "message"),
     [
         ({"model": 3}, TypeError, "model: expected an nn.Module, got int"),
-        ({"memory": "stream"}, InputError, "memory: expected one of raw, block, auto, got 'stream'"),
+        ({"memory": "full"}, InputError, "memory: expected one of raw, block, stream, auto, got 'full'"),
         ({"memory_budget": "8GB"}, InputError, "memory_budget: expected None with memory='raw'"),
         (
             {"model": nn.Linear(3, 3)},

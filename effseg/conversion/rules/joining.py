@@ -12,7 +12,7 @@ from effseg.composed import Shared, concatenation
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.outputs import convolve
-from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
+from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule, unfinished
 from effseg.conversion.streamed import Sum, is_last
 from effseg.conversion.values import Convolution, Value
 from effseg.deferred import Deferred, Normalisation, Raw, Residual, UpAdd, plain, residual, upsample_add
@@ -40,7 +40,7 @@ def _sum(first: Any, second: Any, alpha: Any, inplace: bool) -> Any:
     if not may_change(first, inplace):
         return NotImplemented
     for one, other in ((first, second), (second, first)):
-        found = _added(one.value, other)
+        found = _added(unfinished(one), other)
         if found is not None:
             one.taken()
             return result(first, found, inplace)

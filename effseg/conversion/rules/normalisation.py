@@ -15,7 +15,7 @@ from effseg.composed import normed
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
-from effseg.conversion.rules.registry import IDENTITY, rule
+from effseg.conversion.rules.registry import IDENTITY, rule, unfinished
 from effseg.conversion.streamed import Layer, Sum, is_last, makes_again
 from effseg.conversion.values import Convolution, Value
 from effseg.deferred import Deferred, Normalisation, UpAdd, convolved, raw
@@ -89,7 +89,7 @@ def _normalised(
     """
     if not isinstance(input, LazyTensor) or (uses_running and running is None):
         return NotImplemented
-    value = input.value
+    value = unfinished(input)
     found = _measured(input, value)
     moved = found.mean if found.offset is None else found.mean + found.offset.to(found.mean.dtype)
     if running is not None and not uses_running:
