@@ -53,7 +53,7 @@ class Streaming:
 streaming: Setting[Streaming | None] = Setting("effseg_streaming", None)
 
 
-class Sum(NamedTuple):
+class Summed(NamedTuple):
     """conv(x, weight) + bias + addend, the last convolution's."""
 
     x: Deferred
@@ -104,7 +104,7 @@ class Layer(NamedTuple):
         if tail.addend is None:
             y, mean, var = convolve(tail.x, tail.weight, None, tail.window, statistics=True)
         else:
-            y = Sum(tail.x, tail.weight, None, tail.window, tail.addend).computed()
+            y = Summed(tail.x, tail.weight, None, tail.window, tail.addend).computed()
             mean, var = nodes.statistics(y)
         assert mean is not None
         assert var is not None
@@ -144,7 +144,7 @@ class Logits(NamedTuple):
         return functional.tail_loss(self.layer.tail, labels, self.weight, self.bias, **options)[0]
 
 
-Streamed = Sum | Layer | Logits
+Streamed = Summed | Layer | Logits
 
 
 def operands(value: Streamed) -> tuple[Tensor, ...]:

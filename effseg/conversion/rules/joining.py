@@ -13,7 +13,7 @@ from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule, unfinished
-from effseg.conversion.streamed import Sum, is_last
+from effseg.conversion.streamed import Summed, is_last
 from effseg.conversion.values import Convolution, Value
 from effseg.deferred import Deferred, Normalisation, Raw, Residual, UpAdd, plain, residual, upsample_add
 
@@ -51,7 +51,7 @@ def _added(value: Value, other: LazyTensor) -> Value | None:
     """value + other, where `value` can carry a sum."""
     if isinstance(value, Convolution) and is_last(value.weight, value.window):
         watch.took("sum")
-        return Sum(*value, other.deferred(value.dtype))
+        return Summed(*value, other.deferred(value.dtype))
     if isinstance(value, Convolution):
         y, _, _ = convolve(value.x, value.weight, value.bias, value.window, statistics=False)
         watch.took("sum")

@@ -16,7 +16,7 @@ from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, rule, unfinished
-from effseg.conversion.streamed import Layer, Sum, is_last, makes_again
+from effseg.conversion.streamed import Layer, Summed, is_last, makes_again
 from effseg.conversion.values import Convolution, Value
 from effseg.deferred import Deferred, Normalisation, UpAdd, convolved, raw
 from effseg.normalisation import Merging, layer_terms, moving_alone, update_running
@@ -96,7 +96,7 @@ def _normalised(
         update_running(running, moved, found.var, prod(input.shape[2:]), momentum, how.samples)
     used = running if uses_running else None
     if found.normalised is None:
-        assert isinstance(value, Convolution | Sum)
+        assert isinstance(value, Convolution | Summed)
         return LazyTensor(_last(value, how, used, weight, bias, found))
     norm = layer_terms(how, used, found.mean, found.var, weight, bias, found.offset)
     return LazyTensor(found.normalised(norm))
@@ -113,12 +113,12 @@ class _Measured(NamedTuple):
 
 
 def _measured(input: LazyTensor, value: Value) -> _Measured:
-    if isinstance(value, Convolution | Sum):
+    if isinstance(value, Convolution | Summed):
         watch.took("normalisation after convolution")
         with input.surroundings():
             if input.records and is_last(value.weight, value.window):
                 input.taken()
-                addend = value.addend if isinstance(value, Sum) else None
+                addend = value.addend if isinstance(value, Summed) else None
                 mean, var = nodes.layer_statistics(value.x, value.weight, value.window, addend=addend)
                 return _Measured(mean, var, value.bias, None)
             if isinstance(value, Convolution):
@@ -146,14 +146,14 @@ def _of_convolution(input: LazyTensor, value: Convolution) -> _Measured:
 
 
 def _last(
-    value: Convolution | Sum,
+    value: Convolution | Summed,
     how: Merging,
     running: tuple[Tensor, Tensor] | None,
     weight: Tensor | None,
     bias: Tensor | None,
     found: _Measured,
 ) -> Layer:
-    addend = value.addend if isinstance(value, Sum) else None
+    addend = value.addend if isinstance(value, Summed) else None
     as_now = None if running is None else (running[0].clone(), running[1].clone())
     return Layer(
         nodes.Tail(
