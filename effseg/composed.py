@@ -6,7 +6,6 @@ kind                value                                          stored
 `Concatenation`     cat(first, second, ...) along the channels     what the parts store
 `TransposedConv`    conv_transpose(inner, w), kernel = stride      what inner stores
 `Pooling`           max or average over blocks of voxels           what inner stores
-`Normed`            leaky_relu(norm(inner))                        what inner stores
 `Shared`            inner                                          what inner stores, and nothing
 =================== ============================================== =================================
 
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
-from effseg.deferred import SHARED, TERMS, Deferred, Normalisation, Rows, Spec, Use, expect
+from effseg.deferred import SHARED, Deferred, Rows, Spec, Use, expect
 from effseg.settings import Function
 
 Triple = tuple[int, int, int]
@@ -108,21 +107,6 @@ class Pooling(Spec):
 
 
 @dataclass(frozen=True)
-class Normed(Spec):
-    """What is normalised and not stored: `effseg.deferred.Raw` is the same of a stored tensor."""
-
-    slope: float
-    inner: Spec
-
-    def uses(self, lo: int, hi: int) -> list[Use]:
-        return [*self.inner.uses(lo, hi), *TERMS]
-
-    def rows(self, ops: Algorithm, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
-        *inner, mean, scale, beta = tensors
-        return ops.norm_act(self.inner.rows(ops, lo, hi, inner), mean, scale, beta, self.slope)
-
-
-@dataclass(frozen=True)
 class Shared(Spec):
     """inner, whose gradient goes to one tensor that stands for it: see `effseg.nodes.share`."""
 
@@ -161,13 +145,6 @@ def concatenation(parts: Sequence[Deferred]) -> Deferred:
     counts = [len(part.tensors) for part in parts]
     ends = tuple(sum(counts[: i + 1]) for i in range(len(counts)))
     return Deferred(Concatenation(shape, first.dtype, tuple(p.spec for p in parts), ends), tensors)
-
-
-def normed(inner: Deferred, norm: Normalisation, slope: float) -> Deferred:
-    """leaky_relu((inner - mean) * scale + beta, slope), terms (N, C)."""
-    for name, term in zip(norm._fields, norm, strict=True):
-        expect(name, tuple(term.shape) == inner.shape[:2], f"(N, C) = {inner.shape[:2]}", tuple(term.shape))
-    return Deferred(Normed(inner.shape, inner.dtype, slope, inner.spec), (*inner.tensors, *norm))
 
 
 def transposed_conv(inner: Deferred, weight: Tensor, bias: Tensor | None = None) -> Deferred:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effseg import nodes
-from effseg.composed import Normed
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
+from effseg.conversion.normed import Normed
 from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
 from effseg.conversion.streamed import Layer
 from effseg.conversion.values import Value

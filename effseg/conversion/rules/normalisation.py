@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effseg import nodes
-from effseg.composed import normed
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
+from effseg.conversion.normed import normed
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, rule, unfinished
 from effseg.conversion.streamed import Layer, Summed, is_last, makes_again
