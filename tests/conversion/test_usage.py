@@ -359,17 +359,19 @@ def test_a_running_training_goes_on():
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "memory"),
     [
-        "small",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain deep", "residual", "segresnet")),
+        ("small", "raw"),
+        ("small", "stream"),
+        *(pytest.param(name, "raw", marks=pytest.mark.slow) for name in ("plain deep", "residual")),
+        *(pytest.param("segresnet", memory, marks=pytest.mark.slow) for memory in ("raw", "stream")),
     ],
 )
-def test_with_kernels_in_the_interpreter(name, kernel_device):
+def test_with_kernels_in_the_interpreter(name, memory, kernel_device):
     """The Triton algorithm computes what ATen's does, in the size of its tests."""
     network, image = make(name, torch.float32)
     image = image[:1, :, :8, :4, :4].contiguous()
-    converted = effseg.convert(network.to(kernel_device))
+    converted = effseg.convert(network.to(kernel_device), memory=memory)
     labels = torch.randint(3, (1, 8, 4, 4), device=kernel_device)
     found = []
     for algorithm in ("triton", "aten"):
