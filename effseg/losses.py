@@ -12,6 +12,8 @@ from effseg.errors import InputError
 __all__ = ["LossOptions", "dice_cross_entropy"]
 
 SPACE = (2, 3, 4)
+IN_SLABS = "effseg_in_slabs"
+"""Attribute of stored logits whose loss is made slab by slab: those of a converted network in training."""
 
 
 class ClassSums(Protocol):
@@ -108,17 +110,18 @@ def dice_cross_entropy(
         gradient, so that gradients averaged by DDP are those of one process with the whole batch.
 
     The target is a boolean one-hot tensor, as in nnU-Net's memory-efficient soft Dice (Isensee et al.,
-    Nature Methods 2021). Logits of a converted network (`effseg.convert`) are never made. Raises InputError
-    where shapes or dtypes do not fit.
+    Nature Methods 2021). Logits of a converted network (`effseg.convert`) are never made if its last layer is
+    a 1x1x1 convolution, and their probabilities never are. Raises InputError where shapes or dtypes do not
+    fit.
     """
-    from effseg.conversion.lazy import LazyTensor
+    from effseg.conversion.lazy import LazyTensor, logits_loss
 
-    if isinstance(logits, LazyTensor) and logits.has_head:
+    if getattr(logits, IN_SLABS, False) or (isinstance(logits, LazyTensor) and logits.has_head):
         options = LossOptions(
             class_weights, ignore_index, include_background, batch_dice, label_smoothing, dice_weight,
             ce_weight, smooth, process_group,
         )  # fmt: skip
-        return logits.segmentation_loss(labels, options)
+        return logits_loss(logits, labels, options)
     _check(logits, labels, class_weights)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()

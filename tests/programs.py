@@ -89,11 +89,15 @@ ACTIVATIONS = (
     lambda: nn.ReLU(inplace=True),
     lambda: nn.LeakyReLU(0.01),
     nn.ReLU,
+    lambda: nn.ELU(0.8, inplace=True),
+    lambda: nn.PReLU(WIDTH),
+    lambda: nn.SiLU(inplace=True),
+    lambda: nn.GELU("tanh"),
 )
 PARTS = {
     "conv": lambda at: nn.Conv3d(WIDTH, WIDTH, 3, padding=1, bias=at % 2 == 0),
     "norm": lambda at: NORMS[at % 4](),
-    "act": lambda at: ACTIVATIONS[at // 2 % 4](),
+    "act": lambda at: ACTIVATIONS[at % len(ACTIVATIONS)](),
     "unit": lambda at: nn.Sequential(
         nn.Conv3d(WIDTH, WIDTH, 3, padding=1), nn.InstanceNorm3d(WIDTH), nn.ReLU(True)
     ),

@@ -30,6 +30,7 @@ from effseg.conversion.report import ConversionReport, StepBytes, one_line, step
 from effseg.conversion.stream_plan import last_convolutions
 from effseg.conversion.streamed import Streaming, place, streaming
 from effseg.errors import InputError
+from effseg.losses import IN_SLABS
 from effseg.memory.choice import usable
 from effseg.memory.predict import peak_training_memory
 from effseg.memory.units import format_bytes
@@ -166,8 +167,8 @@ def convert(
         GPU's memory).
     lazy_logits: in training, a network that ends in a 1x1x1 convolution returns logits as a `LazyTensor`:
         `effseg.SegmentationLoss` and `effseg.losses.dice_cross_entropy` then never make them; any other
-        use makes them once. Needs True for "stream", and False under DDP with find_unused_parameters or
-        static_graph.
+        use makes them once. Of other logits, which are stored, those two make probabilities slab by slab.
+        Needs True for "stream", and False under DDP with find_unused_parameters or static_graph.
     shape: an input's (N, C, D, H, W) to examine the network with, on fake tensors, for the report; by
         default (1, C, 64, 64, 64) and a few more where that does not fit.
     strict: whether to refuse a model of which nothing could be taken over.
@@ -311,8 +312,12 @@ def _shared(model: nn.Module) -> dict[int, Any]:
 
 def _logits(x: Tensor) -> Tensor:
     """Lazy ones stay so; parameters are remembered for whoever reads them after an optimizer's step."""
-    if not isinstance(x, LazyTensor) or not x.has_head:
-        return ordinary(x)
+    if not isinstance(x, LazyTensor):
+        return x
+    if not x.has_head:
+        found = ordinary(x)
+        setattr(found, IN_SLABS, found.shape[1] > 1)
+        return found
     x.keep_parameters()
     return x
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from effseg import functional
+from effseg.composed import cast
 from effseg.conversion import mutation, watch
 from effseg.conversion.functions import (
     ALIASES,
@@ -136,9 +137,9 @@ class LazyTensor(Tensor):
         if isinstance(value, Layer) or (isinstance(value, Convolution) and value.reads_image):
             with self._around.restored():
                 self.settle(value := value.deferred())
-        if isinstance(value, Deferred) and value.dtype == dtype:
+        if isinstance(value, Deferred):
             self._was_taken = True
-            return value
+            return cast(value, dtype)
         return plain(self.stored(), dtype)
 
     def materialise(self) -> Tensor:
@@ -182,16 +183,6 @@ class LazyTensor(Tensor):
         """Whether it is features and a 1x1x1 convolution that has not run: logits."""
         value = self.value
         return isinstance(value, Logits) or (isinstance(value, Convolution) and value.is_head)
-
-    def segmentation_loss(self, labels: Tensor, options: LossOptions) -> Tensor:
-        """`effseg.functional.segmentation_loss` of logits, which it does not make."""
-        head = self.taken()
-        assert isinstance(head, Convolution | Logits)
-        chosen = {f.name: getattr(options, f.name) for f in fields(options)}
-        with self._around.settings():
-            if isinstance(head, Logits):
-                return head.segmentation_loss(labels, **chosen)
-            return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
 
     @property
     def memory_is_seen(self) -> bool:
@@ -292,6 +283,19 @@ class LazyTensor(Tensor):
         if func in ALIASES and isinstance(args[0], LazyTensor) and _keeps_shape(func, args):
             return _wrapped(cls, real_args[0])
         return func(*real_args, **real_kwargs)
+
+
+def logits_loss(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
+    """`effseg.functional.segmentation_loss` of logits: lazy ones, which it does not make, or stored ones."""
+    chosen = {f.name: getattr(options, f.name) for f in fields(options)}
+    if not isinstance(logits, LazyTensor):
+        return functional.segmentation_loss(logits, labels, **chosen)
+    head = logits.taken()
+    assert isinstance(head, Convolution | Logits)
+    with logits._around.settings():
+        if isinstance(head, Logits):
+            return head.segmentation_loss(labels, **chosen)
+        return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
 
 
 def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from effseg.algorithms.sweeps.conv3d import conv3d_backward, conv3d_forward
 from effseg.deferred import Deferred
 from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
+from effseg.nodes.ownership import is_alone
 from effseg.settings import Function
 from effseg.slabs import Window
 
@@ -51,11 +52,12 @@ class Conv3dFunction(Function):
     @staticmethod
     @node_backward
     def backward(ctx: Any, grad_y, grad_mean, grad_var):  # type: ignore[no-untyped-def]
+        consumes = ctx.consumes or is_alone(grad_y)
         weight, y, mean, *tensors = ctx.saved_tensors
         need_weight, need_bias, *needed = ctx.needs_input_grad[7:]
         grad_weight, grad_bias, grads = conv3d_backward(
             ctx.ops, ctx.spec, tensors, needed, weight, ctx.window, grad_y if y is None else y, mean,
-            grad_y, grad_mean, grad_var, need_weight, need_bias, ctx.slab_elements, ctx.consumes,
+            grad_y, grad_mean, grad_var, need_weight, need_bias, ctx.slab_elements, consumes,
         )  # fmt: skip
         return *[None] * 7, grad_weight, grad_bias, *grads
 
@@ -71,8 +73,8 @@ def conv3d(
     consumes: bool = False,
 ) -> Outputs:
     """See `effseg.functional.conv3d`. known: what a forward pass gave that is run again for its graph.
-    consumes: y is only read by operators of this package, and only with a normalisation, so that the gradient
-    which reaches it was made for it alone, and a gradient of x may come to lie in its memory."""
+    A gradient of x comes to lie in the memory of the gradient of y where nothing else holds that. consumes: y
+    is only read by operators of this package, and with a normalisation, so that this need not be asked."""
     if torch.compiler.is_compiling():
         return compiled.conv3d(x, weight, bias, window, statistics, slab_elements)
     with torch.autocast(x.device.type, enabled=False):

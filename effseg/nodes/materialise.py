@@ -12,6 +12,7 @@ from effseg.algorithms.sweeps.materialise import materialise_backward, materiali
 from effseg.deferred import Deferred
 from effseg.nodes import compiled
 from effseg.nodes.backward import backward as node_backward
+from effseg.nodes.ownership import is_alone
 from effseg.settings import Function
 
 
@@ -29,8 +30,9 @@ class MaterialiseFunction(Function):
     @staticmethod
     @node_backward
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        memory = grad if is_alone(grad) else None
         grads = materialise_backward(
-            ctx.ops, ctx.spec, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, ctx.slab_elements
+            ctx.ops, ctx.spec, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, ctx.slab_elements, memory
         )
         return None, None, *grads
 

@@ -12,6 +12,7 @@ from effseg.algorithms.sweeps.materialise import materialise_backward
 from effseg.composed import Shared
 from effseg.deferred import Deferred
 from effseg.nodes.backward import backward as node_backward
+from effseg.nodes.ownership import is_alone
 from effseg.settings import Function
 
 
@@ -32,8 +33,9 @@ class ShareFunction(Function):
     @staticmethod
     @node_backward
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        memory = grad if is_alone(grad) else None
         grads = materialise_backward(
-            ctx.ops, ctx.spec, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, ctx.slab_elements
+            ctx.ops, ctx.spec, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, ctx.slab_elements, memory
         )
         return None, None, *grads
 

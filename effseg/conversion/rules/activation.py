@@ -1,4 +1,4 @@
-"""ReLU and leaky ReLU."""
+"""Activations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effseg import nodes
+from effseg.composed import Sum, activation
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.normed import Normed
@@ -37,6 +38,48 @@ def relu_out_of_place(input: Tensor) -> Any:
 @rule(torch.relu_, Tensor.relu_)
 def relu_in_place(input: Tensor) -> Any:
     return _activated(input, 0.0, True)
+
+
+@rule(F.elu)
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
+    return _followed(input, inplace, "elu", alpha=alpha)
+
+
+@rule(F.silu)
+def silu(input: Tensor, inplace: bool = False) -> Any:
+    return _followed(input, inplace, "silu")
+
+
+@rule(F.gelu)
+def gelu(input: Tensor, approximate: str = "none") -> Any:
+    return _followed(input, False, "gelu", approximate=approximate)
+
+
+@rule(F.prelu, torch.prelu, Tensor.prelu)
+def prelu(input: Tensor, weight: Tensor) -> Any:
+    """Slopes are rounded as autocast rounds them, which is to the type of a normalised tensor."""
+    if weight.dim() != 1 or not isinstance(input, LazyTensor):
+        return NotImplemented
+    low = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    wide = torch.get_autocast_dtype(input.device.type) if low else weight.dtype
+    return _followed(input, False, "prelu", weight) if input.dtype == wide else NotImplemented
+
+
+def _followed(
+    input: Tensor, inplace: bool, kind: str, weight: Tensor | None = None, **options: float | str
+) -> Any:
+    """Of a normalised tensor, or of a sum, by what is not leaky ReLU."""
+    value = input.value if isinstance(input, LazyTensor) else None
+    spec = value.spec if isinstance(value, Deferred) else None
+    normalised = isinstance(spec, Raw | Residual | Conv | Normed) and spec.slope == IDENTITY
+    if not (normalised or isinstance(spec, Sum)) or not may_change(input, inplace):
+        return NotImplemented
+    assert isinstance(input, LazyTensor)
+    value = input.value if inplace else input.taken()
+    assert isinstance(value, Deferred)
+    watch.took("activation")
+    found = activation(value, kind, weight, **options)
+    return result(input, nodes.share(found) if isinstance(spec, Residual | Sum) else found, inplace)
 
 
 def _activated(input: Tensor, slope: float, inplace: bool) -> Any:
