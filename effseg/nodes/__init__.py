@@ -12,9 +12,10 @@ from effseg.nodes.materialise import materialise
 from effseg.nodes.share import share
 from effseg.nodes.statistics import statistics
 from effseg.nodes.stem_statistics import stem_statistics
-from effseg.nodes.tail import layer_statistics, tail_sums
+from effseg.nodes.tail import Tail, layer_statistics, tail_sums
 
 __all__ = [
+    "Tail",
     "conv3d",
     "head_sums",
     "layer_statistics",

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import CHANNELS_LAST, Algorithm, StatisticsGradient, accumulation_dtype
+from effseg.algorithms.interface import (
+    CHANNELS_LAST,
+    Algorithm,
+    Features,
+    StatisticsGradient,
+    accumulation_dtype,
+)
 from effseg.algorithms.sweeps.moments import Moments
 from effseg.algorithms.sweeps.pullback import Pullback, added, rows
 from effseg.deferred import Spec, in_compute_type
@@ -137,12 +144,12 @@ def conv3d_backward(
 
 
 def through_statistics(
-    y: Tensor, mean: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+    y: Features, mean: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
 ) -> StatisticsGradient | None:
     """What the gradients of mean and biased variance add to that of y, affine in y."""
     if mean is None or (grad_mean is None and grad_var is None):
         return None
-    voxels = y[0, 0].numel()
+    voxels = prod(y.shape[2:])
     zero = torch.zeros_like(mean)
     scale = zero if grad_var is None else grad_var * (2 / voxels)
     return StatisticsGradient(mean, scale, zero if grad_mean is None else grad_mean / voxels)

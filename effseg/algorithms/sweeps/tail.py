@@ -2,7 +2,7 @@
 
 Nothing of the layer is stored, so its output is made again in every sweep:
 
-    F3  mean and variance of the convolution
+    F3  mean and variance of the convolution (or of its sum with another expression)
     F4  the sums of the loss
     B1  S0 = sum dz and S1 = sum dz (y - mean), the gradients of beta and scale
     B2  with them, the gradient of y voxel by voxel, and from it everything else
@@ -25,7 +25,7 @@ from effseg.algorithms.sweeps.conv3d import thickness
 from effseg.algorithms.sweeps.moments import Moments
 from effseg.algorithms.sweeps.norm_sums import NormSums, terms_from_sums
 from effseg.algorithms.sweeps.pullback import Pullback, added, rows
-from effseg.deferred import Normalisation, Spec, in_compute_type
+from effseg.deferred import Deferred, Normalisation, Spec, in_compute_type
 from effseg.device import make_room
 from effseg.slabs import Window, slabs
 
@@ -35,7 +35,10 @@ FORWARD_SLABS, BACKWARD_SLABS = 4, 7
 
 @dataclass(frozen=True)
 class Layer:
-    """leaky_relu(norm(conv(expression, weight)), slope), its convolution in the expression's type."""
+    """leaky_relu(norm(conv(expression, weight) + addend), slope), its convolution in the expression's type.
+
+    addend: an expression of the convolution's shape and type, or None.
+    """
 
     ops: Algorithm
     spec: Spec
@@ -44,6 +47,7 @@ class Layer:
     window: Window
     slope: float
     slab_elements: int | None
+    addend: Deferred | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,6 +65,11 @@ class Layer:
     @cached_property
     def in_compute_type(self) -> list[Tensor]:
         return in_compute_type(self.spec, self.tensors)
+
+    @cached_property
+    def addend_in_compute_type(self) -> list[Tensor]:
+        assert self.addend is not None
+        return in_compute_type(*self.addend)
 
     def slabs(self) -> Iterator[tuple[int, int, int]]:
         return slabs(self.shape[0], self.shape[2], self._thickness())
@@ -86,10 +95,13 @@ class Layer:
         return self.window.input_rows(lo, hi, self.spec.shape[2])
 
     def raw(self, sample: int, lo: int, hi: int) -> Tensor:
-        """Rows of the convolution's output."""
+        """Rows of what is normalised."""
         first, last, pad = self.input_rows(lo, hi)
         a = rows(self.ops, self.spec, self.in_compute_type, sample, first, last)
-        return self.ops.convolution(a, self.low, None, self.window, pad)
+        y = self.ops.convolution(a, self.low, None, self.window, pad)
+        if self.addend is None:
+            return y
+        return y.add_(rows(self.ops, self.addend.spec, self.addend_in_compute_type, sample, lo, hi))
 
     def activated(self, y: Tensor, sample: int, norm: Normalisation) -> Tensor:
         mean, scale, beta = (t[sample : sample + 1] for t in norm)
@@ -135,10 +147,12 @@ def tail_sums_backward(
     grads: Sums,
     collected: Tensor | None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradients of the layer's weight and of the expression's tensors; the head's add up in `head`.
+    """Gradients of the layer's weight and of the tensors of its expression and its addend; the head's add up
+    in `head`.
 
-    mean: of the convolution, (N, C); norm_backward takes the gradients of (mean, scale, beta) and gives
-    those of the convolution's mean and variance (it also takes care of the norm's weight and bias);
+    needed: of those tensors; mean: of what is normalised, (N, C); norm_backward takes the gradients of
+    (mean, scale, beta) and gives those of that mean and its variance (it also takes care of the norm's weight
+    and bias);
     collected: as given by the forward sweep.
     """
     if collected is None:
@@ -151,12 +165,17 @@ def tail_sums_backward(
     voxels = layer.shape[2] * layer.shape[3] * layer.shape[4]
     low = layer.low
     grad_weight = None
-    pullback = Pullback(ops, spec, layer.tensors, needed)
+    pullback = Pullback(ops, spec, layer.tensors, needed[: len(layer.tensors)])
+    added_on = None
+    if layer.addend is not None:
+        added_on = Pullback(ops, *layer.addend, needed[len(layer.tensors) :])
     for sample, lo, hi in layer.slabs():
         first, last, pad = layer.input_rows(lo, hi)
         a = pullback.rows(sample, first, last)
         with torch.no_grad():
             y = ops.convolution(a, low, None, window, pad)
+        if added_on is not None:
+            y.add_(added_on.rows(sample, lo, hi))
         z = layer.activated(y, sample, norm)
         grad = head.pull(grads, sample, z, labels[sample, lo:hi])
         one = slice(sample, sample + 1)
@@ -169,6 +188,8 @@ def tail_sums_backward(
             grad_y = ops.fold(grad_y, y, mean[sample], scale, shift)
         assert grad_y is not None
         del y
+        if added_on is not None and added_on.any:
+            added_on.pull(grad_y)
         grad_a, grad_w = ops.convolution_backward(grad_y, a, low, window, pad, pullback.any, True)
         assert grad_w is not None
         grad_weight = added(grad_weight, grad_w, mean.dtype)
@@ -177,7 +198,8 @@ def tail_sums_backward(
             pullback.pull(grad_a)
         del grad_a
     assert grad_weight is not None
-    return grad_weight.to(layer.weight.dtype), pullback.gradients()
+    found = pullback.gradients() + ([] if added_on is None else added_on.gradients())
+    return grad_weight.to(layer.weight.dtype), found
 
 
 def _sweep_terms(
