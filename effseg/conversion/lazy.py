@@ -25,6 +25,7 @@ from effseg.conversion.functions import (
     asked_by_checkpoint,
 )
 from effseg.conversion.standing import Attached, Changed, Standing
+from effseg.conversion.streamed import Layer, Logits
 from effseg.conversion.surroundings import Surroundings
 from effseg.conversion.values import Convolution, Value, computed, constant, operands, recipe
 from effseg.expressions.base import Deferred
@@ -134,6 +135,9 @@ class LazyTensor(Tensor):
     def deferred(self, dtype: torch.dtype) -> Deferred:
         """An expression in the compute type."""
         value = self.value
+        if isinstance(value, Layer) or (isinstance(value, Convolution) and value.reads_image):
+            with self._around.restored():
+                self.settle(value := value.deferred())
         if isinstance(value, Deferred):
             self._was_taken = True
             return cast(value, dtype)
@@ -161,7 +165,11 @@ class LazyTensor(Tensor):
         """The values in memory as the strides say: for views and for code that reads memory."""
         stored = self._values()
         if stored.stride() != self.stride() and not stored.is_contiguous():
-            with self._around.settings(), torch.set_grad_enabled(stored.requires_grad):
+            with (
+                self._around.settings(),
+                torch.set_grad_enabled(stored.requires_grad),
+                torch._C.DisableTorchFunction(),  # no network is to see this
+            ):
                 self.settle(stored := stored.contiguous())
         return stored
 
@@ -174,7 +182,8 @@ class LazyTensor(Tensor):
     @property
     def has_head(self) -> bool:
         """Whether it is features and a 1x1x1 convolution that has not run: logits."""
-        return isinstance(self.value, Convolution) and self.value.is_head
+        value = self.value
+        return isinstance(value, Logits) or (isinstance(value, Convolution) and value.is_head)
 
     @property
     def effseg_loss(self) -> Callable[[Tensor, Tensor, LossOptions], Tensor] | None:
@@ -288,8 +297,10 @@ def logits_loss(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
     if not isinstance(logits, LazyTensor):
         return functional.segmentation_loss(logits, labels, **chosen)
     head = logits.taken()
-    assert isinstance(head, Convolution)
+    assert isinstance(head, Convolution | Logits)
     with logits._around.settings():
+        if isinstance(head, Logits):
+            return head.segmentation_loss(labels, **chosen)
         return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import Algorithm, StatisticsGradient
+from effseg.algorithms.interface import Algorithm, Features, StatisticsGradient
 from effseg.algorithms.pullback import Pullback, added, rows
 from effseg.common.device import make_room
 from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
@@ -237,12 +238,12 @@ def conv3d_backward(
 
 
 def through_statistics(
-    y: Tensor, mean: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+    y: Features, mean: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
 ) -> StatisticsGradient | None:
     """What the gradients of mean and biased variance add to that of y, affine in y."""
     if mean is None or (grad_mean is None and grad_var is None):
         return None
-    voxels = y[0, 0].numel()
+    voxels = prod(y.shape[2:])
     zero = torch.zeros_like(mean)
     scale = zero if grad_var is None else grad_var * (2 / voxels)
     return StatisticsGradient(mean, scale, zero if grad_mean is None else grad_mean / voxels)

@@ -1,4 +1,4 @@
-"""Mean and variance of a stored tensor that no convolution of ours has made."""
+"""Mean and variance of what no convolution of ours has made."""
 
 from __future__ import annotations
 
@@ -9,30 +9,36 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
+from effseg.algorithms.pullback import Pullback, rows
 from effseg.common.formats import CHANNELS_LAST
-from effseg.expressions.slabs import rows_per_slab, slabs
+from effseg.expressions.base import Deferred, Spec, in_compute_type
+from effseg.expressions.layers import plain
+from effseg.expressions.slabs import slabs
 from effseg.operators.conv3d import through_statistics
+from effseg.operators.materialise import thickness
 from effseg.operators.moments import Moments
 from effseg.operators.operator import Operator
 
 
 class Static(NamedTuple):
+    spec: Spec
     slab_elements: int | None
 
 
-def statistics(x: Tensor, slab_elements: int | None = None) -> tuple[Tensor, Tensor]:
+def statistics(x: Tensor | Deferred, slab_elements: int | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (N, C) of x (N, C, D, H, W) in the accumulation type, differentiable."""
-    mean, var = _operator(x.device, x.dtype, Static(slab_elements), (x,))
+    x = x if isinstance(x, Deferred) else plain(x)
+    mean, var = _operator(x.device, x.dtype, Static(x.spec, slab_elements), x.tensors)
     return mean, var
 
 
 def _forward(
     ops: Algorithm, static: Static, tensors: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
-    (x,) = tensors
-    moments = Moments(ops, x.shape[0], x.dtype)
-    for sample, lo, hi in _slabs(x, static):
-        part = x[sample : sample + 1, :, lo:hi]
+    spec = static.spec
+    moments, low = Moments(ops, spec.shape[0], spec.dtype), in_compute_type(spec, tensors)
+    for sample, lo, hi in _slabs(static, tensors[0].device):
+        part = rows(ops, spec, low, sample, lo, hi)
         moments.add(sample, part.contiguous(memory_format=CHANNELS_LAST))
     return moments.merge(), ()
 
@@ -44,21 +50,21 @@ def _backward(
     tensors: Sequence[Tensor],
     needed: Sequence[bool],
     grads: tuple[Tensor | None, Tensor | None],
-) -> tuple[Tensor | None]:
-    (mean,), (x,) = own, tensors
-    terms = through_statistics(x, mean, *grads)
+) -> list[Tensor | None]:
+    (mean,) = own
+    terms = through_statistics(static.spec, mean, *grads)
     if terms is None:
-        return (None,)
-    grad = torch.empty_like(x, memory_format=CHANNELS_LAST)
-    for sample, lo, hi in _slabs(x, static):
-        part = x[sample : sample + 1, :, lo:hi]
-        grad[sample : sample + 1, :, lo:hi] = ops.fold(None, part, *(t[sample] for t in terms))
-    return (grad,)
+        return [None] * len(tensors)
+    pullback = Pullback(ops, static.spec, tensors, needed)
+    for sample, lo, hi in _slabs(static, mean.device):
+        part = pullback.rows(sample, lo, hi)
+        pullback.pull(ops.fold(None, part, *(t[sample] for t in terms)))
+    return pullback.gradients()
 
 
-def _slabs(x: Tensor, static: Static) -> Iterator[tuple[int, int, int]]:
-    n, c, d, h, w = x.shape
-    return slabs(n, d, rows_per_slab(d, c * h * w, static.slab_elements, x.device))
+def _slabs(static: Static, device: torch.device) -> Iterator[tuple[int, int, int]]:
+    spec = static.spec
+    return slabs(spec.shape[0], spec.shape[2], thickness(spec, static.slab_elements, device))
 
 
 _operator = Operator(

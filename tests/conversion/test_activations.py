@@ -9,7 +9,7 @@ from convertible import assert_alike, step
 from torch import nn
 
 import effseg
-from effseg.losses import IN_SLABS, dice_cross_entropy
+from effseg.losses import OWN_LOSS, dice_cross_entropy
 
 
 class Activated(nn.Module):
@@ -61,7 +61,7 @@ def test_loss_of_stored_logits(options):
     for each in (effseg.convert(original, shape=image.shape), original):
         each.zero_grad()
         logits = each(image)
-        assert getattr(logits, IN_SLABS, False) == (each is not original)
+        assert hasattr(logits, OWN_LOSS) == (each is not original)
         loss = dice_cross_entropy(logits, labels, **options)
         loss.backward()
         found.append(([loss.detach()], [p.grad.clone() for p in each.parameters()], []))
@@ -71,8 +71,8 @@ def test_loss_of_stored_logits(options):
 def test_other_outputs_are_torchs_own():
     original, image = network("elu")
     converted = effseg.convert(original, shape=image.shape, lazy_logits=False)
-    assert not hasattr(converted(image), IN_SLABS)
-    assert not hasattr(effseg.convert(original, shape=image.shape).eval()(image), IN_SLABS)
+    assert not hasattr(converted(image), OWN_LOSS)
+    assert not hasattr(effseg.convert(original, shape=image.shape).eval()(image), OWN_LOSS)
 
 
 def test_types_under_autocast_are_those_of_torch():

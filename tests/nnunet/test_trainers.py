@@ -74,9 +74,10 @@ def patches(channels=1):
     [
         ({"background": 0, "liver": 1, "spleen": 2}, 1, "raw"),
         ({"background": 0, "liver": 1, "ignore": 2}, 1, "block"),
+        ({"background": 0, "liver": 1, "ignore": 2}, 1, "stream"),
         (REGIONS, 2, "raw"),
     ],
-    ids=["labels", "ignore", "regions"],
+    ids=["labels", "ignore", "ignore, streamed", "regions"],
 )
 def test_a_step_is_nnunets(make_trainer, monkeypatch, labels, channels, memory):
     monkeypatch.setenv("EFFSEG_MEMORY", memory)

@@ -11,7 +11,7 @@ from effseg.expressions.base import Normalisation
 from effseg.expressions.layers import plain, raw
 from effseg.expressions.slabs import Window
 from effseg.operators import conv3d
-from effseg.operators.backward import backward as node_backward
+from effseg.operators.backward import once_differentiable
 from effseg.operators.ownership import is_alone
 
 
@@ -20,14 +20,14 @@ class Asking(Function):
 
     @staticmethod
     def forward(ctx, x, answers):
-        ctx.device_type, ctx.answers = "cpu", answers
+        ctx.answers = answers
         return x * 2, x.sum(), x.sum()
 
     @staticmethod
-    @node_backward
-    def backward(ctx, grad, _first, _second):
-        ctx.answers.append(is_alone(grad))
-        return grad * 2, None
+    @once_differentiable
+    def backward(ctx, *grads):
+        ctx.answers.append(is_alone(grads[0]))
+        return grads[0] * 2, None
 
 
 class Returning(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from effseg import operators
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
+from effseg.conversion.streamed import Layer
+from effseg.conversion.values import Value
 from effseg.expressions.base import Deferred
 from effseg.expressions.joins import Sum, activation
-from effseg.expressions.layers import Raw, Residual
+from effseg.expressions.layers import Conv, Raw, Residual
+from effseg.expressions.normed import Normed
 
 
 @rule(F.leaky_relu)
@@ -68,7 +72,7 @@ def _followed(
     """Of a normalised tensor, or of a sum, by what is not leaky ReLU."""
     value = input.value if isinstance(input, LazyTensor) else None
     spec = value.spec if isinstance(value, Deferred) else None
-    normalised = isinstance(spec, (Raw, Residual)) and spec.slope == IDENTITY
+    normalised = isinstance(spec, Raw | Residual | Conv | Normed) and spec.slope == IDENTITY
     if not (normalised or isinstance(spec, Sum)) or not may_change(input, inplace):
         return NotImplemented
     assert isinstance(input, LazyTensor)
@@ -76,24 +80,32 @@ def _followed(
     assert isinstance(value, Deferred)
     watch.took("activation")
     found = activation(value, kind, weight, **options)
-    return result(input, found if isinstance(spec, Raw) else operators.share(found), inplace)
+    return result(input, operators.share(found) if isinstance(spec, Residual | Sum) else found, inplace)
 
 
 def _activated(input: Tensor, slope: float, inplace: bool) -> Any:
     """Of a normalised tensor, or of the sum of one and another."""
     value = input.value if isinstance(input, LazyTensor) else None
-    spec = value.spec if isinstance(value, Deferred) else None
-    if not isinstance(spec, (Raw, Residual)) or spec.slope != IDENTITY or not slope >= 0:
+    if not slope >= 0 or not may_change(input, inplace):
         return NotImplemented
-    if not may_change(input, inplace):
+    changed = _with_slope(value, slope)
+    if changed is None:
         return NotImplemented
     assert isinstance(input, LazyTensor)
-    value = input.value if inplace else input.taken()
-    assert isinstance(value, Deferred)
-    if isinstance(spec, Raw):
-        changed: Raw | Residual = Raw(spec.shape, spec.dtype, slope)
-    else:
-        changed = Residual(spec.shape, spec.dtype, slope, spec.inner)
+    if not inplace:
+        input.taken()
     watch.took("activation")
-    found = Deferred(changed, value.tensors)
-    return result(input, operators.share(found) if isinstance(changed, Residual) else found, inplace)
+    if isinstance(changed, Deferred) and isinstance(changed.spec, Residual):
+        changed = operators.share(changed)
+    return result(input, changed, inplace)
+
+
+def _with_slope(value: Value | None, slope: float) -> Value | None:
+    """The value with an activation; None for what cannot have one."""
+    if isinstance(value, Layer) and value.tail.slope == IDENTITY:
+        return Layer(value.tail._replace(slope=slope))
+    spec = value.spec if isinstance(value, Deferred) else None
+    if not isinstance(spec, Raw | Residual | Conv | Normed) or spec.slope != IDENTITY:
+        return None
+    assert isinstance(value, Deferred)
+    return Deferred(replace(spec, slope=slope), value.tensors)

@@ -11,7 +11,8 @@ from torch import Tensor
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.outputs import convolve
-from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
+from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule, unfinished
+from effseg.conversion.streamed import Summed, is_last
 from effseg.conversion.values import Convolution, Value
 from effseg.expressions.base import Deferred, Normalisation, Spec
 from effseg.expressions.joins import Sum, added, concatenation
@@ -40,7 +41,7 @@ def _sum(first: Any, second: Any, alpha: Any, inplace: bool) -> Any:
     if not may_change(first, inplace) or (inplace and first.dtype != second.dtype):
         return NotImplemented
     for one, other in ((first, second), (second, first)):
-        found = _added(one.value, other) if first.dtype == second.dtype else None
+        found = _added(unfinished(one), other) if first.dtype == second.dtype else None
         if found is not None:
             one.taken()
             return result(first, found, inplace)
@@ -52,6 +53,9 @@ def _sum(first: Any, second: Any, alpha: Any, inplace: bool) -> Any:
 
 def _added(value: Value, other: LazyTensor) -> Value | None:
     """value + other, where `value` can carry a sum."""
+    if isinstance(value, Convolution) and is_last(value.weight, value.window):
+        watch.took("sum")
+        return Summed(*value, other.deferred(value.dtype))
     if isinstance(value, Convolution):
         y, _, _ = convolve(value.x, value.weight, value.bias, value.window, statistics=False)
         watch.took("sum")
