@@ -17,7 +17,8 @@ from effseg.algorithms.interface import Sums
 from effseg.common.formats import DTYPES, label_dtype
 from effseg.expressions.slabs import Window
 from effseg.kernels import statistics
-from effseg.kernels.config import Config, Problem, Triple, uses_aten
+from effseg.kernels.choose import uses_aten
+from effseg.kernels.config import Config, Problem, Triple
 from effseg.kernels.conv3d_dgrad import conv3d_dgrad
 from effseg.kernels.conv3d_fwd import conv3d_forward
 from effseg.kernels.conv3d_wgrad import conv3d_wgrad
@@ -240,14 +241,6 @@ def _moments(y: Tensor) -> Results:
     return mean[None], variance[None]
 
 
-def _channel_sums(o: _Operands) -> Trial:
-    g = o.features(o.problem.in_channels, o.problem.size)
-    return Trial(
-        lambda: (g.sum((2, 3, 4), dtype=o.summed),),
-        lambda config: (statistics.channel_sums(g, config),),
-    )
-
-
 # Upsampling
 
 
@@ -362,7 +355,6 @@ TRIALS: dict[str, Callable[[_Operands], Trial]] = {
     "norm_act_backward": _norm_act_backward,
     "fold": _fold,
     "moments": _statistics,
-    "channel_sums": _channel_sums,
     "upsample": _upsample,
     "upsample_transpose": _upsample_transpose,
     "head_sums": _head_sums,
