@@ -19,14 +19,19 @@ from effseg.kernels.launch import launch, sample_stride
 
 @kernel
 def _moments_kernel(
-    y_ptr, partial_ptr, voxels, y_stride, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """y (N, voxels, C), samples y_stride voxels apart -> partial (N, programs, 3, C) float32: count, mean and
-    sum of squared deviations.
+    y_ptr,  # [N, voxels, C]
+    partial_ptr,  # [N, programs, 3, C] float32: count, mean and sum of squared deviations
+    voxels, y_stride,
+    C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The moments of a program's tiles, in float32. Samples are y_stride voxels apart.
 
-    Welford's update for each place in the tile, in float32, then Chan's merge over the places. Masked: voxels
-    after the last, channels from C on. Every program has a tile with a voxel in it, so no count is 0.
+    Masked: voxels after the last, channels from C on. Every program has a tile with a voxel in it, so that no
+    count is 0.
     """
+    # For every `programs`-th tile [BLOCK_V, BLOCK_C], at each place (Welford):
+    #   count += 1;   mean' = mean + (y - mean) / count;   m2 += (y - mean) (y - mean')
+    # then over the places (Chan): m2 += count (mean - merged)^2, merged = sum of count mean / sum of count.
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)
     programs = tl.num_programs(0) // CHANNEL_BLOCKS
