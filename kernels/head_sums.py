@@ -54,7 +54,7 @@ def _head_sums_kernel(
     that of CHUNK - 1 additions and a tree over BLOCK_V values, however many voxels there are.
     """
     # For every tile of voxels v whose label y_v counts, with p = softmax(z):
-    #   intersection_k += sum over v of p_vk [y_v = k];   probability_k += sum p_vk;   count_k += sum [y_v = k]
+    #   intersection_k += sum of p_vk [y_v = k];   probability_k += sum of p_vk;   count_k += sum of [y_v = k]
     #   nll += sum over v of w_{y_v} (-log p_{v, y_v});   smooth_nll += sum over v, k of w_k (-log p_vk)
     program = tl.program_id(0)
     programs = tl.num_programs(0)

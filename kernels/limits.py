@@ -97,7 +97,7 @@ SM_90 = Limits(
 )
 
 # tcgen05 accumulates in tensor memory, whose 512 columns bound `slide`; accumulators pass through registers
-# for what follows, where forward's and dgrad's prologue and epilogue meet them.
+# for what follows, where a prologue's operands meet them.
 SM_100 = Limits(
     multiprocessors=148,
     slide_prologue=ByType(64, 32),
