@@ -123,7 +123,7 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class TunedFile:
-    """Entries by `config.key`, and what is noted of each: seconds, date and versions."""
+    """Entries by `tuned.key`, and what is noted of each: seconds, date and versions."""
 
     path: Path
     gpu: str
