@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.aten import ops as aten
+from effseg.algorithms.aten.head import Head
 from effseg.algorithms.interface import Sums
 from effseg.common.formats import DTYPES, label_dtype
 from effseg.expressions.slabs import Window
@@ -296,7 +297,7 @@ class _HeadOperands:
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
         return self.a, self.weight, self.bias, self.labels, self.class_weights, None
 
-    def by_aten(self) -> aten.Head:
+    def by_aten(self) -> Head:
         return aten.make_head(self.a, self.weight, self.bias, self.a.device)
 
 
