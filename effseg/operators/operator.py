@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effseg.algorithms import choose, load
+from effseg import algorithms
 from effseg.algorithms.interface import Algorithm
 from effseg.common.settings import Function
 from effseg.operators.backward import once_differentiable
@@ -67,7 +67,7 @@ class Operator:
         self, device: torch.device, dtype: torch.dtype, static: Any, tensors: Tensors
     ) -> Sequence[Tensor]:
         """The outputs, computed in the algorithm for this device and type."""
-        algorithm = choose(device, dtype)
+        algorithm = algorithms.choose(device, dtype)
         if torch.compiler.is_compiling():
             there = tuple([t is not None for t in tensors])
             text, numbers = encode(algorithm, there, *static)
@@ -78,7 +78,7 @@ class Operator:
             if self._node is not None:
                 return self._node.apply(algorithm, device.type, static, *tensors)
             with torch.no_grad():
-                return self._forward(load(algorithm), static, tensors)[0]
+                return self._forward(algorithms.load(algorithm), static, tensors)[0]
 
     def _count(self, static: Any) -> int:
         return self._outputs if isinstance(self._outputs, int) else self._outputs(static)
@@ -89,7 +89,7 @@ class Operator:
         def forward(ctx: Any, algorithm: str, device: str, static: Any, *tensors: Any) -> tuple[Tensor, ...]:
             ctx.algorithm, ctx.device_type, ctx.static = algorithm, device, static
             ctx.set_materialize_grads(self._zeros)
-            outputs, besides = self._forward(load(algorithm), static, tensors)
+            outputs, besides = self._forward(algorithms.load(algorithm), static, tensors)
             own = self._own(outputs, besides)
             ctx.owns = len(own)
             ctx.save_for_backward(*own, *tensors)
@@ -103,7 +103,8 @@ class Operator:
             own, tensors = saved[: ctx.owns], saved[ctx.owns :]
             assert self._backward is not None
             with torch.autocast(ctx.device_type, enabled=False):
-                found = self._backward(load(ctx.algorithm), ctx.static, own, tensors, needed, grads, **extra)
+                ops = algorithms.load(ctx.algorithm)
+                found = self._backward(ops, ctx.static, own, tensors, needed, grads, **extra)
             return None, None, None, *found
 
         title = "".join(part.title() for part in name.split("_"))
@@ -133,7 +134,7 @@ class Operator:
     def _decoded(self, text: str, numbers: Sequence[int]) -> tuple[Algorithm, Sequence[bool], Any]:
         """The algorithm, which tensors are there, and what is no tensor."""
         algorithm, there, *static = decode(text, numbers)
-        return load(algorithm), there, self._static(*static)
+        return algorithms.load(algorithm), there, self._static(*static)
 
     def _differentiated(self, name: str, opaque: Any) -> None:
         def backward(
