@@ -167,7 +167,7 @@ class LazyTensor(Tensor):
         self._memory_is_seen = True
 
     def read(self) -> Tensor:
-        """For code that does not look at them again."""
+        """Values as an ordinary tensor, for code that does not look at them again."""
         value = self.value
         if isinstance(value, Tensor):
             return value

@@ -91,7 +91,7 @@ def check(use, look, looks_first, modes):
     torch.manual_seed(0)
     plain = Network(use, look, looks_first).double()
     image = torch.randn(1, 1, 4, 4, 4, dtype=torch.float64)
-    network = effseg.convert(copy.deepcopy(plain), strict=False, shape=image.shape)
+    network = effseg.convert(copy.deepcopy(plain), strict=False, leave_alone=False, shape=image.shape)
     for mode in modes:
         both = [copy.deepcopy(plain), as_converted(copy.deepcopy(network), mode)]
         expected, found = (each(image) for each in both)

@@ -48,7 +48,7 @@ def check(program, memory):
     except RuntimeError:
         assume(False)  # torch refuses it too: something that backward needs was changed in place
     assume(all(v.isfinite().all() and v.abs().max() < 1e3 for v in expected[0]))
-    converted = effseg.convert(other, strict=False, shape=image.shape)
+    converted = effseg.convert(other, strict=False, leave_alone=False, shape=image.shape)
     converted = as_converted(converted, memory)  # without a last layer for the loss
     compare(run(converted, image, wants), expected)
     with torch.no_grad():
