@@ -12,8 +12,8 @@ from effseg.figures.canvas import new_figure
 from effseg.figures.labels import Labelled, label_beside, plain_logarithmic
 
 MODES = (
-    "unet3d/eager", "nnunet/eager", "stock-effseg-base/eager", "effseg-base/raw/auto",
-    "effseg-base/stream/auto", "effseg-base/stream+1/auto",
+    "unet3d/eager", "nnunet/eager", "nnunet/stream/auto", "stock-effseg-base/eager",
+    "effseg-base/raw/auto", "effseg-base/stream/auto", "effseg-base/stream+1/auto",
 )  # fmt: skip
 """Contenders of the bars."""
 LINES = (

@@ -87,13 +87,18 @@ NORMS = (
 ACTIVATIONS = (
     lambda: nn.LeakyReLU(0.1, inplace=True),
     lambda: nn.ReLU(inplace=True),
+    nn.GELU,
     lambda: nn.LeakyReLU(0.01),
+    lambda: nn.ELU(inplace=True),
+    lambda: nn.PReLU(WIDTH),
+    lambda: nn.SiLU(inplace=True),
     nn.ReLU,
+    nn.ELU,
 )
 PARTS = {
     "conv": lambda at: nn.Conv3d(WIDTH, WIDTH, 3, padding=1, bias=at % 2 == 0),
     "norm": lambda at: NORMS[at % 4](),
-    "act": lambda at: ACTIVATIONS[at // 2 % 4](),
+    "act": lambda at: ACTIVATIONS[at % len(ACTIVATIONS)](),
     "unit": lambda at: nn.Sequential(
         nn.Conv3d(WIDTH, WIDTH, 3, padding=1), nn.InstanceNorm3d(WIDTH), nn.ReLU(True)
     ),

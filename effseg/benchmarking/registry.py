@@ -173,6 +173,9 @@ _BASELINES: tuple[tuple[str, Any, Any, tuple[str, ...]], ...] = (
 )
 """Name, how it is made, with activation checkpointing, and what it needs."""
 
+CONVERTED = ("raw", "block", "stream")
+"""Memory modes of converted networks."""
+
 
 def _baselines() -> Iterator[Contender]:
     for name, make, checkpointed, requires in _BASELINES:
@@ -212,7 +215,7 @@ def _ours() -> Iterator[Contender]:
 
 def _converted() -> Iterator[Contender]:
     for name, make, _, requires in _BASELINES:
-        for memory in ("raw", "block"):
+        for memory in CONVERTED:
             for implementation in (*ALGORITHMS, "auto"):
                 needs = (*requires, "triton") if implementation == "triton" else requires
                 build = partial(_convert, make, memory)
@@ -220,7 +223,7 @@ def _converted() -> Iterator[Contender]:
 
 
 def _convert(make: Callable[[int], nn.Module], memory: str, classes: int) -> nn.Module:
-    return convert(make(classes), memory=memory)
+    return convert(make(classes), memory=memory, leave_alone=False)
 
 
 class Case(NamedTuple):
@@ -238,7 +241,7 @@ class Selection:
 
 _SHORT = (
     "unet3d/eager", "unet3d/checkpoint", "nnunet/eager", "nnunet/checkpoint", "segresnet/eager",
-    "nnunet/raw/auto", "nnunet/block/auto",
+    *(f"nnunet/{memory}/auto" for memory in CONVERTED),
     "stock-effseg-base/eager", "effseg-base/raw/auto", "effseg-base/stream/auto", "effseg-base/stream+1/auto",
 )  # fmt: skip
 _LONG = (
@@ -252,7 +255,7 @@ _LONG = (
     *(f"effseg-base/stream+1/{how}" for how in (*ALGORITHMS, "auto")),
     *(f"effseg-{preset}/{memory}/auto" for preset in ("large", "large-w32") for memory in ("raw", "stream")),
     "effseg-tiny/raw/auto",
-    *(f"{name}/{memory}/auto" for name, *_ in _BASELINES for memory in ("raw", "block")),
+    *(f"{name}/{memory}/auto" for name, *_ in _BASELINES for memory in CONVERTED),
     "nnunet/raw/aten", "nnunet/raw/triton",
 )  # fmt: skip
 _WHOLE = tuple(f"512x512x{slices}, 15 classes" for slices in (128, 256, 512))

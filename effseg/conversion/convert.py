@@ -27,7 +27,7 @@ from effseg.conversion.boundary import (
 from effseg.conversion.examine import examine
 from effseg.conversion.lazy import LazyTensor, logits_loss, real
 from effseg.conversion.recompute import Block, blocks_run_again, is_block
-from effseg.conversion.report import ConversionReport, StepBytes, one_line, step_bytes
+from effseg.conversion.report import MOST_KEPT, ConversionReport, StepBytes, one_line, step_bytes
 from effseg.conversion.stream_plan import last_convolutions
 from effseg.conversion.streamed import Streaming, place, streaming
 from effseg.errors import InputError
@@ -52,17 +52,55 @@ class Settings(NamedTuple):
 
 
 class Converted(nn.Module):
-    """What a converted network's class is mixed with."""
+    """What a converted network's class is mixed with; with this alone, its `forward` is the original's."""
 
     effseg_settings: Settings
     effseg_choices: dict[Any, str]
     effseg_report: ConversionReport
     effseg_steps: list[tuple[StepBytes, StepBytes]]
-    follows_autocast = True
 
     @property
     def conversion_report(self) -> ConversionReport:
         return dataclasses.replace(self.effseg_report, steps=self._steps)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Buffers, like parameters, go where `.to` sends them and stay shared with the original."""
+        before = [(module, name, t) for module in self.modules() for name, t in module._buffers.items()]
+        super()._apply(fn, recurse)
+        for module, name, tensor in before:
+            moved = module._buffers[name]
+            if (
+                tensor is not None
+                and moved is not None
+                and torch._has_compatible_shallow_copy_type(tensor, moved)
+            ):
+                tensor.data = moved
+                module._buffers[name] = tensor
+        return self
+
+    def _steps(self) -> tuple[StepBytes, StepBytes]:
+        """Of the original and of this network; found out once."""
+        if not self.effseg_steps:
+            shape = self.effseg_report.shape
+            if shape is None:
+                raise ValueError("report: expected a network that could be examined")
+            original = step_bytes(restore(self), shape)
+            self.effseg_steps.append((original, self._step(shape) or original))
+        return self.effseg_steps[0]
+
+    def _step(self, shape: tuple[int, ...]) -> StepBytes | None:
+        """Where it is not the original's."""
+        return None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made when needed, so that pickle cannot find it by name."""
+        return _rebuilt, (_base(type(self)), _mixin(type(self))), self.__dict__
+
+
+class Deferring(Converted):
+    """A converted network that runs on lazy tensors."""
+
+    follows_autocast = True
 
     @torch.compiler.disable  # a compiled caller runs it as it is
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,31 +129,9 @@ class Converted(nn.Module):
         """torch.jit.script asks for it."""
         raise RuntimeError(NO_TRACE.format("torch.jit.script"))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Buffers, like parameters, go where `.to` sends them and stay shared with the original."""
-        before = [(module, name, t) for module in self.modules() for name, t in module._buffers.items()]
-        super()._apply(fn, recurse)
-        for module, name, tensor in before:
-            moved = module._buffers[name]
-            if (
-                tensor is not None
-                and moved is not None
-                and torch._has_compatible_shallow_copy_type(tensor, moved)
-            ):
-                tensor.data = moved
-                module._buffers[name] = tensor
-        return self
-
-    def _steps(self) -> tuple[StepBytes, StepBytes]:
-        """Of the original and of this network; found out once."""
-        if not self.effseg_steps:
-            shape = self.effseg_report.shape
-            if shape is None:
-                raise ValueError("report: expected a network that could be examined")
-            memory = self.effseg_settings.memory
-            like = as_converted(self, MODES[0] if memory == "auto" else memory)
-            self.effseg_steps.append((step_bytes(restore(self), shape), step_bytes(like, shape)))
-        return self.effseg_steps[0]
+    def _step(self, shape: tuple[int, ...]) -> StepBytes | None:
+        memory = self.effseg_settings.memory
+        return step_bytes(as_converted(self, MODES[0] if memory == "auto" else memory), shape)
 
     def _mode(self, inputs: Any) -> str:
         settings = self.effseg_settings
@@ -129,10 +145,6 @@ class Converted(nn.Module):
             budget = usable(settings.budget, image.device)
             self.effseg_choices[key] = choose(self, *key, budget, _other_inputs(inputs, image))
         return self.effseg_choices[key]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is made when needed, so that pickle cannot find it by name."""
-        return _rebuilt, (_base(type(self)), Converted), self.__dict__
 
 
 class ConvertedBlock(Block):
@@ -148,6 +160,7 @@ def convert(
     lazy_logits: bool = True,
     strict: bool = True,
     shape: Sequence[int] | None = None,
+    leave_alone: bool = True,
 ) -> M:
     """The same network with the same weights, in a fraction of the memory.
 
@@ -172,15 +185,19 @@ def convert(
     shape: an input's (N, C, D, H, W) to examine the network with, on fake tensors, for the report; by
         default (1, C, 64, 64, 64) and a few more where that does not fit.
     strict: whether to refuse a model of which nothing could be taken over.
+    leave_alone: whether a network whose forward pass, converted ("raw" for "auto"), would still save more
+        than 75 % of the bytes that it saves for backward keeps its own `forward`, because that does not
+        pay; `.conversion_report` says so. Everything else is as promised: such a network is converted in
+        name, has no memory modes, predicts nothing for "auto", and returns ordinary logits. False converts
+        it all the same.
 
     What was taken over, what was left and why, and what a step keeps and peaks at before and after is in
     `.conversion_report`, printable. Values, gradients and buffers equal the original's but for rounding,
     whatever surrounds the layers: grad modes, in-place operators, hooks, checkpoints, functions of one's own.
     Compute types follow autocast as convolutions do. What differs: dropout of single elements draws another
-    mask at the same seed, for memory is channels last; a tensor that is changed in place after a view of it
-    was taken and another operator has used it may raise torch's error of a modified tensor where the original
-    does not. Modules with hooks get and give stored tensors, which costs their memory. torch.jit, ONNX,
-    torch.export, torch.func and second derivatives raise `RuntimeError`: `effseg.restore` is for them.
+    mask at the same seed, for memory is channels last. Modules with hooks get and give stored tensors, which
+    costs their memory. torch.jit, ONNX, torch.export, torch.func and second derivatives raise `RuntimeError`:
+    `effseg.restore` is for them.
     Raises `TypeError` for what is no module or is wrapped already (DDP, torch.compile: convert first), and
     `InputError` (a `ValueError`) for unknown options, where nothing can be taken over, and where a network
     cannot do "stream".
@@ -193,34 +210,44 @@ def convert(
         raise InputError('lazy_logits: expected True with memory="stream", got False')
     _check_model(model)
     converted = restore(model)
-    report = examine(converted, shape)
+    report = examine(converted, shape, _with_blocks if memory in ("block", "stream") else None)
     if strict and report.problem is None and not report.taken:
         raise InputError(
             f"model: expected convolutions followed by norms, got {type(model).__name__} with none that can "
             f"be taken over; strict=False returns it all the same\n{report}"
         )
+    settings = Settings(memory, memory_budget, lazy_logits)
+    if leave_alone and report.kept is not None and report.kept.share > MOST_KEPT:
+        return _marked(converted, Converted, settings, dataclasses.replace(report, left_alone=True))
     lasts: frozenset[str] = frozenset()
     if memory == "stream" or (memory == "auto" and lazy_logits and report.problem is None):
         lasts = last_convolutions(converted, report, required=memory == "stream")
         report = dataclasses.replace(report, lasts=tuple(sorted(lasts)))
-    return _mix(converted, Settings(memory, memory_budget, lazy_logits, lasts), report)
+    return _mix(converted, settings._replace(lasts=lasts), report)
 
 
 def _mix(model: M, settings: Settings, report: ConversionReport) -> M:
     """Change the classes of a network and of its blocks."""
+    _with_blocks(model)
+    return _marked(model, Deferring, settings, report)
+
+
+def _with_blocks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if name and is_block(module):
             module.__class__ = _mixed(type(module), ConvertedBlock)
-    model.__class__ = _mixed(type(model), Converted)
+
+
+def _marked(model: M, mixin: type, settings: Settings, report: ConversionReport) -> M:
+    model.__class__ = _mixed(type(model), mixin)
     vars(model).update(effseg_settings=settings, effseg_choices={}, effseg_report=report, effseg_steps=[])
     return model
 
 
 def as_converted(model: Converted, memory: str) -> nn.Module:
     """The same network in another mode."""
-    return _mix(
-        restore(model), Settings(memory, None, True, model.effseg_settings.lasts), model.effseg_report
-    )
+    settings, report = model.effseg_settings, model.effseg_report
+    return _mix(restore(model), Settings(memory, None, True, settings.lasts), report)
 
 
 def choose(
@@ -336,6 +363,10 @@ def _mixed(base: type, mixin: type) -> type:
 
 def _base(mixed: type) -> type:
     return mixed.__bases__[1]
+
+
+def _mixin(mixed: type) -> type:
+    return mixed.__bases__[0]
 
 
 def _rebuilt(base: type, mixin: type) -> nn.Module:

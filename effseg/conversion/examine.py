@@ -1,9 +1,9 @@
-"""Finding out what `effseg.convert` takes over of a network, by running it once."""
+"""Finding out what `effseg.convert` takes over of a network, and what that saves, by running it once."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from effseg.conversion.boundary import Noticing
 from effseg.conversion.lazy import LazyTensor
-from effseg.conversion.report import ConversionReport, ModuleReport, one_line
+from effseg.conversion.recompute import blocks_run_again
+from effseg.conversion.report import ConversionReport, Kept, ModuleReport, one_line
+from effseg.conversion.saved import saving
 from effseg.conversion.watch import watching
 from effseg.expressions.slabs import abridged
 from effseg.memory.predict import fake_copy, quiet_fakes
@@ -24,8 +26,13 @@ EDGES = (64, 32, 128, 96)
 """Of the images that a network is tried on."""
 
 
-def examine(model: nn.Module, shape: Sequence[int] | None = None) -> ConversionReport:
-    """Run the network on fake tensors, which takes a second and no memory, and look on."""
+def examine(
+    model: nn.Module, shape: Sequence[int] | None = None, prepare: Callable[[nn.Module], None] | None = None
+) -> ConversionReport:
+    """Run the network on fake tensors, which takes a second and no memory, and look on.
+
+    prepare: what makes a network's blocks run again in backward, if they are to.
+    """
     kind = type(model).__name__
     first = next((m for m in model.modules() if isinstance(m, nn.Conv3d)), None)
     if first is None:
@@ -37,7 +44,8 @@ def examine(model: nn.Module, shape: Sequence[int] | None = None) -> ConversionR
         tried.add(size)
         watcher = _Watcher()
         try:
-            return ConversionReport(kind, _modules(model, size, watcher), size)
+            modules, kept = _looked_at(model, size, watcher, prepare)
+            return ConversionReport(kind, modules, size, kept=kept)
         except Exception as error:  # a network may refuse a size in any way
             problem = problem or one_line(error)
         channels = size[1] + watcher.channels_missing
@@ -62,15 +70,27 @@ def on_fakes(model: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[nn.Modu
         yield network, torch.empty(shape, dtype=next(network.parameters()).dtype)
 
 
-def _modules(model: nn.Module, shape: tuple[int, ...], watcher: _Watcher) -> tuple[ModuleReport, ...]:
-    with on_fakes(model, shape) as (network, image):
+def _looked_at(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    watcher: _Watcher,
+    prepare: Callable[[nn.Module], None] | None,
+) -> tuple[tuple[ModuleReport, ...], Kept]:
+    with on_fakes(model, shape) as (network, image), torch.enable_grad():
         names = {module: name for name, module in network.named_modules()}
-        with watcher.first_convolution():
-            network(image)  # in torch, where a size that does not fit costs little
+        others = [image, *network.parameters(), *network.buffers()]
+        with watcher.first_convolution(), saving() as before:
+            outputs = network(image)  # in torch, where a size that does not fit costs little
+        kept_before = before.nbytes(others)
+        if prepare is not None:
+            prepare(network)
         watcher.stack.append(network)
-        with watching(watcher), watcher.calls(), Noticing():
-            network(LazyTensor(image))
-    return tuple(
+        again = blocks_run_again.set(prepare is not None)
+        with watching(watcher), watcher.calls(), again, saving() as after, Noticing():
+            outputs = network(LazyTensor(image))
+        kept = Kept(kept_before, after.nbytes(others))
+        del outputs  # with the graphs
+    modules = tuple(
         ModuleReport(
             names.get(module, "?"),
             type(module).__name__,
@@ -79,6 +99,7 @@ def _modules(model: nn.Module, shape: tuple[int, ...], watcher: _Watcher) -> tup
         )
         for module, entry in watcher.entries.items()
     )
+    return modules, kept
 
 
 @dataclass

@@ -64,6 +64,7 @@ class LazyTensor(Tensor):
     _versions: tuple[int, ...]
     _was_taken: bool  # by an operator that keeps what it is made of
     _memory_is_kept: bool  # by one that keeps the stored values
+    _memory_is_lent: bool  # to one that keeps the stored values, where torch's own would have copied them
     _memory_is_seen: bool  # by code that may look at the stored values again
     _node: Any  # of autograd's graph, unless foreign code gave it another
     _around: Surroundings
@@ -109,7 +110,7 @@ class LazyTensor(Tensor):
 
     def stored(self) -> Tensor:
         """The values for an operator that keeps them."""
-        found = self._values()
+        found = self.read()
         self._was_taken = self._memory_is_kept = True
         return found
 
@@ -143,14 +144,30 @@ class LazyTensor(Tensor):
             return cast(value, dtype)
         return plain(self.stored(), dtype)
 
-    def materialise(self) -> Tensor:
-        """The values as an ordinary tensor; computed once, with the settings under which it was made."""
-        found = self._values()
-        self._memory_is_seen = True
+    def lent(self, dtype: torch.dtype) -> Deferred:
+        """`deferred`, for an operator that keeps what torch's own would not: it needs memory that nobody else
+        can change."""
+        if torch.is_grad_enabled() and self.memory_is_seen:
+            with self._around.settings():
+                return plain(self.read().clone(), dtype)
+        found = self.deferred(dtype)
+        self._memory_is_lent = isinstance(self._value, Tensor)
         return found
 
-    def _values(self) -> Tensor:
-        """For code that does not look at them again."""
+    def materialise(self) -> Tensor:
+        """The values as an ordinary tensor; computed once, with the settings under which it was made."""
+        self._show()
+        return self.read()
+
+    def _show(self) -> None:
+        """Let others look at the stored values and change them; those that are lent stay as they are."""
+        self.read()
+        if self._memory_is_lent and torch.is_grad_enabled():
+            self.own_memory()
+        self._memory_is_seen = True
+
+    def read(self) -> Tensor:
+        """Values as an ordinary tensor, for code that does not look at them again."""
         value = self.value
         if isinstance(value, Tensor):
             return value
@@ -163,7 +180,7 @@ class LazyTensor(Tensor):
 
     def laid_out(self) -> Tensor:
         """The values in memory as the strides say: for views and for code that reads memory."""
-        stored = self._values()
+        stored = self.read()
         if stored.stride() != self.stride() and not stored.is_contiguous():
             with (
                 self._around.settings(),
@@ -175,6 +192,7 @@ class LazyTensor(Tensor):
 
     def laid_out_for_others(self) -> Tensor:
         """`laid_out`, for code that may look at the memory again."""
+        self._show()
         found = self.laid_out()
         self._memory_is_seen = True
         return found
@@ -225,7 +243,7 @@ class LazyTensor(Tensor):
 
     def _remember(self, value: Value) -> None:
         self._value, self._snapshot = value, None
-        self._memory_is_kept = self._memory_is_seen = False
+        self._memory_is_kept = self._memory_is_lent = self._memory_is_seen = False
         self._versions = mutation.versions(operands(value))
         if isinstance(value, Tensor):
             mutation.settled(self)
@@ -312,7 +330,7 @@ def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for changing in written:
         if isinstance(changing, LazyTensor):
             changing.own_memory()
-    store = LazyTensor.laid_out if func in LAID_OUT else LazyTensor._values
+    store = _viewed if func in LAID_OUT else LazyTensor.read
     originals: dict[int, LazyTensor] = {}
 
     def stored(x: Any) -> Any:
@@ -323,7 +341,7 @@ def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return found
 
     real_args, real_kwargs = tree_map(stored, (args, kwargs))
-    mutation.before([t._values() if isinstance(t, LazyTensor) else t for t in written])
+    mutation.before([t.read() if isinstance(t, LazyTensor) else t for t in written])
     found = func(*real_args, **real_kwargs)
     for changed in written:
         if isinstance(changed, LazyTensor):
@@ -332,6 +350,12 @@ def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return found
     results = tree_map(lambda x: originals.get(id(x), x), found)
     return tree_map(partial(lazy, seen=_see_views(results, originals.values())), results)
+
+
+def _viewed(x: LazyTensor) -> Tensor:
+    if x._memory_is_lent:
+        x._show()
+    return x.laid_out()
 
 
 def _see_views(results: Any, of: Iterable[LazyTensor]) -> bool:

@@ -25,7 +25,7 @@ class Recorded(Protocol):
     """Something that reads its operands later."""
 
     def operands(self) -> tuple[Tensor, ...]: ...
-    def materialise(self) -> Tensor: ...
+    def read(self) -> Tensor: ...
 
 
 class _Pending(threading.local):
@@ -53,7 +53,7 @@ def before(written: list[Tensor]) -> None:
     changing = {t.untyped_storage()._cdata for t in written}
     for what in list(_pending.by_id.values()):
         if any(t.untyped_storage()._cdata in changing for t in what.operands()):
-            what.materialise()
+            what.read()
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

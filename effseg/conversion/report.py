@@ -11,6 +11,9 @@ from torch import nn
 from effseg.memory.predict import peak_training_memory
 
 STATE = ("parameters", "optimizer", "batch")
+MOST_KEPT = 0.75
+"""Share of the bytes that a forward pass saves for backward; a conversion that keeps more is not worth its
+time."""
 
 
 class StepBytes(NamedTuple):
@@ -19,6 +22,17 @@ class StepBytes(NamedTuple):
 
     kept: float
     peak: float
+
+
+class Kept(NamedTuple):
+    """Bytes that a forward pass saves for backward in the original, and converted."""
+
+    before: int
+    after: int
+
+    @property
+    def share(self) -> float:
+        return self.after / self.before if self.before else 0.0
 
 
 def step_bytes(network: nn.Module, shape: tuple[int, ...]) -> StepBytes:
@@ -46,7 +60,9 @@ class ModuleReport:
 class ConversionReport:
     """modules: those with operators that were taken over or left, in the order of the forward pass; shape:
     of the image it was found out on; problem: why it could not be found out, if so; lasts: names of the
-    weights of convolutions that the loss makes in "stream", None where it was not found out.
+    weights of convolutions that the loss makes in "stream", None where it was not found out; kept: what
+    a forward pass saves, None where it was not found out; left_alone: whether the network is as it was
+    because conversion does not pay.
 
     `before` and `after` run a training step of the original and of the converted network (in its memory mode,
     "raw" for "auto") on fake tensors of that shape when they are first asked for, which takes some seconds
@@ -58,6 +74,8 @@ class ConversionReport:
     shape: tuple[int, ...] | None
     problem: str | None = None
     lasts: tuple[str, ...] | None = None
+    kept: Kept | None = None
+    left_alone: bool = False
     steps: Callable[[], tuple[StepBytes, StepBytes]] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -99,6 +117,11 @@ class ConversionReport:
         if self.problem is not None:
             return f"{self.model}: could not be examined: {self.problem}"
         lines = [f"{self.model} on {'x'.join(map(str, self.shape or ()))}{self._figures()}"]
+        if self.left_alone and self.kept is not None:
+            lines.append(
+                f"  left alone: converted it would keep {self.kept.share:.0%} of what it saves for backward, "
+                f"more than {MOST_KEPT:.0%}; leave_alone=False converts it all the same:"
+            )
         for module in self.modules:
             name = module.name or "the network itself"
             taken = f"taken: {', '.join(module.taken)}" if module.taken else ""
@@ -115,7 +138,8 @@ class ConversionReport:
             before, after = self.steps()
         except Exception as error:  # a network may refuse a step in any way
             return f": a step could not be measured: {one_line(error)}"
-        worth = "" if after.peak < before.peak else ": conversion saves nothing here, train the original"
+        saves_nothing = after.peak >= before.peak and not self.left_alone
+        worth = ": conversion saves nothing here, train the original" if saves_nothing else ""
         return (
             f": a step keeps {after.kept:.0f} of {before.kept:.0f} bytes per voxel for backward and "
             f"peaks at {after.peak:.0f} of {before.peak:.0f}{worth}"

@@ -18,16 +18,16 @@ from effseg.memory.report import OUTSIDE, MemoryReport
 from effseg.memory.units import format_bytes
 from effseg.planning.nnunet_plans import PlannedNetwork, Size
 
-MODES = (None, "raw", "block")
+MODES = (None, "raw", "block", "stream")
 Predict = Callable[[Size, int], MemoryReport]
 Tell = Callable[[str | None, Size], None]
 
 
 @dataclass(frozen=True)
 class NetworkMode:
-    """memory: of MODES, None for the network as it is; patch: a step on the plan's patches; whole: one on a
-    volume of the median size; largest: the largest patch, in the shape and number of the plan's, that fits,
-    or None."""
+    """memory: of MODES, None for the network as it is, "stream" only where it can do that; patch: a step on
+    the plan's patches; whole: one on a volume of the median size; largest: the largest patch, in the shape
+    and number of the plan's, that fits, or None."""
 
     memory: str | None
     patch: MemoryReport
@@ -137,15 +137,25 @@ def plan_network(
     modes = []
     for memory in MODES:
         model = _in_mode(original, network, memory)
+        if model is None:
+            continue
         predict = _prediction(model, network.channels, dtype, optimizer, partial(tell, memory))
         patch = predict(network.patch, batch)
         modes.append(NetworkMode(memory, patch, predict(whole, 1), _largest(network, predict, patch, usable)))
     return NetworkPlan(network, batch, whole, gpu_memory, usable, tuple(modes))
 
 
-def _in_mode(original: nn.Module, network: PlannedNetwork, memory: str | None) -> nn.Module:
+def _in_mode(original: nn.Module, network: PlannedNetwork, memory: str | None) -> nn.Module | None:
+    """None where the network cannot do "stream"."""
+    if memory is None:
+        return original
     shape = (1, network.channels, *network.patch)
-    return original if memory is None else convert(original, memory=memory, shape=shape)
+    try:
+        return convert(original, memory=memory, shape=shape)
+    except InputError:
+        if memory != "stream":
+            raise
+        return None
 
 
 def _prediction(

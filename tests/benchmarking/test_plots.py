@@ -13,7 +13,8 @@ from effseg.figures.canvas import save
 from effseg.figures.labels import spread
 
 VOLUMES = ("96x96x96, 15 classes", "512x512x128, 15 classes", WHOLE)
-BYTES_PER_VOXEL = dict(zip(memory_plots.LINES, (2063, 1375, 1125, 762, 855, 620, 186, 72, 55), strict=True))
+PREDICTED = (2063, 1375, 1125, 762, 855, 275, 620, 186, 72, 55)
+BYTES_PER_VOXEL = dict(zip(memory_plots.LINES, PREDICTED, strict=True))
 MEMORY = record(
     *(
         predicted(name, count * factor, volume, dtype=dtype)

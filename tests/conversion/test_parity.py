@@ -32,7 +32,7 @@ LARGE = ("vnet", "swin unetr")
 )
 def test_a_step_of_more_families(name, memory):
     network, image = other_networks.make(name)
-    converted = effseg.convert(copy.deepcopy(network), memory=memory, shape=image.shape, strict=False)
+    converted = effseg.convert(copy.deepcopy(network), memory=memory, shape=image.shape, leave_alone=False)
     found = []
     for each in (converted, network):
         torch.manual_seed(1)

@@ -49,7 +49,7 @@ def test_what_is_left_is_named_with_the_reason():
         def forward(self, x):
             return self.up(self.drop(self.activation(self.dilated(self.body(x))))).tanh()
 
-    report = effseg.convert(Odd()).conversion_report
+    report = effseg.convert(Odd(), leave_alone=False).conversion_report
     left = {module.name: " ".join(module.left) for module in report.left}
     assert set(left) == {"dilated", "activation", "drop", "up", ""}
     assert "conv3d in Conv3d(4, 4" in left["dilated"]

@@ -71,7 +71,7 @@ def answer():
     plan = plan_network(
         read_plans(PLANS, classes=3), 10**8, headroom=0.0, tell=lambda *step: told.append(step)
     )
-    for mode in (None, "raw", "block"):
+    for mode in (None, "raw", "block", "stream"):
         assert told.count((mode, (16, 32, 32))) == 1
         assert [size for name, size in told if name == mode][:2] == [(16, 32, 32), plan.whole]
     return plan
@@ -79,12 +79,12 @@ def answer():
 
 @pytest.mark.long
 def test_conversion_saves_memory_and_takes_larger_patches(answer):
-    stock, raw, block = answer.modes
-    assert [mode.memory for mode in answer.modes] == [None, "raw", "block"]
-    assert stock.patch.peak > raw.patch.peak > block.patch.peak
-    assert stock.whole.peak > raw.whole.peak > block.whole.peak
+    assert [mode.memory for mode in answer.modes] == [None, "raw", "block", "stream"]
+    for kind in ("patch", "whole"):
+        stock, raw, block, _ = (getattr(mode, kind).peak for mode in answer.modes)
+        assert stock > raw > block  # slabs of "stream" are as large as volumes this small
     voxels = [d * h * w for d, h, w in (mode.largest for mode in answer.modes)]
-    assert voxels == sorted(voxels)
+    assert voxels[:3] == sorted(voxels[:3])
     assert voxels[0] < voxels[1]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effseg.conversion import watch
-from effseg.conversion.lazy import LazyTensor, real
+from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule, unfinished
 from effseg.conversion.streamed import Summed, is_last
@@ -55,12 +55,12 @@ def _added(value: Value, other: LazyTensor) -> Value | None:
     """value + other, where `value` can carry a sum."""
     if isinstance(value, Convolution) and is_last(value.weight, value.window):
         watch.took("sum")
-        return Summed(*value, other.deferred(value.dtype))
+        return Summed(*value, other.lent(value.dtype))
     if isinstance(value, Convolution):
         y, _, _ = convolve(value.x, value.weight, value.bias, value.window, statistics=False)
         watch.took("sum")
         # A stored sum: nothing keeps y, so that it may become the sum.
-        return y.add_(real(other))
+        return y.add_(other.read())
     if not isinstance(value, Deferred):
         return None
     if isinstance(value.spec, Raw) and value.spec.slope == IDENTITY:
@@ -72,7 +72,7 @@ def _added(value: Value, other: LazyTensor) -> Value | None:
         coarse = Deferred(value.spec.coarse, value.tensors[:end])
         weight, bias = value.tensors[end], value.tensors[end + 1] if value.spec.has_bias else None
         watch.took("sum")
-        return upsample_add(other.deferred(value.dtype), coarse, weight, bias, factors=value.spec.factors)
+        return upsample_add(other.lent(value.dtype), coarse, weight, bias, factors=value.spec.factors)
     return None
 
 
@@ -81,7 +81,7 @@ MOST_NESTED = 3
 
 def flat(x: LazyTensor, dtype: torch.dtype) -> Deferred:
     """A deferred expression, stored where it is a sum of sums: every use makes all of them."""
-    found = x.deferred(dtype)
+    found = x.lent(dtype)
     return plain(x.stored(), dtype) if _nested(found.spec) >= MOST_NESTED else found
 
 
@@ -103,6 +103,6 @@ def cat(tensors: Sequence[Any], dim: int = 0, *, out: None = None) -> Any:
         return NotImplemented
     if any(t.memory_is_seen for t in tensors):
         return NotImplemented  # it may be changed, which a copy does not mind
-    found = concatenation([t.deferred(t.dtype) for t in tensors])
+    found = concatenation([t.lent(t.dtype) for t in tensors])
     watch.took("concatenation")
     return LazyTensor(found)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.rules.registry import rule
-from effseg.expressions.layers import plain
 
 
 @rule(F.dropout, F.dropout3d)
@@ -25,8 +24,7 @@ def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | N
     """Of nothing; a copy, as torch's is."""
     if any(pad) or not isinstance(input, LazyTensor):
         return NotImplemented
-    taken = input.taken()
-    return LazyTensor(plain(taken) if isinstance(taken, Tensor) else taken)
+    return LazyTensor(input.lent(input.dtype) if isinstance(input.value, Tensor) else input.taken())
 
 
 @rule(Tensor.contiguous)
