@@ -112,7 +112,7 @@ class Shared(Spec):
     inner: Spec
 
     def uses(self, lo: int, hi: int) -> list[Use]:
-        return [Use((lo, hi)), *self.inner.uses(lo, hi)]
+        return [Use((lo, hi), of=self.shape[2], stands=True), *self.inner.uses(lo, hi)]
 
     def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         standing, *inner = tensors

@@ -22,6 +22,8 @@ from effseg.models.base import SegmentationModel, check_image, check_sizes
 from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, Triple
 from effseg.models.training_step import TrainingStep
 from effseg.operators import share
+from effseg.parallel.door import whole_rows
+from effseg.parallel.halo import every
 from effseg.operators.normalisation import NORMS
 
 COMPUTE_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}
@@ -150,8 +152,9 @@ class EffSegNet(SegmentationModel):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (N, K, D, H, W) in the compute dtype; `loss` and `segment` need far less memory."""
-        features = self._last(self._trunk(image, False, self.slab_elements), self.slab_elements)
-        x, weight, bias = self._head(features, image)
+        whole = self._whole(image)
+        features = self._last(self._trunk(whole, False, self.slab_elements), self.slab_elements)
+        x, weight, bias = self._head(features, whole)
         if weight is None:
             return functional.materialise(x, slab_elements=self.slab_elements)
         return functional.conv3d(x, weight, bias, statistics=False, slab_elements=self.slab_elements)[0]
@@ -160,13 +163,13 @@ class EffSegNet(SegmentationModel):
         """Dice + cross-entropy without full-size logits: `effseg.functional.segmentation_loss`'s options."""
         if self.arguments["memory"] == "auto":
             self._configure(image)
-        slab = self._slab_elements(image)
+        slab, whole = self._slab_elements(image), self._whole(image, options)
         slab_options = {**options, "slab_elements": slab}
         if self.streams:
             # Room for the first layer's slabs, and then for the first tensor that is stored.
             dtype = functional.compute_dtype(image.device, self.head.weight)
             make_room(image.device, image.shape[0] * self._elements(image)[1] * dtype.itemsize)
-        trunk = self._trunk(image, self.streams, slab)
+        trunk = self._trunk(whole, self.streams, slab)
         if self.streams:
             unit = self._level(0).unit
             loss = functional.tail_segmentation_loss(
@@ -175,11 +178,11 @@ class EffSegNet(SegmentationModel):
                 self.head.weight, self.head.bias, **slab_options,
             )  # fmt: skip
         else:
-            x, weight, bias = self._head(self._last(trunk, slab), image)
+            x, weight, bias = self._head(self._last(trunk, slab), whole)
             loss = functional.segmentation_loss(x, labels, weight, bias, **slab_options)
         if not self.auxiliary_heads:
             return loss
-        losses = [loss, *self._auxiliary_losses(trunk, labels, slab_options)]
+        losses = [loss, *self._auxiliary_losses(trunk, whole, labels, slab_options)]
         weights = AUXILIARY_WEIGHTS[: len(losses)]
         return torch.stack([w * value for w, value in zip(weights, losses, strict=True)]).sum() / sum(weights)
 
@@ -190,13 +193,14 @@ class EffSegNet(SegmentationModel):
         Unless memory is ``raw``, no full-resolution feature map exists.
         """
         streams = self.architecture.stem_stride == 1 and self.arguments["memory"] != "raw"
-        trunk = self._trunk(image, streams, self.slab_elements)
+        whole = self._whole(image)
+        trunk = self._trunk(whole, streams, self.slab_elements)
         if streams:
             joined = self._level(0).joined(trunk.skip, trunk.coarse)
             features = self._level(0).unit.streamed_layer(joined, self.slab_elements)
         else:
             features = self._last(trunk, self.slab_elements)
-        return functional.segment(*self._head(features, image), slab_elements=self.slab_elements)
+        return functional.segment(*self._head(features, whole), slab_elements=self.slab_elements)
 
     @property
     def streams(self) -> bool:
@@ -254,9 +258,19 @@ class EffSegNet(SegmentationModel):
             self.configure(image.shape, dtype, self.arguments["memory_budget"], image.device)
             self._configured_for = wanted
 
-    def _trunk(self, image: Tensor, streamed: bool, slab: int | None) -> Trunk:
-        """Everything but the last decoder level; streamed: the first layer is not stored."""
+    def _whole(self, image: Tensor, options: dict[str, Any] | None = None) -> Deferred:
+        """The image as an expression in the compute type, of the shape of the volume of which it is this
+        process's part; processes that share one agree on what follows."""
         check_image(image, self.arguments["in_channels"])
+        settings = (
+            self.name, self.arguments, self.active_memory, self.recompute_levels, self.training,
+            torch.is_grad_enabled(), sorted((options or {}).keys()),
+        )  # fmt: skip
+        dtype = functional.compute_dtype(image.device, self.head.weight)
+        return functional.plain(image, dtype, whole_rows(image, f"{settings} {dtype}"))
+
+    def _trunk(self, image: Deferred, streamed: bool, slab: int | None) -> Trunk:
+        """Everything but the last decoder level; streamed: the first layer is not stored."""
         levels: list[Deferred] = []
         for i, level in enumerate(self.encoder):
             assert isinstance(level, EncoderLevel)
@@ -282,7 +296,7 @@ class EffSegNet(SegmentationModel):
     def _level(self, i: int) -> DecoderLevel:
         return cast(DecoderLevel, self.decoder[i])
 
-    def _head(self, features: Deferred, image: Tensor) -> tuple[Deferred, Tensor | None, Tensor | None]:
+    def _head(self, features: Deferred, image: Deferred) -> tuple[Deferred, Tensor | None, Tensor | None]:
         """What the head operators take. Without full-resolution features the 1x1x1 convolution runs on the
         coarse grid and the expression itself is the upsampled logits."""
         if self.architecture.stem_stride == 1:
@@ -293,14 +307,16 @@ class EffSegNet(SegmentationModel):
         )
         return logits, None, None
 
-    def _auxiliary_losses(self, trunk: Trunk, labels: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    def _auxiliary_losses(
+        self, trunk: Trunk, image: Deferred, labels: Tensor, options: dict[str, Any]
+    ) -> list[Tensor]:
         if labels.dim() == 5:
             labels = labels[:, 0]
         losses = []
         for x, head in zip(trunk.auxiliary, self.auxiliary_heads, strict=True):
             assert isinstance(head, nn.Conv3d)
-            d, h, w = (-(-full // part) for full, part in zip(labels.shape[1:], x.shape[2:], strict=True))
-            coarse = labels[:, ::d, ::h, ::w]
+            d, h, w = (-(-full // part) for full, part in zip(image.shape[2:], x.shape[2:], strict=True))
+            coarse = every(d, labels[..., ::h, ::w], image.shape[2])
             losses.append(functional.segmentation_loss(x, coarse, head.weight, head.bias, **options))
         return losses
 

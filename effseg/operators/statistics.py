@@ -10,19 +10,25 @@ from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
 from effseg.common.formats import CHANNELS_LAST
-from effseg.expressions.slabs import rows_per_slab, slabs
+from effseg.expressions.layers import plain
+from effseg.expressions.slabs import Slab, rows_per_slab, slabs
 from effseg.operators.conv3d import through_statistics
 from effseg.operators.moments import Moments
 from effseg.operators.operator import Operator
 
 
 class Static(NamedTuple):
+    """shape: (N, C, D, H, W) of the whole volume."""
+
+    shape: tuple[int, ...]
     slab_elements: int | None
 
 
-def statistics(x: Tensor, slab_elements: int | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (N, C) of x (N, C, D, H, W) in the accumulation type, differentiable."""
-    mean, var = _operator(x.device, x.dtype, Static(slab_elements), (x,))
+def statistics(x: Tensor, slab_elements: int | None = None, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (N, C) of x (N, C, D, H, W) in the accumulation type, differentiable. rows: see
+    `effseg.expressions.layers.plain`."""
+    shape = plain(x, x.dtype, rows).shape
+    mean, var = _operator(x.device, x.dtype, Static(shape, slab_elements), (x,))
     return mean, var
 
 
@@ -30,11 +36,11 @@ def _forward(
     ops: Algorithm, static: Static, tensors: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
     (x,) = tensors
-    moments = Moments(ops, x.shape[0], x.dtype)
-    for sample, lo, hi in _slabs(x, static):
-        part = x[sample : sample + 1, :, lo:hi]
-        moments.add(sample, part.contiguous(memory_format=CHANNELS_LAST))
-    return moments.merge(), ()
+    moments = Moments(ops, (x.shape[0], x.shape[1]), x.dtype, x.device)
+    for slab in _slabs(x, static):
+        part = x[slab.one, :, slab.here]
+        moments.add(slab.sample, part.contiguous(memory_format=CHANNELS_LAST))
+    return moments.merge(static.shape), ()
 
 
 def _backward(
@@ -46,18 +52,18 @@ def _backward(
     grads: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor | None]:
     (mean,), (x,) = own, tensors
-    terms = through_statistics(x, mean, *grads)
+    terms = through_statistics(static.shape, mean, *grads)
     if terms is None:
         return (None,)
     grad = torch.empty_like(x, memory_format=CHANNELS_LAST)
-    for sample, lo, hi in _slabs(x, static):
-        part = x[sample : sample + 1, :, lo:hi]
-        grad[sample : sample + 1, :, lo:hi] = ops.fold(None, part, *(t[sample] for t in terms))
+    for slab in _slabs(x, static):
+        part = x[slab.one, :, slab.here]
+        grad[slab.one, :, slab.here] = ops.fold(None, part, *(t[slab.sample] for t in terms))
     return (grad,)
 
 
-def _slabs(x: Tensor, static: Static) -> Iterator[tuple[int, int, int]]:
-    n, c, d, h, w = x.shape
+def _slabs(x: Tensor, static: Static) -> Iterator[Slab]:
+    n, c, d, h, w = static.shape
     return slabs(n, d, rows_per_slab(d, c * h * w, static.slab_elements, x.device))
 
 

@@ -1,0 +1,36 @@
+"""Sums over the processes that share a volume, in float64 and in the order of ranks: the same bits in all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effseg.parallel.partition import current
+
+
+def gathered(tensor: Tensor) -> list[Tensor]:
+    """Every process's tensor, in the order of ranks."""
+    split = current()
+    return [tensor] if split is None else split.transport.gather(tensor)
+
+
+def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of each over all processes, in its own type; one message for all."""
+    if current() is None:
+        return list(tensors)
+    flat = torch.cat([t.reshape(-1).double() for t in tensors])
+    parts = gathered(flat)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    found = total.split([t.numel() for t in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(found, tensors, strict=True)]
+
+
+def summed_where(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`summed` of those that are there: the same ones in every process."""
+    there = [t for t in tensors if t is not None]
+    found = iter(summed(there) if there else [])
+    return [None if t is None else next(found) for t in tensors]
