@@ -1,6 +1,7 @@
 """A training step and a segmentation of one volume, in one process and split across several."""
 
 import copy
+import threading
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -28,7 +29,15 @@ class Found(NamedTuple):
     buffers: list
 
 
+_seeded = threading.Lock()  # torch's generator is one for all threads
+
+
 def network(case):
+    with _seeded:
+        return _network(case)
+
+
+def _network(case):
     torch.manual_seed(0)
     model = EffSegNet(1, CLASSES, **case.options).double()
     for module in model.modules():
