@@ -95,8 +95,8 @@ class ConvNormAct3d(nn.Module):
         return convolved(x, self.conv.weight, window, norm, self.negative_slope)
 
     def streamed(self, image: Deferred, slab_elements: int | None = None) -> Deferred:
-        """The same of a stored image (which gets no gradient), storing nothing: the output is made again where
-        it is used, from the image and statistics that one sweep collects."""
+        """The same of a stored image (which gets no gradient), storing nothing: the output is made again
+        where it is used, from the image and statistics that one sweep collects."""
         self._refuse_hooks()
         window = functional.convolution_window(self.conv.kernel_size, self.conv.stride)
         mean, var = functional.stem_statistics(

@@ -106,7 +106,7 @@ Stored = Tensor | Shard
 
 
 def made_by(spec: Spec, window: Window | None) -> int:
-    """Rows that a convolution with this window makes of an expression's; without one, the expression's own."""
+    """Rows that a convolution with this window makes of an expression; without one, the expression's."""
     if window is None:
         return spec.shape[2]
     return window.output_size((spec.shape[2], spec.shape[3], spec.shape[4]))[0]
@@ -134,8 +134,9 @@ def halos(split: Split, spec: Spec, window: Window | None) -> list[Halo | None]:
 
 
 def readable(spec: Spec, tensors: Sequence[Tensor], window: Window | None) -> list[Stored]:
-    """The tensors as a sweep's slabs take them: `in_compute_type`, and where the volume is split with the rows
-    of other processes, which begin to come. window: of a convolution whose output rows the sweep makes."""
+    """The tensors as a sweep's slabs take them: `in_compute_type`, and where the volume is split with the
+    rows of other processes, which begin to come. window: of a convolution whose output rows the sweep makes.
+    """
     low, split = in_compute_type(spec, tensors), current()
     if split is None:
         return list(low)

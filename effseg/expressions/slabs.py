@@ -17,7 +17,7 @@ import torch
 
 from effseg.common.device import kind_of
 from effseg.common.settings import Setting
-from effseg.parallel.partition import own_rows
+from effseg.parallel.partition import current, own_rows
 
 # What a slab may hold by default, whatever the volume. On a CPU: tensors under 32 MiB come from glibc's heap
 # and are used again at once, where larger ones are mapped and their pages cleared on every allocation, which
@@ -35,6 +35,8 @@ STORED_FRACTION = 1 / 32
 LARGEST_FRACTION = 1 / 8
 # Thinner slabs are mostly halo.
 MIN_ROWS = 4
+# Of a process that shares a volume with others, and so has few rows: slabs are to be a small part of them.
+MIN_ROWS_OF_SHARED = 2
 # As `slab_elements`: slabs of the same share of every tensor, so that what a step needs grows with the volume
 # and nothing else. Small volumes run faster in fewer slabs.
 SHARE = 0
@@ -55,7 +57,8 @@ def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None, devic
     if slab_elements > 0:
         thickness = max(1, slab_elements // row_elements)
     else:
-        thickness = max(MIN_ROWS, int(rows * SLAB_FRACTION), -slab_elements // row_elements)
+        least = MIN_ROWS if current() is None else MIN_ROWS_OF_SHARED
+        thickness = max(least, int(rows * SLAB_FRACTION), -slab_elements // row_elements)
     # Equal slabs: a thin rest would be all halo, and an allocator finds a hole of its size again.
     return math.ceil(rows / math.ceil(rows / thickness))
 

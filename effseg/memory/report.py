@@ -46,7 +46,9 @@ class MemoryReport:
     split: bytes at the peak by KINDS, their sum is `peak`; after_forward: bytes live once the loss is known;
     phase, operator, node: where the peak is, node being the graph's in the backward phase; voxels: N * D * H
     * W of the image; parameters: how many; macs: multiply-accumulates of convolutions and matrix products in
-    the step; largest: the largest tensors at the peak, largest first.
+    the step; largest: the largest tensors at the peak, largest first. processes: that share the volume; shape
+    and all figures are then one's, which sends `sent` bytes to others in `messages` tensors, besides what
+    completes the parameters' gradients.
     """
 
     model: str
@@ -66,6 +68,9 @@ class MemoryReport:
     parameters: int
     macs: int
     largest: tuple[LiveTensor, ...]
+    processes: int = 1
+    sent: int = 0
+    messages: int = 0
 
     @property
     def bytes_per_voxel(self) -> float:

@@ -22,9 +22,11 @@ from effseg.models.base import SegmentationModel, check_image, check_sizes
 from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, Triple
 from effseg.models.training_step import TrainingStep
 from effseg.operators import share
+from effseg.operators.normalisation import NORMS
 from effseg.parallel.door import whole_rows
 from effseg.parallel.halo import every
-from effseg.operators.normalisation import NORMS
+from effseg.parallel.partition import current, entered
+from effseg.parallel.reduction import smallest
 
 COMPUTE_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}
 """Those that a step is predicted in, and as what."""
@@ -161,9 +163,10 @@ class EffSegNet(SegmentationModel):
 
     def loss(self, image: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Dice + cross-entropy without full-size logits: `effseg.functional.segmentation_loss`'s options."""
+        whole = self._whole(image, options)
         if self.arguments["memory"] == "auto":
-            self._configure(image)
-        slab, whole = self._slab_elements(image), self._whole(image, options)
+            self._configure(whole, image.device)
+        slab = self._slab_elements(image)
         slab_options = {**options, "slab_elements": slab}
         if self.streams:
             # Room for the first layer's slabs, and then for the first tensor that is stored.
@@ -236,26 +239,33 @@ class EffSegNet(SegmentationModel):
     ) -> Choice:
         """Use, from now on, the settings with the least arithmetic that fit a training step with AdamW.
 
-        image_shape: (N, C, D, H, W); dtype: the compute type; budget: bytes, or a text such as ``24GB``;
-        None: what the GPU of `device` (by default that of the weights) has, less a tenth. Raises InputError
+        image_shape: (N, C, D, H, W), of the whole volume where processes share one, which then choose the
+        same for the smallest of their budgets; dtype: the compute type; budget: bytes, or a text such as
+        ``24GB``; None: what the GPU of `device` (by default that of the weights) has, less a tenth. Raises
+        InputError
         where nothing fits, on a CPU without a budget, and for a type that is never predicted.
         """
-        device = device or self.head.weight.device
+        device, split = device or self.head.weight.device, current()
         if dtype not in COMPUTE_TYPES:
             known = ", ".join(map(dtype_name, COMPUTE_TYPES))
             raise InputError(f"memory: auto knows {known}, got {dtype_name(dtype)}")
         kind = "cpu" if device.type == "cpu" else "cuda"
-        step = TrainingStep.of(type(self), self.arguments, image_shape, COMPUTE_TYPES[dtype], "adamw", kind)
-        choice = first_that_fits(step, step.candidates(), usable(budget, device))
+        step = TrainingStep.of(
+            type(self), self.arguments, image_shape, COMPUTE_TYPES[dtype], "adamw", kind,
+            1 if split is None else split.size,
+        )  # fmt: skip
+        least = smallest(usable(budget, device), device)
+        with entered(None):
+            choice = first_that_fits(step, step.candidates(), least)
         self.use(choice.settings, choice.slab_elements)
         return choice
 
-    def _configure(self, image: Tensor) -> None:
+    def _configure(self, image: Deferred, device: torch.device) -> None:
         """Choose for this size, unless it was the last one's too."""
-        dtype = functional.compute_dtype(image.device, self.head.weight)
-        wanted = (tuple(image.shape), dtype, image.device)
+        split = current()
+        wanted = (image.shape, image.dtype, device, 1 if split is None else split.size)
         if wanted != self._configured_for:
-            self.configure(image.shape, dtype, self.arguments["memory_budget"], image.device)
+            self.configure(image.shape, image.dtype, self.arguments["memory_budget"], device)
             self._configured_for = wanted
 
     def _whole(self, image: Tensor, options: dict[str, Any] | None = None) -> Deferred:

@@ -139,8 +139,8 @@ def over_processes(sums: Sums) -> Sums:
 
 
 def each_its_part(grads: Sums) -> Sums:
-    """The gradients of the sums, from which each process finds its part of all others, where processes share a
-    volume: times their number, for the mean that a reducer takes over processes (`effseg.losses.GroupSum`)."""
+    """The gradients of the sums, from which each process finds its part of all others; where processes share
+    a volume times their number, for the mean that a reducer takes over them (`effseg.losses.GroupSum`)."""
     split = current()
     return grads if split is None else Sums(*(split.size * grad for grad in grads))
 

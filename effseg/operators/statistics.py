@@ -25,8 +25,8 @@ class Static(NamedTuple):
 
 
 def statistics(x: Tensor, slab_elements: int | None = None, rows: int | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (N, C) of x (N, C, D, H, W) in the accumulation type, differentiable. rows: see
-    `effseg.expressions.layers.plain`."""
+    """Mean and biased variance (N, C) of x (N, C, D, H, W) in the accumulation type, differentiable. rows: as
+    for `effseg.expressions.layers.plain`."""
     shape = plain(x, x.dtype, rows).shape
     mean, var = _operator(x.device, x.dtype, Static(shape, slab_elements), (x,))
     return mean, var

@@ -160,8 +160,8 @@ class Homeward:
 
 
 def every(step: int, tensor: Tensor, total: int) -> Tensor:
-    """Rows 0, `step`, 2 `step`, ... of a tensor (N, D, H, W) of `total` rows, without a gradient; of all these
-    in the whole volume those that this process holds of a tensor of as many rows."""
+    """Rows 0, `step`, 2 `step`, ... of a tensor (N, D, H, W) of `total` rows, without a gradient; of all
+    these in the whole volume those that this process holds of a tensor of as many rows."""
     split = current()
     if split is None:
         return tensor[:, ::step]

@@ -4,8 +4,9 @@ A volume is cut along its first spatial axis. Of a tensor of D rows process r of
 
     [r D // R, (r + 1) D // R)
 
-on every level of a network, whatever its stride: the rows follow from D alone, differ by one at most, and
-need no size that strides divide. What a slab reads beyond them comes from neighbours (`effseg.parallel.halo`).
+on every level of a network, whatever its stride: the rows follow from D alone, their numbers differ by one
+at most, and no stride need divide them. What a slab reads beyond them comes from neighbours
+(`effseg.parallel.halo`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from effseg.common.settings import Setting
-from effseg.parallel.transport import Transport
+from effseg.parallel.transport import Pretended, Transport
 
 Rows = tuple[int, int]
 
@@ -38,6 +39,16 @@ class Split:
         """Those of `rank`, by default this process, among `total`."""
         rank = self.rank if rank is None else rank
         return rank * total // self.size, (rank + 1) * total // self.size
+
+
+def pretended(rows: int, processes: int) -> Split | None:
+    """For fake tensors: the place of a process that needs most among `processes` that share a volume of so
+    many rows: one with most of them and two neighbours. None for one process."""
+    if processes == 1:
+        return None
+    splits = [Split(Pretended(rank, processes, rows)) for rank in range(processes)]
+    between = splits[1:-1] or splits
+    return max(between, key=lambda split: split.rows(rows)[1] - split.rows(rows)[0])
 
 
 _split: Setting[Split | None] = Setting("effseg_split", None)

@@ -34,3 +34,12 @@ def summed_where(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     there = [t for t in tensors if t is not None]
     found = iter(summed(there) if there else [])
     return [None if t is None else next(found) for t in tensors]
+
+
+def smallest(value: int, device: torch.device) -> int:
+    """Of every process's."""
+    split = current()
+    if split is None:
+        return value
+    told = torch.tensor([value], dtype=torch.int64, device=device)
+    return min(int(found) for found in split.transport.gather(told))

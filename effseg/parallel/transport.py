@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -111,12 +112,11 @@ class Processes:
 class Pretended:
     """A group of which this process is `rank` and the others do not exist, for steps on fake tensors.
 
-    shares: the rows of the volume that each holds; sent: bytes that this process sends, summed up; messages:
-    how many tensors.
+    rows: of the volume; sent: bytes that this process sends, summed up; messages: how many tensors.
     """
 
-    def __init__(self, rank: int, shares: Sequence[int]) -> None:
-        self.rank, self.size, self.shares = rank, len(shares), shares
+    def __init__(self, rank: int, size: int, rows: int) -> None:
+        self.rank, self.size, self.rows = rank, size, rows
         self.sent = self.messages = 0
 
     def exchange(self, sent: Sequence[Message], received: Sequence[Message]) -> Sequence[Pending]:
@@ -130,4 +130,5 @@ class Pretended:
         return [tensor.clone() for _ in range(self.size)]
 
     def tell(self, image: Tensor, numbers: Sequence[int]) -> list[list[int]]:
-        return [[share, *numbers] for share in self.shares]
+        starts = [rank * self.rows // self.size for rank in range(self.size + 1)]
+        return [[stop - start, *numbers] for start, stop in pairwise(starts)]
