@@ -120,8 +120,9 @@ def stem_statistics(
     Differentiable in the weight without another sweep: the gradient is linear in sums that the forward
     sweep collects ((C + 1) * Ci * taps float64 numbers a sample). The image gets no gradient.
     image: (N, Ci, D, H, W) of any float type or int16, or `plain` of one; weight (C, Ci, kd, kh, kw) with odd
-    kernels; dtype: the compute type, by default `compute_dtype`. The statistics are those of y rounded to it, in float32
-    (float64 for float64). Raises `ValueError` where shapes do not fit or the image requires a gradient.
+    kernels; dtype: the compute type, by default `compute_dtype`. The statistics are those of y rounded to
+    it, in float32 (float64 for float64). Raises `ValueError` where shapes do not fit or the image requires a
+    gradient.
     """
     checks.features("image", image)
     checks.convolution(weight, None, image.shape[1])

@@ -242,8 +242,7 @@ class EffSegNet(SegmentationModel):
         image_shape: (N, C, D, H, W), of the whole volume where processes share one, which then choose the
         same for the smallest of their budgets; dtype: the compute type; budget: bytes, or a text such as
         ``24GB``; None: what the GPU of `device` (by default that of the weights) has, less a tenth. Raises
-        InputError
-        where nothing fits, on a CPU without a budget, and for a type that is never predicted.
+        InputError where nothing fits, on a CPU without a budget, and for a type that is never predicted.
         """
         device, split = device or self.head.weight.device, current()
         if dtype not in COMPUTE_TYPES:

@@ -43,3 +43,16 @@ def smallest(value: int, device: torch.device) -> int:
         return value
     told = torch.tensor([value], dtype=torch.int64, device=device)
     return min(int(found) for found in split.transport.gather(told))
+
+
+def whole(rows: Tensor, total: int) -> Tensor:
+    """(N, D, H, W) of `total` rows from every process's rows (N, d, H, W), in every process."""
+    split = current()
+    if split is None:
+        return rows
+    shares = [hi - lo for lo, hi in (split.rows(total, rank) for rank in range(split.size))]
+    n, own, h, w = rows.shape
+    padded = rows.new_zeros(n, max(shares), h, w)  # a gather takes tensors of one shape
+    padded[:, :own] = rows
+    parts = gathered(padded.view(torch.uint8))  # which every backend sends
+    return torch.cat([part.view(rows.dtype)[:, :d] for part, d in zip(parts, shares, strict=True)], 1)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from effseg.errors import LostProcess
+
 LOST = (
     "a process of the group that shares a volume has ended, or does not answer: this one cannot go on "
     "without it"
@@ -42,10 +44,6 @@ class Transport(Protocol):
 
     def tell(self, image: Tensor, numbers: Sequence[int]) -> list[list[int]]:
         """Every process's rows of an image, then its other numbers, in the order of ranks."""
-
-
-class LostProcess(RuntimeError):
-    """Raised in what is left of a group that has lost a process."""
 
 
 @contextmanager

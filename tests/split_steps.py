@@ -1,6 +1,5 @@
 """A training step and a segmentation of one volume, in one process and split across several."""
 
-import copy
 import threading
 from contextlib import nullcontext
 from typing import NamedTuple
