@@ -74,9 +74,8 @@ def peak_training_memory(
         _make_state(steps, network)
         tracker.add([*network.parameters(), *network.buffers()], "parameters")
         tracker.add(_state_tensors(steps), "optimizer")
-        shape = own_shape(shape)
-        n, _, *size = shape
-        image = torch.empty(shape, dtype=image_dtype)
+        n, channels, *size = own_shape(shape)
+        image = torch.empty((n, channels, *size), dtype=image_dtype)
         labels = torch.empty((n, *size), dtype=label_dtype_for(network, label_dtype))
         tracker.add([image, labels], "batch")
         if augmented:
