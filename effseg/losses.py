@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from effseg.errors import InputError
+from effseg.parallel.partition import current
 
 __all__ = ["LossOptions", "dice_cross_entropy"]
 
@@ -120,6 +121,11 @@ def dice_cross_entropy(
             process_group=process_group,
         )  # fmt: skip
         return found
+    if current() is not None:
+        raise InputError(
+            "logits: expected lazy ones of a converted network (or use model.loss) where processes share a "
+            "volume, got stored rows"
+        )
     _check(logits, labels, class_weights)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()

@@ -32,6 +32,8 @@ from effseg.errors import InputError
 from effseg.memory.choice import usable
 from effseg.memory.predict import peak_training_memory
 from effseg.memory.units import format_bytes
+from effseg.parallel.partition import current, entered
+from effseg.parallel.reduction import smallest
 
 MODES = ("raw", "block", "auto")
 M = TypeVar("M", bound=nn.Module)
@@ -106,10 +108,15 @@ class Converted(nn.Module):
         image = next((x for x in tree_leaves(inputs) if isinstance(x, LazyTensor)), None)
         if image is None:
             raise InputError('memory: "auto" expects an image (N, C, D, H, W) among the inputs, got none')
-        key = (tuple(image.shape), image.device.type, torch.is_autocast_enabled(image.device.type))
+        split = current()
+        key = (
+            tuple(image.shape), image.device.type, torch.is_autocast_enabled(image.device.type),
+            1 if split is None else split.size,
+        )  # fmt: skip
         if key not in self.effseg_choices:
-            budget = usable(settings.budget, image.device)
-            self.effseg_choices[key] = choose(self, *key, budget, _other_inputs(inputs, image))
+            budget = smallest(usable(settings.budget, image.device), image.device)
+            with entered(None):
+                self.effseg_choices[key] = choose(self, *key, budget, _other_inputs(inputs, image))
         return self.effseg_choices[key]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -191,11 +198,17 @@ def as_converted(model: Converted, memory: str) -> nn.Module:
 
 
 def choose(
-    model: Converted, shape: tuple[int, ...], device: str, low: bool, budget: int, others: Any = None
+    model: Converted,
+    shape: tuple[int, ...],
+    device: str,
+    low: bool,
+    processes: int,
+    budget: int,
+    others: Any = None,
 ) -> str:
     """The first of "raw" and "block" that is predicted to reserve no more than `budget` bytes, with AdamW.
 
-    others: what the network is called with, if with more than the image.
+    processes: that share the volume; others: what the network is called with, if with more than the image.
     """
     needed = {}
     dtype, kind = "bf16" if low else "fp32", "cpu" if device == "cpu" else "cuda"
@@ -204,7 +217,9 @@ def choose(
         called = like if others is None else _AsCalled(like, others)
         with torch.enable_grad(), torch.autocast(device, enabled=False):
             try:
-                needed[mode] = peak_training_memory(called, shape, dtype=dtype, device=kind).reserved
+                needed[mode] = peak_training_memory(
+                    called, shape, dtype=dtype, device=kind, processes=processes
+                ).reserved
             except Exception as error:  # a network may refuse fake tensors in any way
                 raise InputError(
                     f'memory: "auto" could not try {_base(type(model)).__name__} on fake tensors, expected '

@@ -48,7 +48,7 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
     Raw outputs that leave the block live on in what reads them; the second pass takes them from there.
     """
     value = x.taken()
-    start = value if isinstance(value, Deferred) else plain(x.stored())
+    start = value if isinstance(value, Deferred) else plain(x.stored(), rows=value.shape[2])
     kept, specs, buffers = KeptOutputs(), list[Spec](), Buffers(block)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -57,7 +57,7 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
             if not isinstance(found, LazyTensor):
                 raise TypeError(f"{type(block).__name__}: expected features, got {type(found).__name__}")
             value = found.value
-            end = value if isinstance(value, Deferred) else plain(found.materialise())
+            end = value if isinstance(value, Deferred) else plain(found.materialise(), rows=value.shape[2])
         specs.append(end.spec)
         return end.tensors
 

@@ -160,23 +160,28 @@ class Homeward:
 
 
 def every(step: int, tensor: Tensor, total: int) -> Tensor:
-    """Rows 0, `step`, 2 `step`, ... of a tensor (N, D, H, W) of `total` rows, without a gradient; of all
-    these in the whole volume those that this process holds of a tensor of as many rows."""
+    """Rows 0, `step`, 2 `step`, ... of a tensor (N, D, H, W) of `total` rows: see `picked`."""
+    return tensor[:, ::step] if current() is None else picked(range(0, total, step), tensor, total)
+
+
+def picked(rows: Sequence[int], tensor: Tensor, total: int) -> Tensor:
+    """Of these ascending rows of a split volume those that this process holds of a tensor of as many, from
+    its part of a tensor (N, D, H, W) of `total` rows; without a gradient."""
     split = current()
-    if split is None:
-        return tensor[:, ::step]
-    count = -(-total // step)
+    assert split is not None
 
     def needs(rank: int) -> Rows | None:
-        lo, hi = split.rows(count, rank)
-        return (step * lo, step * (hi - 1) + 1) if lo < hi else None
+        lo, hi = split.rows(len(rows), rank)
+        return (rows[lo], rows[hi - 1] + 1) if lo < hi else None
 
     shard = Shard(tensor[:, None], Halo(split, total, needs), stands=False)
     fetch(split, [shard])
-    rows = needs(split.rank)
-    if rows is None:
+    needed = needs(split.rank)
+    if needed is None:
         return tensor[:, :0]
-    return torch.cat([shard.cut(rows, n)[:, 0] for n in range(tensor.shape[0])])[:, ::step]
+    found = torch.cat([shard.cut(needed, n)[:, 0] for n in range(tensor.shape[0])])
+    own = [rows[i] - needed[0] for i in range(*split.rows(len(rows)))]
+    return found[:, own]
 
 
 def send_home(split: Split, gradients: Sequence[tuple[Homeward, Tensor]]) -> None:

@@ -12,7 +12,7 @@ from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
-from effseg.conversion.values import Convolution, Value
+from effseg.conversion.values import Convolution, Value, stored_as
 from effseg.expressions.base import Deferred, Normalisation
 from effseg.expressions.joins import Shared, concatenation
 from effseg.expressions.layers import Raw, Residual, UpAdd, plain, residual, upsample_add
@@ -53,7 +53,7 @@ def _added(value: Value, other: LazyTensor) -> Value | None:
         y, _, _ = convolve(value.x, value.weight, value.bias, value.window, statistics=False)
         watch.took("sum")
         # A stored sum: nothing keeps y, so that it may become the sum.
-        return y.add_(real(other))
+        return stored_as(y.add_(real(other)), value.shape[2])
     if not isinstance(value, Deferred):
         return None
     if isinstance(value.spec, Raw) and value.spec.slope == IDENTITY:
@@ -78,7 +78,7 @@ def flat(x: LazyTensor, dtype: torch.dtype) -> Deferred:
     spec = found.spec
     while isinstance(spec, (Residual, Shared)):
         spec, depth = spec.inner, depth + isinstance(spec, Residual)
-    return plain(x.stored(), dtype) if depth >= MOST_NESTED else found
+    return plain(x.stored(), dtype, found.shape[2]) if depth >= MOST_NESTED else found
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)

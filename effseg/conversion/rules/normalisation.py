@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, rule
-from effseg.conversion.values import Convolution
+from effseg.conversion.values import Convolution, stored_as
 from effseg.expressions.base import Deferred, Normalisation
 from effseg.expressions.layers import raw
 from effseg.operators.normalisation import Merging, terms, update_running
@@ -92,24 +93,26 @@ def _normalised(
             y, mean, var = convolve(value.x, value.weight, None, value.window, statistics=True)
             assert mean is not None
             assert var is not None
-            input.settle(y if offset is None else _shifted(y, offset, mean))  # should something else read it
+            rows = input.shape[2]
+            # Should something else read it.
+            input.settle(stored_as(y, rows) if offset is None else _shifted(y, offset, mean, rows))
         watch.took("normalisation after convolution")
     else:
         y = input.stored()
-        mean, var = operators.statistics(y)
+        mean, var = operators.statistics(y, rows=value.shape[2])
         watch.took("normalisation")
     moved = mean if offset is None else mean + offset.to(mean.dtype)
     if running is not None and not uses_running:
-        update_running(running, moved, var, y[0, 0].numel(), momentum, how.samples)
+        update_running(running, moved, var, math.prod(value.shape[2:]), momentum, how.samples)
     norm = terms(how, running if uses_running else None, moved, var, weight, bias)
     if offset is not None:
         norm = norm._replace(mean=norm.mean - offset.to(mean.dtype))
     if y.dtype != torch.float64:
         norm = Normalisation(*(t.float() for t in norm))
-    return LazyTensor(raw(y, norm, IDENTITY))
+    return LazyTensor(raw(y, norm, IDENTITY, value.shape[2]))
 
 
-def _shifted(y: Tensor, bias: Tensor, like: Tensor) -> Deferred:
-    """y + bias, not stored."""
+def _shifted(y: Tensor, bias: Tensor, like: Tensor, rows: int) -> Deferred:
+    """y + bias, not stored; rows: of the whole volume."""
     zero = torch.zeros_like(like)
-    return raw(y, Normalisation(zero - bias.to(like.dtype), zero + 1, zero), IDENTITY)
+    return raw(y, Normalisation(zero - bias.to(like.dtype), zero + 1, zero), IDENTITY, rows)
