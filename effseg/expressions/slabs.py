@@ -35,8 +35,10 @@ STORED_FRACTION = 1 / 32
 LARGEST_FRACTION = 1 / 8
 # Thinner slabs are mostly halo.
 MIN_ROWS = 4
-# Of a process that shares a volume with others, and so has few rows: slabs are to be a small part of them.
+# Of a process that shares a volume with others, and so has few rows: slabs are to be a small part of them,
+# where MIN_ROWS have more elements than it is worth.
 MIN_ROWS_OF_SHARED = 2
+SMALL_SLAB_ELEMENTS = 2**20
 # As `slab_elements`: slabs of the same share of every tensor, so that what a step needs grows with the volume
 # and nothing else. Small volumes run faster in fewer slabs.
 SHARE = 0
@@ -57,7 +59,8 @@ def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None, devic
     if slab_elements > 0:
         thickness = max(1, slab_elements // row_elements)
     else:
-        least = MIN_ROWS if current() is None else MIN_ROWS_OF_SHARED
+        small = current() is None or MIN_ROWS * row_elements <= SMALL_SLAB_ELEMENTS
+        least = MIN_ROWS if small else MIN_ROWS_OF_SHARED
         thickness = max(least, int(rows * SLAB_FRACTION), -slab_elements // row_elements)
     # Equal slabs: a thin rest would be all halo, and an allocator finds a hole of its size again.
     return math.ceil(rows / math.ceil(rows / thickness))
