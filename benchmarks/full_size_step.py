@@ -31,7 +31,7 @@ from effseg.common.device import keep_freed_memory, trim_freed_memory
 from effseg.data.nifti import read_image, read_labels
 from effseg.data.preprocessing import CROPS, Preprocessing
 from effseg.errors import InputError
-from effseg.models.effsegnet import PRESETS
+from effseg.models.levels import PRESETS
 
 GB = 1e9
 

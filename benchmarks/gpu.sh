@@ -49,7 +49,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 find_gpu='
 import torch
-from effseg.kernels.config import gpu_slug
+from effseg.kernels.tuned import gpu_slug
 print(gpu_slug(torch.cuda.get_device_name()))
 '
 if ! gpu=$("$python" -c "$find_gpu" 2>/dev/null); then

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from effseg.benchmarking.failure import Failure, attempt
 from effseg.common.isolation import isolated
-from effseg.kernels.choose import choose
-from effseg.kernels.config import Config, Problem, Triple, heuristic, key, uses_aten
+from effseg.kernels.choose import choose, uses_aten
+from effseg.kernels.config import Config, Problem, Triple
+from effseg.kernels.heuristics import heuristic
+from effseg.kernels.tuned import key
 from effseg.tuning import autotune, trials
 from effseg.tuning.search import disagreement, worst_row
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.real_size import VOLUMES
 from effseg.common.arguments import Parser
+from effseg.kernels.config import Problem
 from effseg.memory.units import parse_volume
 from effseg.tuning import autotune
 from effseg.tuning.problem_lists import Listed, write
@@ -30,7 +31,7 @@ def lists() -> Iterator[Listed]:
         yield Listed(MODEL, parse_volume(volume), dtype, CLASSES, ARCHITECTURE)
 
 
-def problems(listed: Listed) -> list[autotune.Problem]:
+def problems(listed: Listed) -> list[Problem]:
     model, volume, dtype, classes, architecture = listed
     return autotune.problems(model, volume, [dtype], classes, architecture)
 

@@ -46,8 +46,8 @@ def this_machine() -> Machine:
     if not torch.cuda.is_available():
         raise InputError(f"{NO_GPU}, torch {torch.__version__} finds none")
     try:
-        from effseg.kernels.config import gpu_slug
         from effseg.kernels.launch import architecture
+        from effseg.kernels.tuned import gpu_slug
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed") from None
     device = torch.device("cuda", torch.cuda.current_device())

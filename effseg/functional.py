@@ -23,7 +23,7 @@ from effseg.expressions.layers import Plain, convolved, plain, raw, residual, up
 from effseg.losses import LossOptions
 from effseg.operators import checks
 from effseg.operators.checks import convolution_window
-from effseg.operators.normalisation import Norm, track
+from effseg.operators.normalisation import Norm, merging, track
 
 __all__ = [
     "Deferred",
@@ -193,20 +193,33 @@ def tail_segmentation_loss(
     (statistics; sums) and again in backward, with many classes twice (`effseg.operators.tail`).
     Raises `ValueError` as `segmentation_loss` does, and where the layer does not fit x.
     """
-    chosen = LossOptions(**options)
-    kernel, norm, slope = layer
     checks.features("x", x)
+    kernel, norm, slope = layer
     checks.convolution(kernel, None, x.shape[1])
     window = convolution_window(kernel.shape[2:])
-    classes = checks.head(kernel.shape[0], weight, bias)
-    labels = checks.labels(labels, x)
+    tail = operators.Tail(x, kernel, window, slope, *merging(norm), norm.weight, norm.bias)
+    loss, mean, var = tail_loss(tail, labels, weight, bias, slab_elements, **options)
+    track(norm, mean, var, math.prod(x.shape[2:]))
+    return loss
+
+
+def tail_loss(
+    tail: operators.Tail,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slab_elements: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of head(tail), and the mean and biased variance (N, C) of what the tail normalises."""
+    chosen = LossOptions(**options)
+    classes = checks.head(tail.weight.shape[0], weight, bias)
+    labels = checks.labels(labels, tail.x)
     checks.vector("class_weights", chosen.class_weights, classes)
     sums, mean, var = operators.tail_sums(
-        x, kernel, window, norm, slope, weight, bias, labels, chosen.class_weights, chosen.ignore_index,
-        slab_elements,
-    )  # fmt: skip
-    track(norm, mean, var, math.prod(x.shape[2:]))
-    return _loss(chosen, sums, x)
+        tail, weight, bias, labels, chosen.class_weights, chosen.ignore_index, slab_elements
+    )
+    return _loss(chosen, sums, tail.x), mean, var
 
 
 def segment(

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from effseg.errors import InputError
 from effseg.parallel.partition import current
@@ -14,6 +13,9 @@ from effseg.parallel.partition import current
 __all__ = ["LossOptions", "dice_cross_entropy"]
 
 SPACE = (2, 3, 4)
+OWN_LOSS = "effseg_loss"
+"""Attribute of logits that know a better way to their loss, those of a converted network in training: a
+function of them, labels and `LossOptions`, or None."""
 
 
 class ClassSums(Protocol):
@@ -110,16 +112,16 @@ def dice_cross_entropy(
         gradient, so that gradients averaged by DDP are those of one process with the whole batch.
 
     The target is a boolean one-hot tensor, as in nnU-Net's memory-efficient soft Dice (Isensee et al.,
-    Nature Methods 2021). Logits of a converted network (`effseg.convert`) are never made. Raises InputError
-    where shapes or dtypes do not fit.
+    Nature Methods 2021). Logits of a converted network (`effseg.convert`) are never made if its last layer is
+    a 1x1x1 convolution, and their probabilities never are. Raises InputError where shapes or dtypes do not
+    fit.
     """
-    if has_torch_function_unary(logits):  # a subclass of Tensor, which may know a better way
-        found: torch.Tensor = handle_torch_function(
-            dice_cross_entropy, (logits,), logits, labels, class_weights=class_weights,
-            ignore_index=ignore_index, include_background=include_background, batch_dice=batch_dice,
-            label_smoothing=label_smoothing, dice_weight=dice_weight, ce_weight=ce_weight, smooth=smooth,
-            process_group=process_group,
+    if (own := getattr(logits, OWN_LOSS, None)) is not None:
+        options = LossOptions(
+            class_weights, ignore_index, include_background, batch_dice, label_smoothing, dice_weight,
+            ce_weight, smooth, process_group,
         )  # fmt: skip
+        found: torch.Tensor = own(logits, labels, options)
         return found
     if current() is not None:
         raise InputError(

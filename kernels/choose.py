@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from effseg.common.settings import Setting
-from effseg.kernels.config import INTERPRETER, Config, Problem, by_heuristic, read_tuned, tuned_files
+from effseg.kernels.config import ATEN, INTERPRETER, Config, Problem
+from effseg.kernels.heuristics import by_heuristic
+from effseg.kernels.tuned import read_tuned, tuned_files
 
 Answer = Callable[[Problem], Config]
 _answer: Setting[Answer | None] = Setting("effseg_answer", None)
@@ -23,6 +25,10 @@ def choose(problem: Problem) -> Config:
             if config is not None:
                 return config
     return by_heuristic(problem)
+
+
+def uses_aten(config: Config) -> bool:
+    return config.loop == ATEN
 
 
 @contextmanager

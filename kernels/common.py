@@ -54,3 +54,19 @@ def leaky_relu_backward(grad, z, SLOPE: tl.constexpr):
         return grad
     else:
         return tl.where(z > 0, grad, grad * SLOPE)
+
+
+@triton.jit
+def operand(
+    x,  # [voxels, channels]
+    scale, shift,  # [1, channels]
+    DTYPE: tl.constexpr, PROLOGUE: tl.constexpr, SLOPE: tl.constexpr,
+):  # fmt: skip
+    """What a convolution multiplies: x, or with a PROLOGUE leaky_relu(x * scale + shift), in the type of the
+    products; where a load is masked that is of 0, not 0."""
+    if PROLOGUE:
+        return leaky_relu(x.to(tl.float32) * scale + shift, SLOPE).to(DTYPE)
+    elif x.dtype == DTYPE:
+        return x
+    else:
+        return x.to(tl.float32).to(DTYPE)

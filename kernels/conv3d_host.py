@@ -14,7 +14,8 @@ from torch import Tensor
 from effseg.kernels.config import INTERPRETER, Config, Triple, blocks, power_of_two
 from effseg.kernels.conv3d_epilogue import BACKWARD, PLAIN, STATISTICS
 from effseg.kernels.conv3d_few import conv3d_few_kernel
-from effseg.kernels.conv3d_loops import conv3d_slide_kernel, conv3d_tap_kernel
+from effseg.kernels.conv3d_slide import conv3d_slide_kernel
+from effseg.kernels.conv3d_tap import conv3d_tap_kernel
 from effseg.kernels.launch import DTYPES, NormAct, architecture, input_precision, launch, sample_stride
 
 SLIDE_CHANNELS = 64

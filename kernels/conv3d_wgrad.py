@@ -18,7 +18,8 @@ from torch import Tensor
 from effseg.expressions.slabs import Window
 from effseg.kernels.choose import choose
 from effseg.kernels.config import Config
-from effseg.kernels.conv3d_wgrad_loops import march, tap
+from effseg.kernels.conv3d_wgrad_march import march
+from effseg.kernels.conv3d_wgrad_tap import tap
 from effseg.kernels.launch import (
     DTYPES,
     NormAct,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from effseg.kernels.config import gpu_slug
+from effseg.kernels.tuned import gpu_slug
 
 
 def gpu(device: torch.device) -> str:

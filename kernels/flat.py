@@ -22,7 +22,7 @@ from effseg.kernels.launch import DTYPES, channels_last, problem
 
 @triton.jit
 def load_term(ptr, n, channels, C: tl.constexpr):
-    """Row n of an (N, C) float32 array at `channels` (BLOCK_C,), as (1, BLOCK_C); 0 from C on."""
+    """Row n of an [N, C] float32 array at `channels` [BLOCK_C], as [1, BLOCK_C]; 0 from C on."""
     return tl.load(ptr + n * C + channels, mask=channels < C, other=0.0)[None, :]
 
 
@@ -34,13 +34,13 @@ def tile_address(n, tile, stride, C: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def tile_offsets(channels, C: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Offsets inside a tile, (BLOCK_V, BLOCK_C) int32."""
+    """Offsets inside a tile, [BLOCK_V, BLOCK_C] int32."""
     return tl.arange(0, BLOCK_V)[:, None] * C + channels[None, :]
 
 
 @triton.jit
 def tile_mask(tile, voxels, channels, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Which values of a tile exist, (BLOCK_V, BLOCK_C); (BLOCK_V, 1) where no channel needs a mask."""
+    """Which values of a tile exist, [BLOCK_V, BLOCK_C]; [BLOCK_V, 1] where no channel needs a mask."""
     inside = (tile * BLOCK_V + tl.arange(0, BLOCK_V) < voxels)[:, None]
     if C % BLOCK_C == 0:
         return inside

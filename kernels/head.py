@@ -14,7 +14,9 @@ from torch import Tensor
 
 from effseg.kernels.choose import choose
 from effseg.kernels.config import Config, blocks, power_of_two
-from effseg.kernels.head_loops import _head_argmax_kernel, _head_backward_kernel, _head_sums_kernel
+from effseg.kernels.head_argmax import _head_argmax_kernel
+from effseg.kernels.head_backward import _head_backward_kernel
+from effseg.kernels.head_sums import _head_sums_kernel
 from effseg.kernels.launch import DTYPES, channels_last, input_precision, launch, problem
 
 CLASS_AXIS = {"classes": 0, "tile": 1}

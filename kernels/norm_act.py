@@ -26,14 +26,15 @@ from effseg.kernels.launch import NormAct, launch, sample_stride
 
 @kernel
 def _norm_act_kernel(
-    y_ptr, mean_ptr, scale_ptr, beta_ptr, addend_ptr, out_ptr, voxels, y_stride, addend_stride, out_stride,
+    y_ptr,  # [N, voxels, C]
+    mean_ptr, scale_ptr, beta_ptr,  # [N, C] float32
+    addend_ptr, out_ptr,  # [N, voxels, C]; addend may be None
+    voxels, y_stride, addend_stride, out_stride,
     SLOPE: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = leaky_relu((y - mean) * scale + beta + addend), one tile.
+    """out = leaky_relu((y - mean) * scale + beta + addend), one tile [BLOCK_V, BLOCK_C].
 
-    y, addend (or None), out: (N, voxels, C), samples *_stride voxels apart; mean, scale, beta: (N, C)
-    float32.
-    Masked: voxels after the last, channels from C on.
+    Samples are *_stride voxels apart. Masked: voxels after the last, channels from C on.
     """
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tile, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)
@@ -53,17 +54,23 @@ def _norm_act_kernel(
 
 @kernel
 def _norm_act_backward_kernel(
-    grad_ptr, y_ptr, activated_ptr, mean_ptr, scale_ptr, beta_ptr, dy_ptr, dz_ptr, partial_ptr, voxels,
+    grad_ptr, y_ptr, activated_ptr,  # [N, voxels, C]; activated may be None
+    mean_ptr, scale_ptr, beta_ptr,  # [N, C] float32
+    dy_ptr, dz_ptr,  # [N, voxels, C]; may be None
+    partial_ptr,  # [N, programs, 2, C] float32; may be None
+    voxels,
     grad_stride, y_stride, activated_stride, dy_stride, dz_stride,
     SLOPE: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dz = grad * act'(z), dy = dz * scale, partial = (sum dz (y - mean), sum dz).
 
-    grad, y, activated, dy, dz: (N, voxels, C), samples *_stride voxels apart; partial: (N, programs, 2, C)
-    float32; mean, scale, beta: (N, C) float32. activated, dy, dz and partial may be None. A program takes
-    every `programs`-th tile; sums are of unrounded values, added in float32 for each place in the tile. A
-    tile is read before it is written, so dz may be grad. Masked: voxels after the last, channels from C on.
+    Samples are *_stride voxels apart. Sums are of unrounded values, added in float32 for each place in the
+    tile. A tile is read before it is written, so dz may be grad. Masked: voxels after the last, channels from
+    C on.
     """
+    # For every `programs`-th tile [BLOCK_V, BLOCK_C]:
+    #   dz = grad * act'((y - mean) * scale + beta), or act'(activated);   dy = dz * scale
+    #   dscale += dz * (y - mean);   dbeta += dz
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)
     programs = tl.num_programs(0) // CHANNEL_BLOCKS
@@ -106,14 +113,15 @@ def _norm_act_backward_kernel(
 
 @kernel
 def _fold_kernel(
-    grad_ptr, y_ptr, mean_ptr, scale_ptr, shift_ptr, out_ptr, voxels, grad_stride, y_stride, out_stride,
+    grad_ptr, y_ptr,  # [N, voxels, C]; grad may be None
+    mean_ptr, scale_ptr, shift_ptr,  # [N, C] float32
+    out_ptr,  # [N, voxels, C]
+    voxels, grad_stride, y_stride, out_stride,
     C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = grad + (y - mean) * scale + shift, one tile.
+    """out = grad + (y - mean) * scale + shift, one tile [BLOCK_V, BLOCK_C].
 
-    grad (or None), y, out: (N, voxels, C), samples *_stride voxels apart; mean, scale, shift: (N, C)
-    float32.
-    Masked: voxels after the last, channels from C on.
+    Samples are *_stride voxels apart. Masked: voxels after the last, channels from C on.
     """
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tile, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)

@@ -1,4 +1,4 @@
-"""Per-channel reductions of stored values: the moments of a normalisation, and sums (gradients of a bias).
+"""The moments of a normalisation, of every channel of stored values.
 
 Two levels, both in a fixed order: a program takes every `programs`-th tile of a sample and keeps one running
 result for each place in the tile, merged when all are read; the partial rows of all programs are merged in
@@ -19,14 +19,19 @@ from effseg.kernels.launch import launch, sample_stride
 
 @kernel
 def _moments_kernel(
-    y_ptr, partial_ptr, voxels, y_stride, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """y (N, voxels, C), samples y_stride voxels apart -> partial (N, programs, 3, C) float32: count, mean and
-    sum of squared deviations.
+    y_ptr,  # [N, voxels, C]
+    partial_ptr,  # [N, programs, 3, C] float32: count, mean and sum of squared deviations
+    voxels, y_stride,
+    C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The moments of a program's tiles, in float32. Samples are y_stride voxels apart.
 
-    Welford's update for each place in the tile, in float32, then Chan's merge over the places. Masked: voxels
-    after the last, channels from C on. Every program has a tile with a voxel in it, so no count is 0.
+    Masked: voxels after the last, channels from C on. Every program has a tile with a voxel in it, so that no
+    count is 0.
     """
+    # For every `programs`-th tile [BLOCK_V, BLOCK_C], at each place (Welford):
+    #   count += 1;   mean' = mean + (y - mean) / count;   m2 += (y - mean) (y - mean')
+    # then over the places (Chan): m2 += count (mean - merged)^2, merged = sum of count mean / sum of count.
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)
     programs = tl.num_programs(0) // CHANNEL_BLOCKS
@@ -55,27 +60,6 @@ def _moments_kernel(
     tl.store(partial + 2 * C, tl.sum(m2, 0), mask=channels < C)
 
 
-@kernel
-def _channel_sums_kernel(
-    g_ptr, partial_ptr, voxels, g_stride, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """g (N, voxels, C), samples g_stride voxels apart -> partial (N, programs, C) float32: sums over voxels.
-
-    Added in float32. Masked: voxels after the last, channels from C on.
-    """
-    CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    program, n = tl.program_id(0) // CHANNEL_BLOCKS, tl.program_id(1)
-    programs = tl.num_programs(0) // CHANNEL_BLOCKS
-    channels = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    offsets = tile_offsets(channels, C, BLOCK_V)
-
-    sums = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
-    for tile in range(program, tl.cdiv(voxels, BLOCK_V), programs):
-        mask = tile_mask(tile, voxels, channels, C, BLOCK_V, BLOCK_C)
-        sums += tl.load(g_ptr + tile_address(n, tile, g_stride, C, BLOCK_V) + offsets, mask=mask, other=0.0)
-    tl.store(partial_ptr + (n * programs + program) * C + channels, tl.sum(sums, 0), mask=channels < C)
-
-
 def moments(y: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, (N, C) float32, over the voxels of y (N, C, d, h, w) as stored."""
     y = feature("y", y)
@@ -97,20 +81,3 @@ def merged(counts: Tensor, means: Tensor, squares: Tensor, voxels: int) -> tuple
     apart = (means - mean[:, None]).square_()
     variance = torch.addcmul(squares, counts, apart).sum(1).div_(voxels)
     return mean.float(), variance.float()
-
-
-def channel_sums(g: Tensor, config: Config | None = None) -> Tensor:
-    """Sums over the voxels of g (N, C, d, h, w), (N, C) float32."""
-    g = feature("g", g)
-    tiles = tiling("channel_sums", g, config)
-    partial = torch.empty(tiles.samples, tiles.programs, tiles.channels, device=g.device)
-    launch(
-        _channel_sums_kernel,
-        tiles.reduction_grid,
-        g,
-        partial,
-        tiles.voxels,
-        sample_stride(g),
-        **tiles.constants,
-    )
-    return partial.sum(1, dtype=torch.float64).float()

@@ -25,8 +25,7 @@ from effseg.algorithms.aten import ops as aten_ops
 from effseg.common.settings import Captured, Setting, settings
 from effseg.data.device_augmentation import Changes, change
 from effseg.expressions.slabs import Abridgement
-from effseg.kernels import config as kernel_config
-from effseg.kernels import launch
+from effseg.kernels import heuristics, launch
 from effseg.losses import dice_cross_entropy
 from effseg.models import effsegnet
 from effseg.models.levels import Architecture
@@ -214,7 +213,7 @@ def test_augmentation(matrix: np.ndarray | None) -> None:
 VALUES: dict[str, Callable[[], Any]] = {
     "effseg_algorithm": lambda: "triton",
     "effseg_abridgement": Abridgement,
-    "effseg_answer": lambda: lambda problem: kernel_config.heuristic(problem),
+    "effseg_answer": lambda: lambda problem: heuristics.heuristic(problem),
     "effseg_pretended_device": lambda: "cuda",
     "effseg_recording": lambda: launch._Recording("sm_90", []),
 }

@@ -55,8 +55,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
 @torch.compiler.assume_constant_result
 def _measured(device: torch.device) -> bool:
     """Whether a tuned file says what our kernels and ATen's take on this GPU; without one nobody knows."""
-    from effseg.kernels.config import read_tuned, tuned_files
     from effseg.kernels.device import gpu
+    from effseg.kernels.tuned import read_tuned, tuned_files
 
     return any(read_tuned(path) for path in tuned_files(gpu(device)))
 

@@ -92,7 +92,7 @@ class _Reused(_Rows):
     def add_own(self, rows: Rows, sample: int, part: Tensor) -> None:
         lo, hi = rows
         if self.waiting is not None:
-            first = self.written[sample] - lo
+            first = max(self.written[sample] - lo, 0)  # below 0 where an abridged sweep skips slabs
             part[:, :, first : first + self.waiting.shape[2]].add_(self.waiting)
         ready = min(self.read, hi)
         self.waiting = part[:, :, ready - lo :].clone() if ready < hi else None
@@ -222,8 +222,8 @@ def alike(memory: Tensor, tensor: Tensor) -> bool:
 
 
 def added(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sum over slabs and one more, in `dtype`."""
-    return part.to(dtype, copy=True) if total is None else total.add_(part)
+    """A sum over slabs and one more, in `dtype`; a part that is nobody else's becomes the sum."""
+    return part.to(dtype) if total is None else total.add_(part)
 
 
 def rows(ops: Algorithm, spec: Spec, tensors: Sequence[Stored], sample: int, lo: int, hi: int) -> Tensor:

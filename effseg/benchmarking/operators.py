@@ -25,8 +25,9 @@ from effseg.benchmarking.record import Row
 from effseg.benchmarking.registry import NO_GPU, ONLY_COMPILED, Workload
 from effseg.benchmarking.timing import ROUNDS, Stopwatch, Times, filled, gpu_seconds, race
 from effseg.errors import InputError
-from effseg.kernels.choose import choose
+from effseg.kernels.choose import choose, uses_aten
 from effseg.kernels.config import Problem, Triple
+from effseg.kernels.heuristics import heuristic
 from effseg.memory.step import DTYPES
 from effseg.models.levels import PRESETS
 from effseg.modules import ConvNormAct3d
@@ -208,7 +209,6 @@ def _operator(problem: Problem, device: torch.device) -> Operator:
 @torch.no_grad()
 def _kernel_and_aten(problem: Problem, device: torch.device) -> dict[str, Run | Failure]:
     """The kernel as it is chosen, or as it would be were the problem not left to ATen."""
-    from effseg.kernels import config
     from effseg.tuning import trials
 
     run = trials.trial(problem, device)
@@ -216,7 +216,7 @@ def _kernel_and_aten(problem: Problem, device: torch.device) -> dict[str, Run | 
     if device.type != "cuda":
         return {"aten": aten, "triton": Failure("skipped", NO_GPU)}
     chosen = choose(problem)
-    chosen = config.heuristic(problem) if config.uses_aten(chosen) else chosen
+    chosen = heuristic(problem) if uses_aten(chosen) else chosen
     kernel = torch.no_grad()(partial(run.kernel, chosen))
     return {"aten": aten, "triton": _checked(kernel, aten(), problem.dtype)}
 

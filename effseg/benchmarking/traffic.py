@@ -12,7 +12,7 @@ from effseg.expressions.slabs import Window
 from effseg.kernels.config import Problem, Triple
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-TENSORS = {"norm_act": 2, "norm_act_backward": 4, "fold": 3, "moments": 1, "channel_sums": 1}
+TENSORS = {"norm_act": 2, "norm_act_backward": 4, "fold": 3, "moments": 1}
 """Of features, that are read and written: of norm_act_backward two gradients, raw and activated output."""
 PRODUCTS = {"head_sums": 1, "head_backward": 3, "head_argmax": 1}
 """Of features with weights: backward makes the logits again, then the gradients of both."""

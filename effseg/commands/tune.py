@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from effseg.errors import InputError
-from effseg.kernels.config import LOOPS, SHIPPED, cache_folder
+from effseg.kernels.config import LOOPS
+from effseg.kernels.tuned import SHIPPED, cache_folder
 from effseg.memory.units import parse_volume
 from effseg.models.registry import MODEL_NAMES
 
@@ -94,7 +95,8 @@ def _needed(args: argparse.Namespace, volume: Triple, architecture: str) -> list
 
 def _text(outcome: Outcome) -> str:
     """A line for every problem measured, one for every configuration dropped, and the sum of it."""
-    from effseg.kernels.config import heuristic, key
+    from effseg.kernels.heuristics import heuristic
+    from effseg.kernels.tuned import key
     from effseg.tuning.autotune import label
 
     file, lines = outcome.file, []

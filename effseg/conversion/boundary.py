@@ -32,7 +32,7 @@ def refuse_tracing() -> None:
     """Raise `RuntimeError` in what records or transforms a network's operators."""
     is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
     for name, active in (
-        ("torch.jit.trace", torch.jit.is_tracing()),
+        ("torch.jit.trace", torch.jit.is_tracing()),  # type: ignore[attr-defined]
         ("torch.export", is_exporting()),
         ("forward-mode differentiation", forward_ad._current_level >= 0),
         ("torch.func (vmap, grad, jvp)", torch._C._are_functorch_transforms_active()),

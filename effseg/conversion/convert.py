@@ -25,26 +25,31 @@ from effseg.conversion.boundary import (
     refuse_tracing,
 )
 from effseg.conversion.examine import examine
-from effseg.conversion.lazy import LazyTensor, real
+from effseg.conversion.lazy import LazyTensor, logits_loss, real
 from effseg.conversion.recompute import Block, blocks_run_again, is_block
 from effseg.conversion.report import ConversionReport, StepBytes, one_line, step_bytes
+from effseg.conversion.stream_plan import last_convolutions
+from effseg.conversion.streamed import Streaming, place, streaming
 from effseg.errors import InputError
+from effseg.losses import OWN_LOSS
 from effseg.memory.choice import usable
 from effseg.memory.predict import peak_training_memory
 from effseg.memory.units import format_bytes
-from effseg.parallel.partition import current, entered
-from effseg.parallel.reduction import smallest
+from effseg.parallel.partition import current
 
-MODES = ("raw", "block", "auto")
+MODES = ("raw", "block", "stream", "auto")
 M = TypeVar("M", bound=nn.Module)
 
 
 class Settings(NamedTuple):
-    """memory: of MODES; budget: in bytes, or as in "24GB", for "auto"; lazy_logits: see `convert`."""
+    """memory: of MODES; budget: in bytes, or as in "24GB", for "auto"; lazy_logits: see `convert`; lasts:
+    names of the weights of convolutions that the loss makes in "stream", which takes networks that have such.
+    """
 
     memory: str
     budget: int | str | None
     lazy_logits: bool
+    lasts: frozenset[str] = frozenset()
 
 
 class Converted(nn.Module):
@@ -64,12 +69,28 @@ class Converted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         refuse_tracing()
         settings, own = self.effseg_settings, super().forward
+        if settings.memory not in MODES[:2] and current() is not None:
+            raise InputError(
+                f"memory: expected raw or block where processes share a volume, got {settings.memory!r}"
+            )
         carrier = Carrier((args, kwargs))
         args, kwargs = mapped(entering, (args, kwargs))
-        with blocks_run_again.set(self._mode((args, kwargs)) == "block"), real_at_hooks(self), Noticing():
-            found = own(*args, **kwargs)
+        mode = self._mode((args, kwargs))
         defers = settings.lazy_logits and self.training and torch.is_grad_enabled()
+        streams = self._streaming(defers) if mode == "stream" else None
+        with (
+            blocks_run_again.set(mode in ("block", "stream")),
+            streaming.set(streams),
+            real_at_hooks(self),
+            Noticing(),
+        ):
+            found = own(*args, **kwargs)
         return mapped(lambda x: carrier.carried(_logits(x) if defers else ordinary(x)), found)
+
+    def _streaming(self, defers: bool) -> Streaming:
+        """defers: whether logits are lazy, so that a loss can make what leads to them."""
+        lasts = self.effseg_settings.lasts if defers else frozenset()
+        return Streaming(frozenset(place(p) for name, p in self.named_parameters() if name in lasts))
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script asks for it."""
@@ -108,15 +129,10 @@ class Converted(nn.Module):
         image = next((x for x in tree_leaves(inputs) if isinstance(x, LazyTensor)), None)
         if image is None:
             raise InputError('memory: "auto" expects an image (N, C, D, H, W) among the inputs, got none')
-        split = current()
-        key = (
-            tuple(image.shape), image.device.type, torch.is_autocast_enabled(image.device.type),
-            1 if split is None else split.size,
-        )  # fmt: skip
+        key = (tuple(image.shape), image.device.type, torch.is_autocast_enabled(image.device.type))
         if key not in self.effseg_choices:
-            budget = smallest(usable(settings.budget, image.device), image.device)
-            with entered(None):
-                self.effseg_choices[key] = choose(self, *key, budget, _other_inputs(inputs, image))
+            budget = usable(settings.budget, image.device)
+            self.effseg_choices[key] = choose(self, *key, budget, _other_inputs(inputs, image))
         return self.effseg_choices[key]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -146,12 +162,18 @@ def convert(
         `torch.compile`), the same `state_dict` keys, and its own hooks. They stay shared when the converted
         one is moved by `.to()`; moving the original replaces its buffers, as torch does, and leaves these.
     memory: "raw" keeps one tensor per convolution, its raw output. "block" keeps what leaves each block of
-        convolutions and runs the block's inside again in backward. "auto" takes for every new input shape
-        the first of the two whose predicted reservation fits `memory_budget` (bytes, or as in "24GB"; by
-        default the GPU's memory).
+        convolutions and runs the block's inside again in backward. "stream" does so, too, and stores neither
+        the output of convolutions that read an image of few channels and without gradient, nor that of the
+        last one: its norm, activation and 1x1x1 head run with the loss, slab by slab, in forward and again
+        in backward, for `effseg.SegmentationLoss` and `effseg.losses.dice_cross_entropy`; the last block
+        is not run again. It takes networks that end in that way; any other use of their logits makes
+        them once. "auto" takes for every new input shape the first of the three, as far as the network can
+        do them, whose predicted reservation fits `memory_budget` (bytes, or as in "24GB"; by default the
+        GPU's memory).
     lazy_logits: in training, a network that ends in a 1x1x1 convolution returns logits as a `LazyTensor`:
         `effseg.SegmentationLoss` and `effseg.losses.dice_cross_entropy` then never make them; any other
-        use makes them once. Needs False under DDP with find_unused_parameters or static_graph.
+        use makes them once. Of other logits, which are stored, those two make probabilities slab by slab.
+        Needs True for "stream", and False under DDP with find_unused_parameters or static_graph.
     shape: an input's (N, C, D, H, W) to examine the network with, on fake tensors, for the report; by
         default (1, C, 64, 64, 64) and a few more where that does not fit.
     strict: whether to refuse a model of which nothing could be taken over.
@@ -165,12 +187,15 @@ def convert(
     does not. Modules with hooks get and give stored tensors, which costs their memory. torch.jit, ONNX,
     torch.export, torch.func and second derivatives raise `RuntimeError`: `effseg.restore` is for them.
     Raises `TypeError` for what is no module or is wrapped already (DDP, torch.compile: convert first), and
-    `InputError` (a `ValueError`) for unknown options, or where nothing can be taken over.
+    `InputError` (a `ValueError`) for unknown options, where nothing can be taken over, and where a network
+    cannot do "stream".
     """
     if memory not in MODES:
         raise InputError(f"memory: expected one of {', '.join(MODES)}, got {memory!r}")
     if memory_budget is not None and memory != "auto":
         raise InputError(f"memory_budget: expected None with memory={memory!r}, got {memory_budget!r}")
+    if memory == "stream" and not lazy_logits:
+        raise InputError('lazy_logits: expected True with memory="stream", got False')
     _check_model(model)
     converted = restore(model)
     report = examine(converted, shape)
@@ -179,7 +204,11 @@ def convert(
             f"model: expected convolutions followed by norms, got {type(model).__name__} with none that can "
             f"be taken over; strict=False returns it all the same\n{report}"
         )
-    return _mix(converted, Settings(memory, memory_budget, lazy_logits), report)
+    lasts: frozenset[str] = frozenset()
+    if memory == "stream" or (memory == "auto" and lazy_logits and report.problem is None):
+        lasts = last_convolutions(converted, report, required=memory == "stream")
+        report = dataclasses.replace(report, lasts=tuple(sorted(lasts)))
+    return _mix(converted, Settings(memory, memory_budget, lazy_logits, lasts), report)
 
 
 def _mix(model: M, settings: Settings, report: ConversionReport) -> M:
@@ -194,32 +223,27 @@ def _mix(model: M, settings: Settings, report: ConversionReport) -> M:
 
 def as_converted(model: Converted, memory: str) -> nn.Module:
     """The same network in another mode."""
-    return _mix(restore(model), Settings(memory, None, True), model.effseg_report)
+    return _mix(
+        restore(model), Settings(memory, None, True, model.effseg_settings.lasts), model.effseg_report
+    )
 
 
 def choose(
-    model: Converted,
-    shape: tuple[int, ...],
-    device: str,
-    low: bool,
-    processes: int,
-    budget: int,
-    others: Any = None,
+    model: Converted, shape: tuple[int, ...], device: str, low: bool, budget: int, others: Any = None
 ) -> str:
-    """The first of "raw" and "block" that is predicted to reserve no more than `budget` bytes, with AdamW.
+    """The first of "raw", "block" and, where it can, "stream" that is predicted to reserve no more than
+    `budget` bytes, with AdamW.
 
-    processes: that share the volume; others: what the network is called with, if with more than the image.
+    others: what the network is called with, if with more than the image.
     """
     needed = {}
     dtype, kind = "bf16" if low else "fp32", "cpu" if device == "cpu" else "cuda"
-    for mode in MODES[:2]:
+    for mode in MODES[: 3 if model.effseg_settings.lasts else 2]:
         like = as_converted(model, mode)
         called = like if others is None else _AsCalled(like, others)
         with torch.enable_grad(), torch.autocast(device, enabled=False):
             try:
-                needed[mode] = peak_training_memory(
-                    called, shape, dtype=dtype, device=kind, processes=processes
-                ).reserved
+                needed[mode] = peak_training_memory(called, shape, dtype=dtype, device=kind).reserved
             except Exception as error:  # a network may refuse fake tensors in any way
                 raise InputError(
                     f'memory: "auto" could not try {_base(type(model)).__name__} on fake tensors, expected '
@@ -293,8 +317,13 @@ def _shared(model: nn.Module) -> dict[int, Any]:
 
 def _logits(x: Tensor) -> Tensor:
     """Lazy ones stay so; parameters are remembered for whoever reads them after an optimizer's step."""
-    if not isinstance(x, LazyTensor) or not x.has_head:
-        return ordinary(x)
+    if not isinstance(x, LazyTensor):
+        return x
+    if not x.has_head:
+        found = ordinary(x)
+        if found.shape[1] > 1:
+            setattr(found, OWN_LOSS, logits_loss)
+        return found
     x.keep_parameters()
     return x
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -47,7 +47,9 @@ def examine(model: nn.Module, shape: Sequence[int] | None = None) -> ConversionR
     return ConversionReport(kind, (), size, problem)
 
 
-def _modules(model: nn.Module, shape: tuple[int, ...], watcher: _Watcher) -> tuple[ModuleReport, ...]:
+@contextmanager
+def on_fakes(model: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[nn.Module, Tensor]]:
+    """A copy of the network in training, and an image."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         abridged(),
@@ -57,9 +59,12 @@ def _modules(model: nn.Module, shape: tuple[int, ...], watcher: _Watcher) -> tup
     ):
         warnings.simplefilter("ignore")
         network = fake_copy(model)
+        yield network, torch.empty(shape, dtype=next(network.parameters()).dtype)
+
+
+def _modules(model: nn.Module, shape: tuple[int, ...], watcher: _Watcher) -> tuple[ModuleReport, ...]:
+    with on_fakes(model, shape) as (network, image):
         names = {module: name for name, module in network.named_modules()}
-        dtype = next(network.parameters()).dtype
-        image = torch.empty(shape, dtype=dtype)
         with watcher.first_convolution():
             network(image)  # in torch, where a size that does not fit costs little
         watcher.stack.append(network)

@@ -26,10 +26,12 @@ from effseg.conversion.functions import (
     asked_by_checkpoint,
 )
 from effseg.conversion.standing import Attached, Changed, Standing
+from effseg.conversion.streamed import Layer, Logits
 from effseg.conversion.surroundings import Surroundings
 from effseg.conversion.values import Convolution, Value, computed, constant, operands, recipe, stored_as
 from effseg.errors import InputError
 from effseg.expressions.base import Deferred
+from effseg.expressions.joins import cast
 from effseg.expressions.layers import plain
 from effseg.losses import LossOptions
 from effseg.parallel.partition import current
@@ -140,9 +142,12 @@ class LazyTensor(Tensor):
     def deferred(self, dtype: torch.dtype) -> Deferred:
         """An expression in the compute type."""
         value = self.value
-        if isinstance(value, Deferred) and value.dtype == dtype:
+        if isinstance(value, Layer) or (isinstance(value, Convolution) and value.reads_image):
+            with self._around.restored():
+                self.settle(value := value.deferred())
+        if isinstance(value, Deferred):
             self._was_taken = True
-            return value
+            return cast(value, dtype)
         return plain(self.stored(), dtype, value.shape[2])
 
     def materialise(self) -> Tensor:
@@ -168,7 +173,11 @@ class LazyTensor(Tensor):
         """The values in memory as the strides say: for views and for code that reads memory."""
         stored = self._values()
         if stored.stride() != self.stride() and not stored.is_contiguous():
-            with self._around.settings(), torch.set_grad_enabled(stored.requires_grad):
+            with (
+                self._around.settings(),
+                torch.set_grad_enabled(stored.requires_grad),
+                torch._C.DisableTorchFunction(),  # no network is to see this
+            ):
                 stored = stored.contiguous()
                 self.settle(stored_as(stored, self._value.shape[2]))
         return stored
@@ -182,15 +191,13 @@ class LazyTensor(Tensor):
     @property
     def has_head(self) -> bool:
         """Whether it is features and a 1x1x1 convolution that has not run: logits."""
-        return isinstance(self.value, Convolution) and self.value.is_head
+        value = self.value
+        return isinstance(value, Logits) or (isinstance(value, Convolution) and value.is_head)
 
-    def segmentation_loss(self, labels: Tensor, options: LossOptions) -> Tensor:
-        """`effseg.functional.segmentation_loss` of logits, which it does not make."""
-        head = self.taken()
-        assert isinstance(head, Convolution)
-        chosen = {f.name: getattr(options, f.name) for f in fields(options)}
-        with self._around.settings():
-            return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
+    @property
+    def effseg_loss(self) -> Callable[[Tensor, Tensor, LossOptions], Tensor] | None:
+        """See `effseg.losses.OWN_LOSS`."""
+        return logits_loss if self.has_head else None
 
     @property
     def memory_is_seen(self) -> bool:
@@ -291,6 +298,19 @@ class LazyTensor(Tensor):
         if func in ALIASES and isinstance(args[0], LazyTensor) and _keeps_shape(func, args):
             return _wrapped(cls, real_args[0])
         return func(*real_args, **real_kwargs)
+
+
+def logits_loss(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
+    """`effseg.functional.segmentation_loss` of logits: lazy ones, which it does not make, or stored ones."""
+    chosen = {f.name: getattr(options, f.name) for f in fields(options)}
+    if not isinstance(logits, LazyTensor):
+        return functional.segmentation_loss(logits, labels, **chosen)
+    head = logits.taken()
+    assert isinstance(head, Convolution | Logits)
+    with logits._around.settings():
+        if isinstance(head, Logits):
+            return head.segmentation_loss(labels, **chosen)
+        return functional.segmentation_loss(head.x, labels, head.weight, head.bias, **chosen)
 
 
 def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -30,8 +30,13 @@ class KeptOutputs:
             yield
 
     def next(self) -> Outputs | None:
+        """A second pass takes what was kept, which then lives as long as its graph: a third one, over a
+        graph that was retained, runs the convolution."""
         self._calls += 1
-        return self.outputs[self._calls - 1] if self._replays else None
+        if not self._replays:
+            return None
+        found, self.outputs[self._calls - 1] = self.outputs[self._calls - 1], None
+        return found
 
     def add(self, found: Outputs) -> None:
         if not self._replays:

@@ -15,6 +15,7 @@ from effseg.common.settings import Captured, Repeated, Setting
 from effseg.conversion.boundary import Noticing
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import KeptOutputs
+from effseg.conversion.streamed import has_last, reads_image
 from effseg.expressions.base import Deferred, Spec
 from effseg.expressions.layers import plain
 from effseg.operators.normalisation import frozen_running_statistics
@@ -28,7 +29,8 @@ class Block(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         one = args[0] if len(args) == 1 and not kwargs else None
-        if not isinstance(one, LazyTensor) or not (blocks_run_again.get() and torch.is_grad_enabled()):
+        runs_again = blocks_run_again.get() and torch.is_grad_enabled() and not has_last(self)
+        if not isinstance(one, LazyTensor) or not runs_again or keeps_its_output_alone(self, one):
             return super().forward(*args, **kwargs)
         return run_again(self, super().forward, one)
 
@@ -42,13 +44,21 @@ def _wide(module: nn.Module) -> int:
     return sum(isinstance(m, nn.Conv3d) and max(m.kernel_size) > 1 for m in module.modules())
 
 
+def keeps_its_output_alone(block: nn.Module, x: LazyTensor) -> bool:
+    """Whether of two convolutions, one after the other, the first is made again wherever it is used: then
+    there is nothing that running the block again would save."""
+    first = next((m for m in block.modules() if isinstance(m, nn.Conv3d)), None)
+    if first is None or _wide(block) > 2 or not isinstance(x.value, Tensor):
+        return False
+    return reads_image(plain(x.value), first.weight)
+
+
 def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTensor) -> Any:
     """forward(x), of which only what its value is made of is kept for backward.
 
     Raw outputs that leave the block live on in what reads them; the second pass takes them from there.
     """
-    value = x.taken()
-    start = value if isinstance(value, Deferred) else plain(x.stored(), rows=value.shape[2])
+    start = x.deferred(x.dtype)
     kept, specs, buffers = KeptOutputs(), list[Spec](), Buffers(block)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:

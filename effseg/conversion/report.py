@@ -45,7 +45,8 @@ class ModuleReport:
 @dataclass(frozen=True)
 class ConversionReport:
     """modules: those with operators that were taken over or left, in the order of the forward pass; shape:
-    of the image it was found out on; problem: why it could not be found out, if so.
+    of the image it was found out on; problem: why it could not be found out, if so; lasts: names of the
+    weights of convolutions that the loss makes in "stream", None where it was not found out.
 
     `before` and `after` run a training step of the original and of the converted network (in its memory mode,
     "raw" for "auto") on fake tensors of that shape when they are first asked for, which takes some seconds
@@ -56,6 +57,7 @@ class ConversionReport:
     modules: tuple[ModuleReport, ...]
     shape: tuple[int, ...] | None
     problem: str | None = None
+    lasts: tuple[str, ...] | None = None
     steps: Callable[[], tuple[StepBytes, StepBytes]] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -102,6 +104,8 @@ class ConversionReport:
             taken = f"taken: {', '.join(module.taken)}" if module.taken else ""
             left = f"left: {'; '.join(module.left)}" if module.left else ""
             lines.append(f"  {name} ({module.kind}): {'; '.join(filter(None, (taken, left)))}")
+        if self.lasts is not None:
+            lines.append(f"  made by the loss: {', '.join(self.lasts) or 'no convolution'}")
         return "\n".join(lines)
 
     def _figures(self) -> str:

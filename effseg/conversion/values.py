@@ -1,4 +1,5 @@
-"""What a lazy tensor's values may be: stored, deferred, or a convolution that has not run."""
+"""What a lazy tensor's values may be: stored, deferred, or a convolution that has not run (in `stream` with
+what follows it)."""
 
 from __future__ import annotations
 
@@ -9,11 +10,15 @@ import torch
 from torch import Tensor
 
 from effseg import functional
+from effseg.common.formats import accumulation_dtype
+from effseg.conversion import streamed
 from effseg.conversion.outputs import convolve
+from effseg.conversion.streamed import Streamed
 from effseg.expressions.base import Deferred
 from effseg.expressions.joins import Concatenation
-from effseg.expressions.layers import Plain, plain
+from effseg.expressions.layers import Plain, convolved, plain
 from effseg.expressions.slabs import Window
+from effseg.operators.normalisation import moving_alone
 from effseg.parallel.partition import current
 
 
@@ -43,8 +48,18 @@ class Convolution(NamedTuple):
         """Whether it is a matrix for every voxel."""
         return self.window == Window((1, 1, 1))
 
+    @property
+    def reads_image(self) -> bool:
+        """Whether it is to be made again wherever it is used: see `effseg.conversion.streamed`."""
+        return streamed.reads_image(self.x, self.weight)
 
-Value = Tensor | Deferred | Convolution
+    def deferred(self) -> Deferred:
+        """Not stored, as in `reads_image`."""
+        like = self.weight.new_empty(self.shape[:2], dtype=accumulation_dtype(self.dtype))
+        return convolved(self.x, self.weight, self.window, moving_alone(self.bias, like), 1.0)
+
+
+Value = Tensor | Deferred | Convolution | Streamed
 Recipe = Callable[[Sequence[Tensor]], Value]
 
 
@@ -59,6 +74,8 @@ def operands(value: Value) -> tuple[Tensor, ...]:
         return (value,)
     if isinstance(value, Deferred):
         return value.tensors
+    if isinstance(value, Streamed):
+        return streamed.operands(value)
     parameters = (value.weight,) if value.bias is None else (value.weight, value.bias)
     return (*value.x.tensors, *parameters)
 
@@ -70,6 +87,8 @@ def recipe(value: Value) -> Recipe:
     if isinstance(value, Deferred):
         spec = value.spec
         return lambda tensors: Deferred(spec, tuple(tensors))
+    if isinstance(value, Streamed):
+        return streamed.recipe(value)
     spec, window, count, has_bias = value.x.spec, value.window, len(value.x.tensors), value.bias is not None
 
     def convolution(tensors: Sequence[Tensor]) -> Convolution:
@@ -95,6 +114,8 @@ def computed(value: Value) -> Tensor:
             return functional.materialise(value)
         if isinstance(value, Convolution):
             return convolve(value.x, value.weight, value.bias, value.window, statistics=False)[0]
+        if isinstance(value, Streamed):
+            return value.computed()
         return value
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     torch.manual_seed(0)
     classes = len(NAMES)
     network = BasicUNet(3, 1, classes, features=(16, 16, 32, 64, 64, 16)).to(DEVICE)
-    network = effseg.convert(network, memory="raw")  # or "block", "auto"
+    network = effseg.convert(network, memory="raw")  # or "block", "stream", "auto"
     print(str(network.conversion_report).splitlines()[0])  # the whole of it tells of every module
     criterion = effseg.SegmentationLoss(batch_dice=True)
     optimizer = torch.optim.AdamW(network.parameters(), 4e-3)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import effseg
 from effseg.memory import Choice
-from effseg.planning import choose
 from effseg.memory.units import format_bytes, parse_bytes
+from effseg.planning import choose
 
 PRESET = "base"
 CLASSES = 15

@@ -7,6 +7,9 @@ kind                value                                          stored
 `TransposedConv`    conv_transpose(inner, w), kernel = stride      what inner stores
 `Pooling`           max or average over blocks of voxels           what inner stores
 `Padded`            inner, then its last voxels again              what inner stores
+`Activation`        elu, gelu, silu or prelu of inner              what inner stores
+`Sum`               first + second                                 what the parts store
+`Cast`              inner, rounded to another type                 what inner stores
 `Shared`            inner                                          what inner stores, and nothing
 =================== ============================================== =================================
 
@@ -16,8 +19,9 @@ arithmetic than the 3x3x3 convolution that reads it: making it again costs littl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from math import prod
 
@@ -30,6 +34,13 @@ from effseg.expressions.base import SHARED, Deferred, Operations, Rows, Spec, Us
 
 Triple = tuple[int, int, int]
 POOLINGS = ("max", "average")
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "prelu": F.prelu,
+}
+"""Elementwise functions other than leaky ReLU, of x and what else they take."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class Concatenation(Spec):
             part.rows(ops, lo, hi, tensors[start:end])
             for part, (start, end) in zip(self.parts, spans, strict=True)
         ]
-        return torch.cat(found, 1)
+        return torch.cat([part.to(self.dtype) for part in found], 1)
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,52 @@ class Padded(Spec):
 
 
 @dataclass(frozen=True)
+class Activation(Spec):
+    """options: keyword arguments of the function; has_weight: whether a slope, for all channels or for each,
+    is its second argument."""
+
+    inner: Spec
+    kind: str
+    options: tuple[tuple[str, float | str], ...]
+    has_weight: bool
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        return [*self.inner.uses(lo, hi), *[SHARED] * self.has_weight]
+
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        end = len(tensors) - self.has_weight
+        x = self.inner.rows(ops, lo, hi, tensors[:end])
+        return ACTIVATIONS[self.kind](x, *tensors[end:], **dict(self.options))
+
+
+@dataclass(frozen=True)
+class Sum(Spec):
+    """first_tensors: how many tensors are those of the first part. Each part is rounded to its own type."""
+
+    first: Spec
+    second: Spec
+    first_tensors: int
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        return [*self.first.uses(lo, hi), *self.second.uses(lo, hi)]
+
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        first = self.first.rows(ops, lo, hi, tensors[: self.first_tensors])
+        return first + self.second.rows(ops, lo, hi, tensors[self.first_tensors :])
+
+
+@dataclass(frozen=True)
+class Cast(Spec):
+    inner: Spec
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        return self.inner.uses(lo, hi)
+
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        return self.inner.rows(ops, lo, hi, tensors).to(self.dtype)
+
+
+@dataclass(frozen=True)
 class Shared(Spec):
     """inner, whose gradient goes to one tensor that stands for it: see `effseg.operators.share`."""
 
@@ -153,18 +210,18 @@ class _Standing(Function):
 
 
 def concatenation(parts: Sequence[Deferred]) -> Deferred:
-    """torch.cat(parts, 1). Raises `ValueError` where the parts' sizes or types differ."""
+    """torch.cat(parts, 1), in the widest of their types. Raises `ValueError` where their sizes differ."""
     first = parts[0]
+    dtype = reduce(torch.promote_types, (part.dtype for part in parts))
     for i, part in enumerate(parts):
         expected = (first.shape[0], *first.shape[2:])
         got = (part.shape[0], *part.shape[2:])
         expect(f"parts[{i}]", got == expected, f"(N, D, H, W) = {expected}", got)
-        expect(f"parts[{i}]", part.dtype == first.dtype, first.dtype, part.dtype)
     shape = (first.shape[0], sum(part.shape[1] for part in parts), *first.shape[2:])
     tensors = tuple(t for part in parts for t in part.tensors)
     counts = [len(part.tensors) for part in parts]
     ends = tuple(sum(counts[: i + 1]) for i in range(len(counts)))
-    return Deferred(Concatenation(shape, first.dtype, tuple(p.spec for p in parts), ends), tensors)
+    return Deferred(Concatenation(shape, dtype, tuple(p.spec for p in parts), ends), tensors)
 
 
 def transposed_conv(inner: Deferred, weight: Tensor, bias: Tensor | None = None) -> Deferred:
@@ -192,3 +249,28 @@ def pooling(inner: Deferred, kind: str, window: Triple, ceil: bool = False) -> D
     expect("inner", min(size) > 0, f"at least {window} voxels", inner.shape[2:])
     spec = Pooling((*inner.shape[:2], *size), inner.dtype, inner.spec, kind, window, ceil)
     return Deferred(spec, inner.tensors)
+
+
+def activation(inner: Deferred, kind: str, weight: Tensor | None = None, **options: float | str) -> Deferred:
+    """A function of ACTIVATIONS of every element of inner; weight: a slope (1,) or (C,) for "prelu"."""
+    expect("kind", kind in ACTIVATIONS, " or ".join(ACTIVATIONS), kind)
+    expect("weight", (weight is not None) == (kind == "prelu"), 'one for "prelu" alone', weight)
+    slopes = None if weight is None else tuple(weight.shape)
+    expect("weight", slopes in (None, (1,), (inner.shape[1],)), f"(1,) or ({inner.shape[1]},)", slopes)
+    spec = Activation(
+        inner.shape, inner.dtype, inner.spec, kind, tuple(sorted(options.items())), weight is not None
+    )
+    return Deferred(spec, inner.tensors if weight is None else (*inner.tensors, weight))
+
+
+def added(first: Deferred, second: Deferred) -> Deferred:
+    """first + second, of one shape, in the wider of their types."""
+    expect("second", second.shape == first.shape, first.shape, second.shape)
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    spec = Sum(first.shape, dtype, first.spec, second.spec, len(first.tensors))
+    return Deferred(spec, (*first.tensors, *second.tensors))
+
+
+def cast(inner: Deferred, dtype: torch.dtype) -> Deferred:
+    """inner.to(dtype)."""
+    return inner if inner.dtype == dtype else Deferred(Cast(inner.shape, dtype, inner.spec), inner.tensors)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _table(rows: list[dict]) -> Table:
+def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, header_style="bold")
     for column in COLUMNS:
         table.add_column(column.replace("_", " "), justify="left" if column in COLUMNS[:5] else "right")

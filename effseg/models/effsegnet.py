@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +20,7 @@ from effseg.expressions.layers import Residual
 from effseg.expressions.slabs import slabs_of_levels
 from effseg.memory.choice import Choice, Settings, first_that_fits, usable
 from effseg.models.base import SegmentationModel, check_image, check_sizes
-from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, Triple
+from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, levels_of
 from effseg.models.training_step import TrainingStep
 from effseg.operators import share
 from effseg.operators.normalisation import NORMS
@@ -120,36 +121,27 @@ class EffSegNet(SegmentationModel):
         self._configured_for: tuple[Any, ...] = ()
         self.recompute_levels = recompute
         self.slab_elements: int | None = None  # of a training step's slabs: see `effseg.expressions.slabs`
-        widths, blocks, full = (
-            self.architecture.widths,
-            self.architecture.blocks,
-            self.architecture.stem_stride == 1,
-        )
+        widths, stem_stride = self.architecture.widths, self.architecture.stem_stride
         if num_classes > 2 * widths[0]:
             warnings.warn(
                 f"{num_classes} classes are read from {widths[0]} features a voxel: a preset with a wider "
                 f"first level (large-w32) will tell them apart better",
                 stacklevel=2,
             )
-        flat = _per_axis(3, 1, thick_axis)  # the kernel at full resolution
-        self.first_stride = _per_axis(2, 1, thick_axis)
-        twice: Triple = (2, 2, 2)
-        kernels = [flat, *[(3, 3, 3)] * (len(widths) - 1)]
-        strides = [(1, 1, 1), self.first_stride] if full else [self.first_stride, twice]
-        strides += [twice] * (len(widths) - 2)
-        inputs = (in_channels, *widths)
+        levels = levels_of(self.architecture, in_channels, thick_axis)
+        self.first_stride = levels[0 if stem_stride == 2 else 1].stride
         self.encoder = nn.ModuleList(
-            EncoderLevel(inputs[i], widths[i], blocks[i], norm, kernels[i], strides[i])
-            for i in range(len(widths))
+            EncoderLevel(level.in_channels, level.channels, level.blocks, norm, level.kernel, level.stride)
+            for level in levels
         )
         self.decoder = nn.ModuleList(
-            DecoderLevel(widths[i + 1], widths[i], norm, kernels[i] if full else (3, 3, 3), strides[i + 1])
-            for i in range(len(widths) - 1)
+            DecoderLevel(coarse.channels, level.channels, norm, level.decoder_kernel, coarse.stride)
+            for level, coarse in pairwise(levels)
         )
         self.head = nn.Conv3d(widths[0], num_classes, 1)
-        levels = (1, 2) if full else (1,)  # those at strides 2 and 4 that are not the last one
+        carrying = (1, 2) if stem_stride == 1 else (1,)  # levels at strides 2 and 4 that are not the last one
         self.auxiliary_heads = nn.ModuleList(
-            nn.Conv3d(widths[i], num_classes, 1) for i in (levels if auxiliary else ())
+            nn.Conv3d(widths[i], num_classes, 1) for i in (carrying if auxiliary else ())
         )
 
     def forward(self, image: Tensor) -> Tensor:
@@ -328,8 +320,3 @@ class EffSegNet(SegmentationModel):
             coarse = every(d, labels[..., ::h, ::w], image.shape[2])
             losses.append(functional.segmentation_loss(x, coarse, head.weight, head.bias, **options))
         return losses
-
-
-def _per_axis(value: int, thick: int, thick_axis: int | None) -> Triple:
-    d, h, w = (thick if axis == thick_axis else value for axis in range(3))
-    return d, h, w

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,36 @@ PRESETS = {
     "large-w32": Architecture((32, 48, 64, 96, 128, 128), (0, 1, 1, 1, 1, 2)),
     "tiny": Architecture((32, 48, 64, 64, 64), (1, 1, 1, 1, 2), stem_stride=2),
 }
+
+
+class Level(NamedTuple):
+    """One level of the network. kernel, stride: of the unit that enters it; decoder_kernel: of the decoder's
+    unit."""
+
+    in_channels: int
+    channels: int
+    blocks: int
+    kernel: Triple
+    stride: Triple
+    decoder_kernel: Triple
+
+
+def levels_of(architecture: Architecture, in_channels: int, thick_axis: int | None) -> list[Level]:
+    """All levels, the finest first. The full-resolution layers do not look across a thick axis, and the first
+    stride leaves it alone."""
+    widths, wide = architecture.widths, (3, 3, 3)
+    flat, first = _per_axis(3, 1, thick_axis), _per_axis(2, 1, thick_axis)
+    strides = [first, (2, 2, 2)] if architecture.stem_stride == 2 else [(1, 1, 1), first]
+    strides += [(2, 2, 2)] * (len(widths) - 2)
+    kernels = [flat] + [wide] * (len(widths) - 1)
+    decoder_kernels = kernels if architecture.stem_stride == 1 else [wide] * len(widths)
+    inputs = (in_channels, *widths)
+    return list(map(Level, inputs, widths, architecture.blocks, kernels, strides, decoder_kernels))
+
+
+def _per_axis(value: int, thick: int, thick_axis: int | None) -> Triple:
+    d, h, w = (thick if axis == thick_axis else value for axis in range(3))
+    return d, h, w
 
 
 class EncoderLevel(nn.Module):

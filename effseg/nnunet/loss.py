@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 
-from effseg.losses import dice_cross_entropy
+from effseg.criterion import SegmentationLoss
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -35,31 +34,27 @@ def fused(loss: nn.Module) -> nn.Module:
     )
 
 
-class FusedLoss(nn.Module):
-    """The value and the gradient of nnU-Net's DC_and_CE_loss, in its DeepSupervisionWrapper or not.
+class FusedLoss(SegmentationLoss):
+    """The value and the gradient of nnU-Net's DC_and_CE_loss, in its DeepSupervisionWrapper or not:
+    `SegmentationLoss` less the sum of its weights times that of Dice, as nnU-Net's Dice loss is -Dice, not
+    1 - Dice.
 
-    weights: of a list of outputs; options: those of `effseg.losses.dice_cross_entropy`. Called with logits
-    (N, K, D, H, W), lazy or not, and targets (N, 1, D, H, W), or with a list of each.
     Under DDP every sum is over all processes, where nnU-Net takes the cross-entropy of each process alone:
     the same unless the processes have different numbers of voxels that are not ignored.
+
+    weights: of the outputs; one of weight 0 gets no gradient, and so no weight decay, as in nnU-Net.
     """
 
     def __init__(self, weights: Sequence[float], **options: Any) -> None:
-        super().__init__()
-        self.weights = tuple(float(weight) for weight in weights)
-        self.options = options
+        super().__init__([weight for weight in weights if weight], **options)
+        self._takes = [bool(weight) for weight in weights]
+        self._dice = options["dice_weight"] * sum(weights)
 
-    def forward(self, outputs: Tensors, targets: Tensors) -> Tensor:
-        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-        targets = [targets] if isinstance(targets, Tensor) else targets
-        losses = [
-            weight * self._loss(logits, target[:, 0])
-            for weight, logits, target in zip(self.weights, outputs, targets, strict=True)
-            if weight
-        ]
-        return torch.stack(losses).sum()
+    def forward(self, outputs: Tensors, labels: Tensors) -> Tensor:
+        """outputs: logits (N, K, D, H, W), lazy or not, or a list of them; labels: (N, 1, D, H, W), or a list
+        of them."""
+        return super().forward(self._taken(outputs), self._taken(labels)) - self._dice
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """nnU-Net's Dice loss is -Dice, not 1 - Dice: of a patch without annotation, where nothing can be
-        wrong, it is -1 without gradient, and both leave the cross-entropy out."""
-        return dice_cross_entropy(logits, labels, **self.options) - self.options["dice_weight"]
+    def _taken(self, given: Tensors) -> list[Tensor]:
+        given = [given] if isinstance(given, Tensor) else given
+        return [x for x, takes in zip(given, self._takes, strict=True) if takes]

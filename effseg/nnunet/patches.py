@@ -11,15 +11,15 @@ from effseg.errors import InputError
 from effseg.nnunet import options
 from effseg.nnunet.loss import fused
 
-MEMORY = ("raw", "block", "auto")
+MEMORY = ("raw", "block", "stream", "auto")
 
 
 class nnUNetTrainerEffSeg(nnUNetTrainer):
     """nnUNetTrainer with a converted network and a fused loss; everything else is nnU-Net's.
 
     Weights and checkpoints are those of nnUNetTrainer: `-pretrained_weights` takes either's. EFFSEG_MEMORY
-    is "raw" (default), "block" or "auto", see `effseg.convert`. Regions are trained with nnU-Net's own loss,
-    on real logits. Needs a 3D configuration.
+    is "raw" (default), "block", "stream" or "auto", see `effseg.convert`. Regions are trained with nnU-Net's
+    own loss, on real logits. Needs a 3D configuration.
     """
 
     def __init__(

@@ -10,9 +10,10 @@ from effseg.operators.materialise import materialise
 from effseg.operators.share import share
 from effseg.operators.statistics import statistics
 from effseg.operators.stem_statistics import stem_statistics
-from effseg.operators.tail import layer_statistics, tail_sums
+from effseg.operators.tail import Tail, layer_statistics, tail_sums
 
 __all__ = [
+    "Tail",
     "conv3d",
     "head_sums",
     "layer_statistics",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -46,9 +46,9 @@ def conv3d(
     consumes: bool = False,
 ) -> Outputs:
     """See `effseg.functional.conv3d`. known: what a forward pass gave that is run again for its graph.
-    consumes: y is only read by operators of this package, and only with a normalisation, so that the gradient
-    which reaches it was made for it alone, and a gradient of x may come to lie in its memory (not under
-    torch.compile, whose operators change nothing)."""
+    A gradient of x comes to lie in the memory of the gradient of y where nothing else holds that (not under
+    torch.compile, whose operators change nothing). consumes: y is only read by operators of this package, and
+    with a normalisation, so that this need not be asked."""
     if torch.compiler.is_compiling():
         static = Static(x.spec, window, statistics, slab_elements)
     else:
@@ -83,6 +83,7 @@ def _backward(
     tensors: Sequence[Tensor],
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
+    alone: bool = False,
 ) -> list[Tensor | None]:
     (y, mean), (weight, _, *inner) = own, tensors
     need_weight, need_bias, *rest = needed
@@ -92,7 +93,7 @@ def _backward(
     assert y is not None
     grad_weight, grad_bias, found = conv3d_backward(
         ops, static.spec, inner, rest, weight, static.window, y, mean, grad_y, grad_mean, grad_var,
-        need_weight, need_bias, static.slab_elements, static.consumes,
+        need_weight, need_bias, static.slab_elements, alone or static.consumes,
     )  # fmt: skip
     return [grad_weight, grad_bias, *found]
 
@@ -113,6 +114,7 @@ _operator = Operator(
     _fake,
     outputs=lambda static: 3 if static.statistics else 1,
     own=_own,
+    reuses=True,
 )
 
 
@@ -262,7 +264,7 @@ def through_statistics(
     if mean is None or (grad_mean is None and grad_var is None):
         return None
     grad_mean, grad_var = summed_where((grad_mean, grad_var))
-    voxels = math.prod(shape[2:])
+    voxels = prod(shape[2:])
     zero = torch.zeros_like(mean)
     scale = zero if grad_var is None else grad_var * (2 / voxels)
     return StatisticsGradient(mean, scale, zero if grad_mean is None else grad_mean / voxels)

@@ -40,9 +40,11 @@ def pulled_back(
     tensors: Sequence[Tensor],
     needed: Sequence[bool],
     grads: tuple[Tensor],
+    alone: bool = False,
 ) -> list[Tensor | None]:
     """The gradients of the expression's tensors, as an operator's `backward`."""
-    return materialise_backward(ops, static.spec, tensors, needed, grads[0], static.slab_elements)
+    memory = grads[0] if alone else None
+    return materialise_backward(ops, static.spec, tensors, needed, grads[0], static.slab_elements, memory)
 
 
 def _fake(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -50,7 +52,7 @@ def _fake(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> list[Ten
     return [torch.empty(shape, dtype=dtype, device=tensors[0].device, memory_format=CHANNELS_LAST)]
 
 
-_operator = Operator("materialise", Static, _forward, pulled_back, _fake, zeros=True)
+_operator = Operator("materialise", Static, _forward, pulled_back, _fake, zeros=True, reuses=True)
 
 
 def thickness(spec: Spec, slab_elements: int | None, device: torch.device) -> int:

@@ -95,6 +95,32 @@ def terms(
     )
 
 
+def layer_terms(
+    how: Merging,
+    running: Running,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    offset: Tensor | None = None,
+) -> Normalisation:
+    """`terms` of y + offset, for y of this mean and variance, in their type. offset: a convolution's bias,
+    (C,), which moves y by as much as the mean and is left to the three numbers per channel."""
+    if offset is None:
+        norm = terms(how, running, mean, var, weight, bias)
+    else:
+        moved = offset.to(mean.dtype)
+        norm = terms(how, running, mean + moved, var, weight, bias)
+        norm = norm._replace(mean=norm.mean - moved)
+    return Normalisation(*(t.to(mean.dtype) for t in norm))
+
+
+def moving_alone(offset: Tensor | None, like: Tensor) -> Normalisation:
+    """Terms of y + offset itself, of the shape and type of `like`."""
+    zero = torch.zeros_like(like)
+    return Normalisation(zero if offset is None else zero - offset.to(like.dtype), zero + 1, zero)
+
+
 @torch.no_grad()
 def track(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> None:
     """Update the running statistics of a norm in training as torch does."""

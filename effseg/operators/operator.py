@@ -23,10 +23,11 @@ from effseg.common.settings import Function
 from effseg.operators.backward import once_differentiable
 from effseg.operators.encoding import decode, encode
 from effseg.operators.opaque import fake_gradients, gradients, registered, spread
+from effseg.operators.ownership import is_alone
 
 Tensors = Sequence[Tensor | None]
 Forward = Callable[[Algorithm, Any, Any], tuple[Sequence[Tensor], Sequence[Tensor]]]
-Backward = Callable[[Algorithm, Any, Any, Any, Sequence[bool], Any], Tensors]
+Backward = Callable[..., Tensors]
 
 
 class Operator:
@@ -36,7 +37,8 @@ class Operator:
     what backward needs besides, without which there is no operator for torch.compile; outputs: how many, or a
     function of static; constants: which of them have no gradient; own: (outputs, besides) -> what backward
     sees of them, by default `besides`; zeros: whether the gradient of an output that nothing read is 0
-    instead of None; backward None: nothing is differentiated.
+    instead of None; reuses: whether backward also gets `alone`, whether the first output's gradient is nobody
+    else's, so that it may be overwritten; backward None: nothing is differentiated.
 
     Saved for backward: the tensors, and `own`.
     """
@@ -52,9 +54,11 @@ class Operator:
         constants: Sequence[int] = (),
         own: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensors] | None = None,
         zeros: bool = False,
+        reuses: bool = False,
     ) -> None:
         self._static, self._forward, self._backward = static, forward, backward
         self._outputs, self._constants, self._zeros = outputs, constants, zeros
+        self._reuses = reuses
         self._own = own or (lambda _, besides: besides)
         self._node = self._as_node(name) if backward is not None else None
         self._opaque: Any = None if fake is None else self._as_opaque(name, fake)
@@ -94,11 +98,12 @@ class Operator:
 
         @once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
+            extra = {"alone": is_alone(grads[0])} if self._reuses else {}
             saved, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
             own, tensors = saved[: ctx.owns], saved[ctx.owns :]
             assert self._backward is not None
             with torch.autocast(ctx.device_type, enabled=False):
-                found = self._backward(load(ctx.algorithm), ctx.static, own, tensors, needed, grads)
+                found = self._backward(load(ctx.algorithm), ctx.static, own, tensors, needed, grads, **extra)
             return None, None, None, *found
 
         title = "".join(part.title() for part in name.split("_"))

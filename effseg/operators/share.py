@@ -35,4 +35,4 @@ def _forward(
     return (value.expand(own_shape(static.spec.shape)),), ()
 
 
-_operator = Operator("share", Static, _forward, pulled_back, zeros=True)
+_operator = Operator("share", Static, _forward, pulled_back, zeros=True, reuses=True)

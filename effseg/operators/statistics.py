@@ -1,4 +1,4 @@
-"""Mean and variance of a stored tensor that no convolution of ours has made."""
+"""Mean and variance of what no convolution of ours has made."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
+from effseg.algorithms.pullback import Pullback, rows
 from effseg.common.formats import CHANNELS_LAST
+from effseg.expressions.base import Deferred, Spec, readable
 from effseg.expressions.layers import plain
-from effseg.expressions.slabs import Slab, rows_per_slab, slabs
+from effseg.expressions.slabs import Slab, slabs
 from effseg.operators.conv3d import through_statistics
+from effseg.operators.materialise import thickness
 from effseg.operators.moments import Moments
 from effseg.operators.operator import Operator
 
 
 class Static(NamedTuple):
-    """shape: (N, C, D, H, W) of the whole volume."""
-
-    shape: tuple[int, ...]
+    spec: Spec
     slab_elements: int | None
 
 
-def statistics(x: Tensor, slab_elements: int | None = None, rows: int | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (N, C) of x (N, C, D, H, W) in the accumulation type, differentiable. rows: as
-    for `effseg.expressions.layers.plain`."""
-    shape = plain(x, x.dtype, rows).shape
-    mean, var = _operator(x.device, x.dtype, Static(shape, slab_elements), (x,))
+def statistics(x: Tensor | Deferred, slab_elements: int | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (N, C) of x (N, C, D, H, W) in the accumulation type, differentiable."""
+    x = x if isinstance(x, Deferred) else plain(x)
+    mean, var = _operator(x.device, x.dtype, Static(x.spec, slab_elements), x.tensors)
     return mean, var
 
 
 def _forward(
     ops: Algorithm, static: Static, tensors: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
-    (x,) = tensors
-    moments = Moments(ops, (x.shape[0], x.shape[1]), x.dtype, x.device)
-    for slab in _slabs(x, static):
-        part = x[slab.one, :, slab.here]
-        moments.add(slab.sample, part.contiguous(memory_format=CHANNELS_LAST))
-    return moments.merge(static.shape), ()
+    spec, device = static.spec, tensors[0].device
+    moments = Moments(ops, (spec.shape[0], spec.shape[1]), spec.dtype, device)
+    stored = readable(spec, tensors, None)
+    for sample, lo, hi, _ in _slabs(static, device):
+        part = rows(ops, spec, stored, sample, lo, hi)
+        moments.add(sample, part.contiguous(memory_format=CHANNELS_LAST))
+    return moments.merge(spec.shape), ()
 
 
 def _backward(
@@ -50,21 +51,21 @@ def _backward(
     tensors: Sequence[Tensor],
     needed: Sequence[bool],
     grads: tuple[Tensor | None, Tensor | None],
-) -> tuple[Tensor | None]:
-    (mean,), (x,) = own, tensors
-    terms = through_statistics(static.shape, mean, *grads)
+) -> list[Tensor | None]:
+    (mean,) = own
+    terms = through_statistics(static.spec.shape, mean, *grads)
     if terms is None:
-        return (None,)
-    grad = torch.empty_like(x, memory_format=CHANNELS_LAST)
-    for slab in _slabs(x, static):
-        part = x[slab.one, :, slab.here]
-        grad[slab.one, :, slab.here] = ops.fold(None, part, *(t[slab.sample] for t in terms))
-    return (grad,)
+        return [None] * len(tensors)
+    pullback = Pullback(ops, static.spec, tensors, needed)
+    for sample, lo, hi, _ in _slabs(static, mean.device):
+        part = pullback.rows(sample, lo, hi)
+        pullback.pull(ops.fold(None, part, *(t[sample] for t in terms)))
+    return pullback.gradients()
 
 
-def _slabs(x: Tensor, static: Static) -> Iterator[Slab]:
-    n, c, d, h, w = static.shape
-    return slabs(n, d, rows_per_slab(d, c * h * w, static.slab_elements, x.device))
+def _slabs(static: Static, device: torch.device) -> Iterator[Slab]:
+    spec = static.spec
+    return slabs(spec.shape[0], spec.shape[2], thickness(spec, static.slab_elements, device))
 
 
 _operator = Operator(

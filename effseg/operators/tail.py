@@ -2,7 +2,7 @@
 
 Nothing of the layer is stored, so its output is made again in every sweep:
 
-    F3  mean and variance of the convolution
+    F3  mean and variance of the convolution (or of its sum with another expression)
     F4  the sums of the loss
     B1  S0 = sum dz and S1 = sum dz (y - mean), the gradients of beta and scale
     B2  with them, the gradient of y voxel by voxel, and from it everything else
@@ -33,21 +33,45 @@ from effseg.operators.head import COUNTS, each_its_part, head_gradients, over_pr
 from effseg.operators.moments import Moments
 from effseg.operators.norm_backward import NormBackward
 from effseg.operators.norm_sums import NormSums, terms_from_sums
-from effseg.operators.normalisation import Merging, Norm, Running, merging, terms
+from effseg.operators.normalisation import Merging, Running, layer_terms
 from effseg.operators.operator import Operator
 
 # How many tensors of a slab the sweeps F4 and B2 hold at a time, about.
 FORWARD_SLABS, BACKWARD_SLABS = 4, 7
 
 
+class Tail(NamedTuple):
+    """leaky_relu(norm(conv(x, weight) + offset + addend), slope), whose convolution is not stored.
+
+    how, running: the norm's settings, see `effseg.operators.normalisation.merging`; gamma, beta: its
+    parameters; offset: the convolution's bias (Co,); addend: of the convolution's shape and type; statistics:
+    mean and variance (N, Co) of conv(x, weight) + addend, where they are known.
+    """
+
+    x: Deferred
+    weight: Tensor
+    window: Window
+    slope: float
+    how: Merging
+    running: Running
+    gamma: Tensor | None
+    beta: Tensor | None
+    offset: Tensor | None = None
+    addend: Deferred | None = None
+    statistics: tuple[Tensor, Tensor] | None = None
+
+
 class Static(NamedTuple):
-    """checks: see `effseg.operators.head.Static`."""
+    """own: how many tensors x has, which those of the addend follow; checks: see
+    `effseg.operators.head.Static`."""
 
     spec: Spec
     window: Window
     slope: float
     slab_elements: int | None
     how: Merging
+    addend: Spec | None
+    own: int
     ignore_index: int | None
     checks: bool
 
@@ -56,37 +80,44 @@ class LayerStatic(NamedTuple):
     spec: Spec
     window: Window
     slab_elements: int | None
+    addend: Spec | None
+    own: int
 
 
 class Parameters(NamedTuple):
-    """What the operator takes besides the expression's tensors."""
+    """What the operator takes besides the expressions' tensors."""
 
     labels: Tensor
     class_weights: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
     weight: Tensor
     gamma: Tensor | None
     beta: Tensor | None
+    offset: Tensor | None
     head_weight: Tensor
     head_bias: Tensor | None
 
     @property
     def running(self) -> Running:
-        if self.running_mean is None or self.running_var is None:
-            return None
-        return self.running_mean, self.running_var
+        return _both(self.running_mean, self.running_var)
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        return _both(self.mean, self.var)
 
 
 COUNT = len(Parameters._fields)
 
 
+def _both(mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if mean is None or var is None else (mean, var)
+
+
 def tail_sums(
-    x: Deferred,
-    weight: Tensor,
-    window: Window,
-    norm: Norm,
-    slope: float,
+    tail: Tail,
     head_weight: Tensor,
     head_bias: Tensor | None,
     labels: Tensor,
@@ -94,37 +125,54 @@ def tail_sums(
     ignore_index: int | None = None,
     slab_elements: int | None = None,
 ) -> tuple[Sums, Tensor, Tensor]:
-    """`Sums` of softmax(head(leaky_relu(norm(conv(x))))) against labels (N, D, H, W), and mean and biased
-    variance (N, C) of the convolution, for running statistics.
+    """`Sums` of softmax(head(tail)) against labels (N, D, H, W), and mean and biased variance (N, C) of the
+    convolution (and what is added to it), for running statistics.
 
     Kept for backward besides the arguments: mean and variance, and what stands in for sweep B1. Neither the
     convolution's output nor its gradient exists but for a slab.
     """
-    how, running = merging(norm)
-    running_mean, running_var = running or (None, None)
+    x, addend = tail.x, tail.addend
+    running_mean, running_var = tail.running or (None, None)
+    mean, var = tail.statistics or (None, None)
     given = Parameters(
-        labels, class_weights, running_mean, running_var, weight, norm.weight, norm.bias, head_weight,
-        head_bias,
+        labels, class_weights, running_mean, running_var, mean, var, tail.weight, tail.gamma, tail.beta,
+        tail.offset, head_weight, head_bias,
     )  # fmt: skip
-    compiles = torch.compiler.is_compiling()
-    static = Static(x.spec, window, slope, slab_elements, how, ignore_index, compiles)
-    *sums, mean, var = _tail_sums(labels.device, x.dtype, static, (*given, *x.tensors))
+    static = Static(
+        x.spec, tail.window, tail.slope, slab_elements, tail.how, addend and addend.spec, len(x.tensors),
+        ignore_index, torch.compiler.is_compiling(),
+    )  # fmt: skip
+    tensors = (*given, *x.tensors, *(addend.tensors if addend else ()))
+    *sums, mean, var = _tail_sums(labels.device, x.dtype, static, tensors)
     return Sums(*sums), mean, var
 
 
 @torch.no_grad()
 def layer_statistics(
-    x: Deferred, weight: Tensor, window: Window, slab_elements: int | None = None
+    x: Deferred,
+    weight: Tensor,
+    window: Window,
+    slab_elements: int | None = None,
+    addend: Deferred | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (N, C) of conv(x, weight), which is not stored; without a gradient."""
-    static = LayerStatic(x.spec, window, slab_elements)
-    mean, var = _layer_statistics(x.device, x.dtype, static, (weight, *x.tensors))
+    """Mean and biased variance (N, C) of conv(x, weight) + addend, not stored; without a gradient."""
+    static = LayerStatic(x.spec, window, slab_elements, addend and addend.spec, len(x.tensors))
+    tensors = (weight, *x.tensors, *(addend.tensors if addend else ()))
+    mean, var = _layer_statistics(x.device, x.dtype, static, tensors)
     return mean, var
 
 
+def _layer(
+    ops: Algorithm, static: Static | LayerStatic, weight: Tensor, tensors: Sequence[Tensor], slope: float
+) -> Layer:
+    own, others = tensors[: static.own], tuple(tensors[static.own :])
+    addend = None if static.addend is None else Deferred(static.addend, others)
+    return Layer(ops, static.spec, own, weight, static.window, slope, static.slab_elements, addend)
+
+
 def _made(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> tuple[Parameters, Layer, Head]:
-    given, inner = Parameters(*tensors[:COUNT]), tensors[COUNT:]
-    layer = Layer(ops, static.spec, inner, given.weight, static.window, static.slope, static.slab_elements)
+    given = Parameters(*tensors[:COUNT])
+    layer = _layer(ops, static, given.weight, tensors[COUNT:], static.slope)
     head = ops.make_head(
         layer, given.head_weight, given.head_bias, given.labels.device, given.class_weights,
         static.ignore_index,
@@ -137,8 +185,9 @@ def _forward(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     given, layer, head = _made(ops, static, tensors)
     layer.make_room(head)
-    mean, var = sweep_statistics(layer)
-    norm = terms(static.how, given.running, mean, var, given.gamma, given.beta)
+    known = given.statistics
+    mean, var = sweep_statistics(layer) if known is None else (t.clone() for t in known)
+    norm = layer_terms(static.how, given.running, mean, var, given.gamma, given.beta, given.offset)
     sums, collected = tail_sums_forward(layer, norm, head, given.labels)
     if static.checks:
         unknown_labels(sums.unknown, head.classes)
@@ -160,13 +209,14 @@ def _backward(
 ) -> list[Tensor | None]:
     mean, var, collected = own
     given, layer, head = _made(ops, static, tensors)
-    norm = NormBackward(static.how, given.running, mean, var, given.gamma, given.beta)
+    norm = NormBackward(static.how, given.running, mean, var, given.gamma, given.beta, given.offset)
     *sums, _, _ = grads
     grad_weight, found = tail_sums_backward(
         layer, needed[COUNT:], mean, norm.terms, norm, head, given.labels, Sums(*sums), collected
     )
     head_grads = head_gradients(head, given.head_weight, given.head_bias)
-    return [*[None] * 4, grad_weight, norm.grad_gamma, norm.grad_beta, *head_grads, *found]
+    own_grads = (grad_weight, norm.grad_gamma, norm.grad_beta, norm.grad_offset)
+    return [*[None] * 6, *own_grads, *head_grads, *found]
 
 
 def _fake(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -181,8 +231,7 @@ def _statistics_forward(
     ops: Algorithm, static: LayerStatic, tensors: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
     weight, *inner = tensors
-    layer = Layer(ops, static.spec, inner, weight, static.window, 1.0, static.slab_elements)
-    return sweep_statistics(layer), ()
+    return sweep_statistics(_layer(ops, static, weight, inner, 1.0)), ()
 
 
 def _fake_statistics(ops: Algorithm, static: LayerStatic, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -202,7 +251,10 @@ _layer_statistics = Operator(
 
 @dataclass(frozen=True)
 class Layer:
-    """leaky_relu(norm(conv(expression, weight)), slope), its convolution in the expression's type."""
+    """leaky_relu(norm(conv(expression, weight) + addend), slope), its convolution in the expression's type.
+
+    addend: an expression of the convolution's shape and type, or None.
+    """
 
     ops: Algorithm
     spec: Spec
@@ -211,6 +263,7 @@ class Layer:
     window: Window
     slope: float
     slab_elements: int | None
+    addend: Deferred | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -228,6 +281,11 @@ class Layer:
     @cached_property
     def stored(self) -> list[Stored]:
         return readable(self.spec, self.tensors, self.window)
+
+    @cached_property
+    def stored_addend(self) -> list[Stored]:
+        assert self.addend is not None
+        return readable(self.addend.spec, self.addend.tensors, None)
 
     def slabs(self) -> Iterator[Slab]:
         return slabs(self.shape[0], self.shape[2], self._thickness())
@@ -253,10 +311,13 @@ class Layer:
         return self.window.input_rows(lo, hi, self.spec.shape[2])
 
     def raw(self, sample: int, lo: int, hi: int) -> Tensor:
-        """Rows of the convolution's output."""
+        """Rows of what is normalised."""
         first, last, pad = self.input_rows(lo, hi)
         a = rows(self.ops, self.spec, self.stored, sample, first, last)
-        return self.ops.convolution(a, self.low, None, self.window, pad)
+        y = self.ops.convolution(a, self.low, None, self.window, pad)
+        if self.addend is None:
+            return y
+        return y.add_(rows(self.ops, self.addend.spec, self.stored_addend, sample, lo, hi))
 
     def activated(self, y: Tensor, sample: int, norm: Normalisation) -> Tensor:
         mean, scale, beta = (t[sample : sample + 1] for t in norm)
@@ -304,10 +365,12 @@ def tail_sums_backward(
     grads: Sums,
     collected: Tensor | None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradients of the layer's weight and of the expression's tensors; the head's add up in `head`.
+    """Gradients of the layer's weight and of the tensors of its expression and its addend; the head's add up
+    in `head`.
 
-    mean: of the convolution, (N, C); norm_backward takes the gradients of (mean, scale, beta) and gives
-    those of the convolution's mean and variance (it also takes care of the norm's weight and bias);
+    needed: of those tensors; mean: of what is normalised, (N, C); norm_backward takes the gradients of
+    (mean, scale, beta) and gives those of that mean and its variance (it also takes care of the norm's weight
+    and bias);
     collected: as given by the forward sweep.
     """
     grads = each_its_part(grads)
@@ -322,12 +385,17 @@ def tail_sums_backward(
     ops, spec, window = layer.ops, layer.spec, layer.window
     low = layer.low
     grad_weight = None
-    pullback = Pullback(ops, spec, layer.tensors, needed, window=window)
+    pullback = Pullback(ops, spec, layer.tensors, needed[: len(layer.tensors)], window=window)
+    added_on = None
+    if layer.addend is not None:
+        added_on = Pullback(ops, *layer.addend, needed[len(layer.tensors) :])
     for sample, lo, hi, here in layer.slabs():
         first, last, pad = layer.input_rows(lo, hi)
         a = pullback.rows(sample, first, last)
         with torch.no_grad():
             y = ops.convolution(a, low, None, window, pad)
+        if added_on is not None:
+            y.add_(added_on.rows(sample, lo, hi))
         z = layer.activated(y, sample, norm)
         grad = head.pull(grads, sample, z, labels[sample, here])
         one = slice(sample, sample + 1)
@@ -339,6 +407,8 @@ def tail_sums_backward(
             grad_y = ops.fold(grad_y, y, *(t[sample] for t in folded))
         assert grad_y is not None
         del y
+        if added_on is not None and added_on.any:
+            added_on.pull(grad_y)
         grad_a, grad_w = ops.convolution_backward(grad_y, a, low, window, pad, pullback.any, True)
         assert grad_w is not None
         grad_weight = added(grad_weight, grad_w, mean.dtype)
@@ -348,7 +418,8 @@ def tail_sums_backward(
         del grad_a
     if grad_weight is None:  # no slab was this process's
         grad_weight = torch.zeros_like(layer.weight)
-    return grad_weight.to(layer.weight.dtype), pullback.gradients()
+    found = pullback.gradients() + ([] if added_on is None else added_on.gradients())
+    return grad_weight.to(layer.weight.dtype), found
 
 
 def _sweep_terms(

@@ -26,7 +26,7 @@ from effseg.common.atomic import atomic_path
 from effseg.common.isolation import Loss, isolated
 from effseg.errors import InputError
 from effseg.expressions.slabs import Window, abridged
-from effseg.kernels import config as configurations
+from effseg.kernels import heuristics, tuned
 from effseg.kernels.choose import answering
 from effseg.kernels.config import ATEN, Config, Problem, Triple
 from effseg.kernels.launch import architecture, recording
@@ -64,7 +64,7 @@ class Machine:
 
     @property
     def slug(self) -> str:
-        return configurations.gpu_slug(self.gpu)
+        return tuned.gpu_slug(self.gpu)
 
 
 # What is needed
@@ -81,11 +81,11 @@ def problems(
     met: dict[str, tuple[float, Problem]] = {}
 
     def answer(aten: bool, problem: Problem) -> Config:
-        name = configurations.key(problem)
+        name = tuned.key(problem)
         work, largest = met.get(name, (0.0, problem))
         met[name] = (work + _work(problem), max(largest, problem, key=lambda p: p.size))
         by_aten = aten and problem.op.startswith("conv3d")
-        return Config(ATEN) if by_aten else configurations.heuristic(problem)
+        return Config(ATEN) if by_aten else heuristics.heuristic(problem)
 
     def build(memory: str) -> SegmentationModel:
         network = build_model(model, channels, classes)
@@ -118,12 +118,12 @@ def _work(problem: Problem) -> float:
 
 
 def versions() -> dict[str, str]:
-    return {**configurations.compilers(), "effseg": __version__}
+    return {**tuned.compilers(), "effseg": __version__}
 
 
 @dataclass
 class TunedFile:
-    """Entries by `config.key`, and what is noted of each: seconds, date and versions."""
+    """Entries by `tuned.key`, and what is noted of each: seconds, date and versions."""
 
     path: Path
     gpu: str
@@ -133,16 +133,16 @@ class TunedFile:
     @classmethod
     def read(cls, path: Path, gpu: str) -> TunedFile:
         """Empty where there is no file; also where it is corrupt or stale, with a warning."""
-        configurations.read_tuned.cache_clear()
-        entries = dict(configurations.read_tuned(path))
+        tuned.read_tuned.cache_clear()
+        entries = dict(tuned.read_tuned(path))
         rows = json.loads(path.read_text(encoding="utf-8"))["entries"] if entries else {}
         return cls(path, gpu, entries, {name: row.get("measured", {}) for name, row in rows.items()})
 
     def write(self) -> None:
-        document = configurations.tuned_document(self.entries, self.notes, self.gpu)
+        document = tuned.tuned_document(self.entries, self.notes, self.gpu)
         with atomic_path(self.path) as temporary:
             temporary.write_text(document, encoding="utf-8")
-        configurations.read_tuned.cache_clear()
+        tuned.read_tuned.cache_clear()
 
     def is_current(self, problem: Problem) -> bool:
         """Whether the problem was measured with the versions that are installed."""
@@ -152,11 +152,11 @@ class TunedFile:
         """The fastest configuration; of a fused convolution's passes the fastest kernel, see `settle`."""
         kernel = found.best_kernel
         best = kernel if kernel and _is_fused(problem) else found.best
-        name = configurations.key(problem)
+        name = tuned.key(problem)
         self.entries[name] = best
         self.notes[name] = {
             **found.measured[best]._asdict(),
-            "heuristic": found.seconds(configurations.heuristic(problem)),
+            "heuristic": found.seconds(heuristics.heuristic(problem)),
             "kernel": found.seconds(kernel),
             "aten": found.seconds(Config(ATEN)),
             "best_kernel": kernel and asdict(kernel),
@@ -178,7 +178,7 @@ class TunedFile:
                 continue
             passes = [p for p in needed if _is_pass_of(p, forward)]
             gain = sum(self._gain(p) for p in passes)
-            self.entries[configurations.key(forward)] = Config(ATEN) if gain > 0 else Config(**kernel)
+            self.entries[tuned.key(forward)] = Config(ATEN) if gain > 0 else Config(**kernel)
 
     def _gain(self, problem: Problem) -> float:
         """Seconds that ATen saves over the whole of a problem."""
@@ -188,7 +188,7 @@ class TunedFile:
         return (notes["kernel"] - notes["aten"]) * problem.size[0] / cropped(problem).size[0]
 
     def _notes(self, problem: Problem) -> dict[str, Any]:
-        return self.notes.get(configurations.key(problem), {})
+        return self.notes.get(tuned.key(problem), {})
 
 
 def _is_fused(problem: Problem) -> bool:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from effseg.expressions.slabs import Window
-from effseg.kernels import config as configurations
-from effseg.kernels.config import ATEN, Config, Problem, uses_aten
+from effseg.kernels.choose import uses_aten
+from effseg.kernels.config import ATEN, LOOPS, Config, Problem
 from effseg.kernels.conv3d_host import SLIDE_CHANNELS
 from effseg.kernels.conv3d_wgrad import marches
+from effseg.kernels.heuristics import contraction, heuristic
 from effseg.tuning.trials import Trial, trial
 
 MOST_CANDIDATES = 16
@@ -34,9 +35,9 @@ Timer = Callable[[Sequence[Callable[[], object]]], list[list[float]]]
 
 def starts(problem: Problem) -> list[Config]:
     """The heuristic's configuration, one for every other loop that can do the problem, and ATen."""
-    found = [configurations.heuristic(problem)]
+    found = [heuristic(problem)]
     if problem.op.startswith("conv3d"):
-        found += [configurations.heuristic(problem, loop) for loop in _loops(problem)]
+        found += [heuristic(problem, loop) for loop in _loops(problem)]
         found.append(Config(ATEN))
     return list(dict.fromkeys(found))
 
@@ -44,8 +45,8 @@ def starts(problem: Problem) -> list[Config]:
 def _loops(problem: Problem) -> Iterator[str]:
     window = Window(problem.kernel, problem.stride)
     channels = (problem.in_channels, problem.out_channels)
-    depth, _ = configurations.contraction(problem)
-    for loop in configurations.LOOPS[problem.op]:
+    depth, _ = contraction(problem)
+    for loop in LOOPS[problem.op]:
         if problem.op == "conv3d_wgrad":
             possible = loop == "tap" or marches(loop, window, *channels)
         elif loop == "slide":

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.aten import ops as aten
+from effseg.algorithms.aten.head import Head
 from effseg.algorithms.interface import Sums
 from effseg.common.formats import DTYPES, label_dtype
 from effseg.expressions.slabs import Window
 from effseg.kernels import statistics
-from effseg.kernels.config import Config, Problem, Triple, uses_aten
+from effseg.kernels.choose import uses_aten
+from effseg.kernels.config import Config, Problem, Triple
 from effseg.kernels.conv3d_dgrad import conv3d_dgrad
 from effseg.kernels.conv3d_fwd import conv3d_forward
 from effseg.kernels.conv3d_wgrad import conv3d_wgrad
@@ -240,14 +242,6 @@ def _moments(y: Tensor) -> Results:
     return mean[None], variance[None]
 
 
-def _channel_sums(o: _Operands) -> Trial:
-    g = o.features(o.problem.in_channels, o.problem.size)
-    return Trial(
-        lambda: (g.sum((2, 3, 4), dtype=o.summed),),
-        lambda config: (statistics.channel_sums(g, config),),
-    )
-
-
 # Upsampling
 
 
@@ -303,7 +297,7 @@ class _HeadOperands:
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
         return self.a, self.weight, self.bias, self.labels, self.class_weights, None
 
-    def by_aten(self) -> aten.Head:
+    def by_aten(self) -> Head:
         return aten.make_head(self.a, self.weight, self.bias, self.a.device)
 
 
@@ -362,7 +356,6 @@ TRIALS: dict[str, Callable[[_Operands], Trial]] = {
     "norm_act_backward": _norm_act_backward,
     "fold": _fold,
     "moments": _statistics,
-    "channel_sums": _channel_sums,
     "upsample": _upsample,
     "upsample_transpose": _upsample_transpose,
     "head_sums": _head_sums,

@@ -11,7 +11,7 @@ from tolerances import assert_as_rounded, rounding_noise
 import effseg
 from effseg import EffSegNet, functional, peak_training_memory
 from effseg.algorithms import select
-from effseg.kernels import config
+from effseg.kernels import config, tuned
 from effseg.losses import dice_cross_entropy
 
 TINY = (1, 1, 3, 2, 4)
@@ -210,10 +210,10 @@ def test_the_choice(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert select(cuda, torch.bfloat16).__name__.endswith("aten.ops")
-    (file,) = (path for path in config.tuned_files("nvidia-h100") if path.is_relative_to(tmp_path))
+    (file,) = (path for path in tuned.tuned_files("nvidia-h100") if path.is_relative_to(tmp_path))
     file.parent.mkdir(parents=True)
-    file.write_text(config.tuned_document({"fold bf16": config.Config("tile")}))
-    config.read_tuned.cache_clear()
+    file.write_text(tuned.tuned_document({"fold bf16": config.Config("tile")}))
+    tuned.read_tuned.cache_clear()
     assert select(cuda, torch.bfloat16).__name__.endswith("triton.ops")
     assert select(cuda, torch.float64).__name__.endswith("aten.ops")
     assert select(cpu, torch.float32).__name__.endswith("aten.ops")

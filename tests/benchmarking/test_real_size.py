@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from benchmarks import kernel_checks, real_size
 from benchmarks.kernel_checks import Check
 from effseg.common.isolation import Loss
-from effseg.kernels import config
+from effseg.kernels import config, heuristics
 from effseg.kernels.choose import answering
 from effseg.kernels.config import INTERPRETER, LOOPS, Config, Problem
 from effseg.tuning import autotune, trials
@@ -145,7 +145,7 @@ def test_what_was_tuned_is_run_but_not_aten(monkeypatch):
     with answering(lambda _: tuned):
         assert kernel_checks.configuration(FOLD) == tuned
     with answering(lambda _: Config(config.ATEN)):
-        assert kernel_checks.configuration(FOLD) == config.heuristic(FOLD)
+        assert kernel_checks.configuration(FOLD) == heuristics.heuristic(FOLD)
 
 
 # The command

@@ -5,8 +5,9 @@ import torch
 
 from effseg import cli
 from effseg.errors import InputError
-from effseg.kernels import config
-from effseg.kernels.config import ATEN, Config, Problem, key
+from effseg.kernels import tuned
+from effseg.kernels.config import ATEN, Config, Problem
+from effseg.kernels.tuned import key
 from effseg.tuning import autotune, search
 from effseg.tuning.problem_lists import Listed, write
 from effseg.tuning.trials import Trial
@@ -74,8 +75,8 @@ def test_bad_arguments_are_one_line(asked, monkeypatch, capsys, arguments, named
 def test_it_measures_tells_and_goes_on(asked, capsys):
     assert cli.main(["tune", "--volume", "64x48x32", "--dtype", "bf16", "--classes", "3"]) == 0
     assert asked == [("effseg-base", (64, 48, 32), ["bf16"], 3, "sm_90")]
-    path = config.cache_folder() / "nvidia-some-gpu.json"
-    assert set(config.parse_tuned(path.read_text())) == {key(PROBLEM), key(OTHER)}
+    path = tuned.cache_folder() / "nvidia-some-gpu.json"
+    assert set(tuned.parse_tuned(path.read_text())) == {key(PROBLEM), key(OTHER)}
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(f"{key(PROBLEM)}: 2.000 -> 2.000 ms (spread 0.000)  tile block_w=")
     assert out[-1] == f"2 measured, 0 known already, 0 left for another run: {path}"
@@ -86,7 +87,7 @@ def test_it_measures_tells_and_goes_on(asked, capsys):
 def test_ship_writes_beside_the_kernels(asked, tmp_path):
     assert cli.main(["tune", "--ship"]) == 0
     assert [p.name for p in (tmp_path / "shipped").iterdir()] == ["nvidia-some-gpu.json"]
-    assert not config.cache_folder().exists()
+    assert not tuned.cache_folder().exists()
 
 
 def test_what_is_dropped_is_listed_and_nothing_right_is_exit_code_1(asked, capsys, monkeypatch):
@@ -95,8 +96,8 @@ def test_what_is_dropped_is_listed_and_nothing_right_is_exit_code_1(asked, capsy
     out = capsys.readouterr().out
     assert f"{key(PROBLEM)}: no configuration is right\n" in out
     assert f"dropped: {key(OTHER)}: tap " in out
-    path = config.cache_folder() / "nvidia-some-gpu.json"
-    assert config.parse_tuned(path.read_text()) == {key(OTHER): Config(ATEN)}
+    path = tuned.cache_folder() / "nvidia-some-gpu.json"
+    assert tuned.parse_tuned(path.read_text()) == {key(OTHER): Config(ATEN)}
 
 
 def test_what_a_file_lists_is_not_listed_again(asked, tmp_path, capsys):

@@ -55,10 +55,11 @@ def test_what_is_left_is_named_with_the_reason():
     assert "conv3d in Conv3d(4, 4" in left["dilated"]
     assert "not of a kind that is taken over" in left["dilated"]
     assert "prelu" in left["activation"]
-    assert "not known" in left["activation"]
+    assert "not of a kind that is taken over" in left["activation"]
     assert "dropout3d" in left["drop"]
     assert "conv_transpose3d" in left["up"]
     assert "tanh" in left[""]
+    assert "not known" in left[""]
     taken = {module.name: module.taken for module in report.taken}
     assert taken == {"body.1": ("normalisation after convolution",)}
     text = str(report)

@@ -209,7 +209,7 @@ def test_our_baseline_is_one_of_them():
     ("change", "error", "message"),
     [
         ({"model": 3}, TypeError, "model: expected an nn.Module, got int"),
-        ({"memory": "stream"}, InputError, "memory: expected one of raw, block, auto, got 'stream'"),
+        ({"memory": "full"}, InputError, "memory: expected one of raw, block, stream, auto, got 'full'"),
         ({"memory_budget": "8GB"}, InputError, "memory_budget: expected None with memory='raw'"),
         (
             {"model": nn.Linear(3, 3)},
@@ -359,17 +359,19 @@ def test_a_running_training_goes_on():
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "memory"),
     [
-        "small",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain deep", "residual", "segresnet")),
+        ("small", "raw"),
+        ("small", "stream"),
+        *(pytest.param(name, "raw", marks=pytest.mark.slow) for name in ("plain deep", "residual")),
+        *(pytest.param("segresnet", memory, marks=pytest.mark.slow) for memory in ("raw", "stream")),
     ],
 )
-def test_with_kernels_in_the_interpreter(name, kernel_device):
+def test_with_kernels_in_the_interpreter(name, memory, kernel_device):
     """The Triton algorithm computes what ATen's does, in the size of its tests."""
     network, image = make(name, torch.float32)
     image = image[:1, :, :8, :4, :4].contiguous()
-    converted = effseg.convert(network.to(kernel_device))
+    converted = effseg.convert(network.to(kernel_device), memory=memory)
     labels = torch.randint(3, (1, 8, 4, 4), device=kernel_device)
     found = []
     for algorithm in ("triton", "aten"):

@@ -145,12 +145,12 @@ def test_accesses_have_widths(text, access):
 
 
 SPILLS = """
-from effseg.kernels import config
-config._elementwise = lambda *_: config.Config("tile", block_w=256, block_n=32, splits=1024, num_warps=1)
+from effseg.kernels import config, heuristics
+heuristics._elementwise = lambda *_: config.Config("tile", block_w=256, block_n=32, splits=1024, num_warps=1)
 """
 SPILLS_IN_CONVOLUTIONS = """
-from effseg.kernels import config
-config._conv = lambda *_: config.Config("slide", block_d=4, block_h=16, block_w=16, block_n=32)
+from effseg.kernels import config, heuristics
+heuristics._conv = lambda *_: config.Config("slide", block_d=4, block_h=16, block_w=16, block_n=32)
 """
 START = """
 import sys

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from effseg.kernels import config
-from effseg.kernels.choose import choose
-from effseg.kernels.config import ATEN, INTERPRETER, LOOPS, Config, Problem, uses_aten
+from effseg.kernels import config, heuristics, tuned
+from effseg.kernels.choose import choose, uses_aten
+from effseg.kernels.config import ATEN, INTERPRETER, LOOPS, Config, Problem
 
 CONVOLUTIONS = ("conv3d_fwd", "conv3d_dgrad", "conv3d_wgrad")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", INTERPRETER)
@@ -27,16 +27,16 @@ TUNED = Config("tap", block_d=2, block_h=8, block_w=16, block_n=32, block_k=32, 
 def folders(tmp_path, monkeypatch):
     """A user's cache and a folder of shipped files, both empty; nothing remembered of files read before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(config, "SHIPPED", tmp_path / "shipped")
-    config.read_tuned.cache_clear()
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
+    tuned.read_tuned.cache_clear()
     yield
-    config.read_tuned.cache_clear()
+    tuned.read_tuned.cache_clear()
 
 
 def write(folder: Path, entries: dict[str, Config], gpu: str = "some-gpu") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{gpu}.json"
-    path.write_text(config.tuned_document(entries))
+    path.write_text(tuned.tuned_document(entries))
     return path
 
 
@@ -61,7 +61,7 @@ def assert_valid(problem: Problem, chosen: Config) -> None:
     if uses_aten(chosen):
         assert problem.op == "conv3d_wgrad", problem
         return
-    depth, _ = config.contraction(problem)
+    depth, _ = heuristics.contraction(problem)
     cube = problem.kernel == (3, 3, 3) and problem.stride == (1, 1, 1)
     channels = (problem.in_channels, problem.out_channels)
     assert chosen.loop in LOOPS[problem.op], problem
@@ -139,7 +139,7 @@ def test_the_interpreter_runs_the_loops_that_gpus_run():
     ],
 )
 def test_unknown_architectures_are_taken_for_the_nearest_lower_known_one(architecture, known):
-    assert config.nearest_known(architecture) == known
+    assert heuristics.nearest_known(architecture) == known
     other, own = (dataclasses.replace(PROBLEM, architecture=a) for a in (known, architecture))
     assert choose(other) == choose(own)
 
@@ -148,7 +148,7 @@ def test_unknown_architectures_are_taken_for_the_nearest_lower_known_one(archite
     ("triton", "columns"), [({"triton": "3.7.1"}, 32), ({"triton": "3.10.0+git1"}, 64), ({}, 64)]
 )
 def test_accumulators_fit_the_tensor_memory_that_a_compiler_uses(triton, columns, monkeypatch):
-    monkeypatch.setattr(config, "compilers", lambda: triton)
+    monkeypatch.setattr(heuristics, "compilers", lambda: triton)
     problem = dataclasses.replace(PROBLEM, architecture="sm_100", out_channels=64)
     assert choose(problem).block_n == columns
     assert choose(dataclasses.replace(problem, architecture="sm_90")).block_n == 64
@@ -177,13 +177,13 @@ def test_unknown_problems_are_errors_that_name_them(change, named):
 def test_the_users_file_comes_before_the_shipped_one_and_that_before_heuristics():
     heuristic = choose(PROBLEM)
     assert heuristic != TUNED
-    name = config.key(PROBLEM)
+    name = tuned.key(PROBLEM)
     shipped = dataclasses.replace(TUNED, num_stages=2)
-    write(config.SHIPPED, {name: shipped})
-    config.read_tuned.cache_clear()
+    write(tuned.SHIPPED, {name: shipped})
+    tuned.read_tuned.cache_clear()
     assert choose(PROBLEM) == shipped
-    write(config.cache_folder(), {name: TUNED})
-    config.read_tuned.cache_clear()
+    write(tuned.cache_folder(), {name: TUNED})
+    tuned.read_tuned.cache_clear()
     assert choose(PROBLEM) == TUNED
     assert choose(dataclasses.replace(PROBLEM, gpu="another-gpu")) == heuristic
     assert choose(dataclasses.replace(PROBLEM, gpu="")) == heuristic
@@ -196,7 +196,7 @@ def test_the_cache_is_at_home_without_xdg(monkeypatch, tmp_path):
             monkeypatch.delenv("XDG_CACHE_HOME")
         else:
             monkeypatch.setenv("XDG_CACHE_HOME", unset)
-        assert config.cache_folder() == tmp_path / ".cache" / "effseg" / "tuned"
+        assert tuned.cache_folder() == tmp_path / ".cache" / "effseg" / "tuned"
 
 
 @pytest.mark.parametrize(
@@ -213,30 +213,30 @@ def test_the_cache_is_at_home_without_xdg(monkeypatch, tmp_path):
     ],
 )
 def test_entries_are_for_what_they_were_measured_on(change):
-    write(config.cache_folder(), {config.key(PROBLEM): TUNED})
+    write(tuned.cache_folder(), {tuned.key(PROBLEM): TUNED})
     other = dataclasses.replace(PROBLEM, **change)
     assert choose(PROBLEM) == TUNED
-    assert choose(other) == config.heuristic(other)
+    assert choose(other) == heuristics.heuristic(other)
 
 
 def test_sizes_share_an_entry_up_to_the_next_power_of_two():
-    write(config.cache_folder(), {config.key(PROBLEM): TUNED})
+    write(tuned.cache_folder(), {tuned.key(PROBLEM): TUNED})
     for size in [(64, 128, 129), (128, 128, 127), (8, 512, 512)]:
         assert choose(dataclasses.replace(PROBLEM, size=size)) == TUNED
     assert choose(dataclasses.replace(PROBLEM, size=(64, 128, 128))) != TUNED
 
 
 def test_an_entry_may_leave_a_problem_to_aten():
-    write(config.cache_folder(), {config.key(PROBLEM): Config(ATEN)})
+    write(tuned.cache_folder(), {tuned.key(PROBLEM): Config(ATEN)})
     assert uses_aten(choose(PROBLEM))
 
 
 def test_documents_are_read_back():
     entries = {
-        config.key(PROBLEM): TUNED,
-        config.key(dataclasses.replace(PROBLEM, dtype="fp16")): Config(ATEN),
+        tuned.key(PROBLEM): TUNED,
+        tuned.key(dataclasses.replace(PROBLEM, dtype="fp16")): Config(ATEN),
     }
-    assert config.parse_tuned(config.tuned_document(entries)) == entries
+    assert tuned.parse_tuned(tuned.tuned_document(entries)) == entries
 
 
 BAD = {
@@ -244,63 +244,64 @@ BAD = {
     "not a document": "[]",
     "no schema": json.dumps({"entries": {}}),
     "stale": json.dumps({"schema": 0, "entries": {}}),
-    "no entries": json.dumps({"schema": config.SCHEMA}),
-    "entries are a list": json.dumps({"schema": config.SCHEMA, "entries": []}),
-    "an entry without a loop": json.dumps({"schema": config.SCHEMA, "entries": {config.key(PROBLEM): {}}}),
+    "no entries": json.dumps({"schema": tuned.SCHEMA}),
+    "entries are a list": json.dumps({"schema": tuned.SCHEMA, "entries": []}),
+    "an entry without a loop": json.dumps({"schema": tuned.SCHEMA, "entries": {tuned.key(PROBLEM): {}}}),
     "an unknown field": json.dumps(
-        {"schema": config.SCHEMA, "entries": {config.key(PROBLEM): {"loop": "tap", "x": 1}}}
+        {"schema": tuned.SCHEMA, "entries": {tuned.key(PROBLEM): {"loop": "tap", "x": 1}}}
     ),
     "an unknown loop": json.dumps(
-        {"schema": config.SCHEMA, "entries": {config.key(PROBLEM): {"loop": "pair"}}}
+        {"schema": tuned.SCHEMA, "entries": {tuned.key(PROBLEM): {"loop": "pair"}}}
     ),
     "a text for a number": json.dumps(
-        {"schema": config.SCHEMA, "entries": {config.key(PROBLEM): {"loop": "tap", "block_h": "8"}}}
+        {"schema": tuned.SCHEMA, "entries": {tuned.key(PROBLEM): {"loop": "tap", "block_h": "8"}}}
     ),
 }
 
 
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD.keys())
 def test_bad_files_are_ignored_with_one_warning(text):
-    path = write(config.cache_folder(), {})
+    path = write(tuned.cache_folder(), {})
     path.write_text(text)
     with pytest.warns(UserWarning, match="some-gpu.json is ignored") as caught:
-        assert choose(PROBLEM) == config.heuristic(PROBLEM)
+        assert choose(PROBLEM) == heuristics.heuristic(PROBLEM)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose(PROBLEM) == config.heuristic(PROBLEM)
+        assert choose(PROBLEM) == heuristics.heuristic(PROBLEM)
 
 
 def test_a_bad_users_file_leaves_the_shipped_one():
-    write(config.SHIPPED, {config.key(PROBLEM): TUNED})
-    write(config.cache_folder(), {}).write_bytes(b"\xff\xfe")
+    write(tuned.SHIPPED, {tuned.key(PROBLEM): TUNED})
+    write(tuned.cache_folder(), {}).write_bytes(b"\xff\xfe")
     with pytest.warns(UserWarning, match="is ignored"):
         assert choose(PROBLEM) == TUNED
 
 
 def test_a_file_that_cannot_be_read_is_ignored():
-    (config.cache_folder() / "some-gpu.json").mkdir(parents=True)
+    (tuned.cache_folder() / "some-gpu.json").mkdir(parents=True)
     with pytest.warns(UserWarning, match="is ignored"):
-        assert choose(PROBLEM) == config.heuristic(PROBLEM)
+        assert choose(PROBLEM) == heuristics.heuristic(PROBLEM)
 
 
 def test_shipped_files_are_valid():
     for path in (Path(config.__file__).parent / "tuned").glob("*.json"):
-        assert config.parse_tuned(path.read_text())
+        assert tuned.parse_tuned(path.read_text())
 
 
 def test_gpu_names_become_file_names():
-    assert config.gpu_slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-    assert config.gpu_slug("NVIDIA GeForce RTX 4090 / D") == "nvidia-geforce-rtx-4090-d"
+    assert tuned.gpu_slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert tuned.gpu_slug("NVIDIA GeForce RTX 4090 / D") == "nvidia-geforce-rtx-4090-d"
 
 
 def test_it_is_pure_python():
     """Looking a configuration up must not need Triton, nor torch of its own."""
     code = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('config', {config.__file__!r})\n"
-        "module = sys.modules['config'] = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
+        "import sys, types\n"
+        "for name in ('effseg', 'effseg.kernels'):\n"
+        "    package = sys.modules[name] = types.ModuleType(name)\n"
+        f"    package.__path__ = [{str(Path(config.__file__).parent)!r}]\n"
+        "import effseg.kernels.heuristics, effseg.kernels.tuned\n"
         "assert not {'torch', 'triton', 'numpy'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

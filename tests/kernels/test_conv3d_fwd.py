@@ -29,8 +29,8 @@ from tolerances import assert_rounded, slack
 from effseg.expressions.slabs import Window
 from effseg.kernels import conv3d_host
 from effseg.kernels.config import INTERPRETER, Config
-from effseg.kernels.conv3d_epilogue import plane_base
 from effseg.kernels.conv3d_fwd import conv3d_forward
+from effseg.kernels.conv3d_loops import plane_base
 from effseg.kernels.launch import NormAct
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from effseg.kernels import config, device, launch
+from effseg.kernels import config, device, launch, tuned
 from effseg.kernels.choose import choose
 from effseg.kernels.config import Config
 
@@ -88,21 +88,21 @@ def problem_on(index: int) -> config.Problem:
 
 def test_configurations_are_those_of_the_gpu_of_a_tensor(gpus, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(config, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
     first, second = problem_on(0), problem_on(1)
     assert (first.architecture, first.gpu, first.multiprocessors) == ("sm_90", "nvidia-h200", 132)
     assert (second.architecture, second.gpu, second.multiprocessors) == (
         "sm_80", "nvidia-a100-sxm4-40gb", 108,
     )  # fmt: skip
     assert (choose(first).splits, choose(second).splits) == (4 * 132, 4 * 108)
-    tuned = Config("tile", block_w=32, block_n=16, splits=7)
-    path = config.cache_folder() / "nvidia-a100-sxm4-40gb.json"
+    fastest = Config("tile", block_w=32, block_n=16, splits=7)
+    path = tuned.cache_folder() / "nvidia-a100-sxm4-40gb.json"
     path.parent.mkdir(parents=True)
-    path.write_text(config.tuned_document({config.key(second): tuned}))
-    config.read_tuned.cache_clear()
-    assert choose(second) == tuned
+    path.write_text(tuned.tuned_document({tuned.key(second): fastest}))
+    tuned.read_tuned.cache_clear()
+    assert choose(second) == fastest
     assert choose(first).splits == 4 * 132
-    config.read_tuned.cache_clear()
+    tuned.read_tuned.cache_clear()
 
 
 def test_torch_is_asked_once_about_a_gpu_but_always_about_the_current_one(gpus, monkeypatch):

@@ -54,7 +54,9 @@ def test_the_log_names_memory_mode_and_saving(make_trainer, monkeypatch):
     monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
     trainer.on_train_start()
     (told,) = (line for line in log_of(trainer) if "effseg: " in line)
-    assert re.search(r"effseg: memory block: .* on 1x1x16x32x32: \d+ bytes per voxel less are kept", told)
+    assert re.search(
+        r"effseg: memory block: .* on 1x1x16x32x32: a step keeps \d+ of \d+ bytes per voxel", told
+    )
 
 
 def patches(channels=1):
@@ -72,9 +74,10 @@ def patches(channels=1):
     [
         ({"background": 0, "liver": 1, "spleen": 2}, 1, "raw"),
         ({"background": 0, "liver": 1, "ignore": 2}, 1, "block"),
+        ({"background": 0, "liver": 1, "ignore": 2}, 1, "stream"),
         (REGIONS, 2, "raw"),
     ],
-    ids=["labels", "ignore", "regions"],
+    ids=["labels", "ignore", "ignore, streamed", "regions"],
 )
 def test_a_step_is_nnunets(make_trainer, monkeypatch, labels, channels, memory):
     monkeypatch.setenv("EFFSEG_MEMORY", memory)

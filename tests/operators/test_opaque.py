@@ -75,14 +75,14 @@ def cases():
         ),
         "tail_sums": (
             *encode(
-                "aten", (True, *[False] * 3, *[True] * 6), PLAIN, Window((1, 3, 3)), 0.1, None, Merging(1e-5),
-                9, True,
+                "aten", (True, *[False] * 5, *[True] * 3, False, *[True] * 3), PLAIN, Window((1, 3, 3)), 0.1,
+                None, Merging(1e-5), None, 1, 9, True,
             ),
             [labels, weight, randn(3), randn(3), head, bias, x],
         ),
         "segment": (*encode("aten", (True,) * 6, raw, None), [head, bias, y, *terms]),
         "layer_statistics": (
-            *encode("aten", (True, True), PLAIN, WINDOW, None), [weight.detach(), x.detach()]
+            *encode("aten", (True, True), PLAIN, WINDOW, None, None, 1), [weight.detach(), x.detach()]
         ),
     }  # fmt: skip
 

@@ -87,6 +87,14 @@ def test_an_operator_that_cannot_be_split_is_named():
         in_ranks(2, own)
 
 
+def test_modes_that_cannot_be_split_are_refused():
+    def own(split):
+        converted(segresnet(), "stream")(torch.zeros(1, 1, 4, 4, 4))
+
+    with pytest.raises(InputError, match="memory: expected raw or block"):
+        in_ranks(2, own)
+
+
 def test_stored_logits_are_refused():
     def own(split):
         labels = torch.zeros(1, 4, 4, 4, dtype=torch.long)

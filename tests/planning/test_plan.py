@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effseg import cli, models
+from effseg import cli
 from effseg.errors import InputError
 from effseg.memory.largest import STEP, largest
 from effseg.memory.units import format_bytes, parse_bytes
+from effseg.models import registry
 from effseg.models.effsegnet import EffSegNet
 from effseg.planning import Request, planner
 
@@ -107,7 +108,7 @@ def small_network(small_preset, monkeypatch):
     """The command knows the small preset."""
     name = f"effseg-{small_preset}"
     monkeypatch.setattr("effseg.commands.plan.MODEL_NAMES", (name,))
-    monkeypatch.setitem(models._FACTORIES, name, lambda *sizes: EffSegNet(*sizes, preset=small_preset))
+    monkeypatch.setitem(registry._FACTORIES, name, lambda *sizes: EffSegNet(*sizes, preset=small_preset))
     return name
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import effseg
-from effseg.kernels import config
+from effseg.kernels import heuristics, tuned
 from effseg.kernels.choose import choose
-from effseg.kernels.config import ATEN, INTERPRETER, LOOPS, Config, Problem, key
+from effseg.kernels.config import ATEN, INTERPRETER, LOOPS, Config, Problem
+from effseg.kernels.tuned import key
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.levels import PRESETS, Architecture
 from effseg.tuning import autotune, search
@@ -21,23 +22,23 @@ from effseg.tuning.trials import Trial, cropped, trial
 
 GPU = "Some GPU"
 PROBLEM = Problem("conv3d_fwd", "sm_90", "bf16", 32, 32, (64, 64, 64), (3, 3, 3), gpu="some-gpu")
-FIRST = config.heuristic(PROBLEM)
-TAP = config.heuristic(PROBLEM, "tap")
+FIRST = heuristics.heuristic(PROBLEM)
+TAP = heuristics.heuristic(PROBLEM, "tap")
 
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
     """A user's cache and a folder of shipped files, both empty; nothing remembered of files read before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(config, "SHIPPED", tmp_path / "shipped")
-    config.read_tuned.cache_clear()
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
+    tuned.read_tuned.cache_clear()
     yield
-    config.read_tuned.cache_clear()
+    tuned.read_tuned.cache_clear()
 
 
 @pytest.fixture
 def path():
-    return config.cache_folder() / "some-gpu.json"
+    return tuned.cache_folder() / "some-gpu.json"
 
 
 def results(value: float = 1.0):
@@ -179,7 +180,7 @@ def test_classes_may_differ_where_two_are_alike():
 
 def test_a_problem_that_nothing_solves_leaves_no_entry(kernels, path):
     problem = Problem("fold", "sm_90", "bf16", 32, 32, (8, 8, 8))
-    kernels[config.heuristic(problem)] = ValueError("no")
+    kernels[heuristics.heuristic(problem)] = ValueError("no")
     outcome = tune([problem], machine(), path)
     assert outcome.searches[problem].measured == {}
     assert not path.exists()
@@ -200,7 +201,7 @@ def test_kernels_and_aten_agree_on_every_trial(op, dtype, kernel_device):
     torch.manual_seed(0)
     with torch.no_grad():
         run = trial(problem, kernel_device)
-        assert search.disagreement(run(config.heuristic(problem)), run(Config(ATEN)), dtype) == ""
+        assert search.disagreement(run(heuristics.heuristic(problem)), run(Config(ATEN)), dtype) == ""
 
 
 def test_large_problems_are_cut_to_fewer_rows():
@@ -222,7 +223,7 @@ def test_the_problems_of_a_network(memory, monkeypatch):
     monkeypatch.setitem(PRESETS, "small", Architecture((16, 32), (1, 1)))
     monkeypatch.setattr(autotune, "build_model", lambda name, *sizes: EffSegNet(*sizes, preset="small"))
     needed = autotune.problems("effseg-small", (16, 16, 16), ["bf16"], 3, "sm_90")
-    assert {p.op for p in needed} == set(LOOPS) - {"channel_sums"}
+    assert {p.op for p in needed} == set(LOOPS)
     assert len({key(p) for p in needed}) == len(needed)
     assert {p.architecture for p in needed} == {"sm_90"}
     assert not any(p.op == "conv3d_dgrad" and p.in_channels == 1 for p in needed)
@@ -245,7 +246,7 @@ def test_what_is_measured_is_chosen(path):
     assert outcome.file.entries == {key(PROBLEM): best}
     document = json.loads(path.read_text())
     assert document["gpu"] == GPU
-    assert document["versions"] == config.compilers()
+    assert document["versions"] == tuned.compilers()
     notes = document["entries"][key(PROBLEM)]["measured"]
     assert (notes["median"], notes["spread"], notes["heuristic"], notes["aten"]) == (1.0, 0.0, 2.0, 2.0)
     assert notes["versions"]["effseg"] == effseg.__version__
@@ -259,7 +260,7 @@ def test_the_users_measurements_come_before_shipped_ones_and_those_before_heuris
     tune(
         [PROBLEM],
         machine(lambda c: 1.0 if c == shipped else 1.5 if c == TAP else 2.0),
-        config.SHIPPED / path.name,
+        tuned.SHIPPED / path.name,
     )
     assert choose(PROBLEM) == shipped
     tune([PROBLEM], machine(lambda c: 1.0 if c == TAP else 2.0), path)
@@ -348,7 +349,7 @@ def test_a_stale_file_is_ignored_with_one_warning_and_measured_anew(path, change
     document = json.loads(path.read_text())
     change(document)
     path.write_text(json.dumps(document))
-    config.read_tuned.cache_clear()
+    tuned.read_tuned.cache_clear()
     with pytest.warns(UserWarning, match="some-gpu.json is ignored") as caught:
         assert choose(PROBLEM) == choose(PROBLEM) == FIRST
     assert len(caught) == 1
@@ -361,9 +362,9 @@ def test_a_stale_file_is_ignored_with_one_warning_and_measured_anew(path, change
 @pytest.mark.usefixtures("kernels")
 def test_another_patch_release_reads_the_file_and_measures_again(path, monkeypatch):
     tune([PROBLEM], machine(lambda c: 1.0 if c == TAP else 2.0), path)
-    patch = {name: ".".join([*v.split(".")[:2], "99"]) for name, v in config.compilers().items()}
-    monkeypatch.setattr(config, "compilers", lambda: patch)
-    config.read_tuned.cache_clear()
+    patch = {name: ".".join([*v.split(".")[:2], "99"]) for name, v in tuned.compilers().items()}
+    monkeypatch.setattr(tuned, "compilers", lambda: patch)
+    tuned.read_tuned.cache_clear()
     assert choose(PROBLEM) == TAP
     assert list(tune([PROBLEM], machine(), path).searches) == [PROBLEM]
 
@@ -400,11 +401,11 @@ def test_a_tiny_problem_in_the_interpreter(path, kernel_device):
         Problem("conv3d_fwd", INTERPRETER, "fp32", 16, 16, (2, 4, 8), (1, 3, 3), prologue=True),
         Problem("norm_act_backward", INTERPRETER, "fp32", 8, 8, (2, 4, 8)),
     ]
-    wanted = dataclasses.replace(config.heuristic(problems[0]), block_w=16)
+    wanted = dataclasses.replace(heuristics.heuristic(problems[0]), block_w=16)
     made_up = timer(lambda c: 0.5 if c in (wanted, Config("tile", 0, 0, 16, 8, 0, 4)) else 1.0)
     outcome = tune(problems, Machine(GPU, INTERPRETER, kernel_device, made_up), path, most=4)
     assert [found.dropped for found in outcome.searches.values()] == [{}, {}]
-    assert config.parse_tuned(path.read_text())[key(problems[0])] == wanted
+    assert tuned.parse_tuned(path.read_text())[key(problems[0])] == wanted
     assert all(len(found.measured) <= 4 for found in outcome.searches.values())
 
 
@@ -428,4 +429,4 @@ def test_only_the_command_measures():
         or "autotune import" in path.read_text(encoding="utf-8")
     }
     # The benchmarks ask which problems there are.
-    assert users == {"kernel_checks.py", "operators.py", "tune.py"}
+    assert users == {"operators.py", "tune.py"}

@@ -11,7 +11,8 @@ from benchmarks import problems
 from effseg.benchmarking.registry import workloads
 from effseg.benchmarking.suites import OPERATORS
 from effseg.errors import InputError
-from effseg.kernels.config import Problem, key
+from effseg.kernels.config import Problem
+from effseg.kernels.tuned import key
 from effseg.tuning import autotune
 from effseg.tuning.problem_lists import Listed, asked, read, write
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from effseg.expressions.slabs import Window
-from effseg.kernels.choose import choose
-from effseg.kernels.config import Config, uses_aten
+from effseg.kernels.choose import choose, uses_aten
+from effseg.kernels.config import Config
 from effseg.kernels.launch import problem
 
 

@@ -85,46 +85,31 @@ class Fused:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         low = weight.to(spec.dtype)
         x, terms = _operands(spec, tensors)
+        given = _Given(spec, x, terms, window, y, through_statistics, grad_y)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         in_place = memory is not None and alike(memory, x) and x.dtype == spec.dtype and any(needed)
         grad_x = memory if in_place else empty(spec.shape, spec.dtype, x.device) if any(needed) else None
         above: Tensor | None = None  # rows of the gradient of y that are read again, but overwritten
         sums = torch.zeros(2, *spec.shape[:2], dtype=torch.float64, device=x.device)
         for sample, lo, hi, _ in slabs(y.shape[0], y.shape[2], thickness):
-            one = slice(sample, sample + 1)
-            slab = _Slab.of(window, lo, hi, spec.shape[2], y.shape[2])
-            own_terms = None if terms is None else _of_sample(terms, one)
-            if grad_weight is None:
-                g = _gradient(spec, y, through_statistics, grad_y, one, slab, above, in_place)
-            elif through_statistics is not None and grad_y is not None and hi - lo == y.shape[2]:
-                # One slab: a small volume, where launches cost more than arithmetic.
-                out = empty(y[one].shape, spec.dtype, y.device)
-                mean, scale, shift = (t[one] for t in through_statistics)
-                fold = Fold(y[one], mean, scale, shift, out)
-                grad_weight += conv3d_wgrad(
-                    x[one], grad_y[one].to(spec.dtype), window=window, front=window.padding[0],
-                    prologue=own_terms, fold=fold,
-                )  # fmt: skip
-                g = out
-            else:
-                g = _gradient(spec, y, through_statistics, grad_y, one, slab, above, in_place)
-                first, last, pad = window.input_rows(lo, hi, spec.shape[2])
-                own = g[:, :, lo - slab.first_gradient : hi - slab.first_gradient]
-                grad_weight += conv3d_wgrad(
-                    x[one, :, first:last], own, window=window, front=pad[0], prologue=own_terms
-                )
+            slab = _Slab.of(sample, window, lo, hi, spec.shape[2], y.shape[2])
+            g, share = _gradient(given, slab, above, in_place, need_weight)
+            if grad_weight is not None and share is not None:
+                grad_weight += share
+            del share
             if in_place:
-                following = _Slab.of(window, hi, y.shape[2], spec.shape[2], y.shape[2]).first_gradient
-                kept = slice(following - slab.first_gradient, hi - slab.first_gradient)
+                following = _Slab.of(sample, window, hi, y.shape[2], spec.shape[2], y.shape[2])
+                kept = slice(following.first_gradient - slab.first_gradient, hi - slab.first_gradient)
                 above = g[:, :, kept].clone() if hi < y.shape[2] else None
             if grad_x is not None:
-                rows = (one, slice(None), slice(slab.first, slab.last))
+                rows = (slab.sample, slice(None), slice(slab.first, slab.last))
+                own_terms = given.terms_of(slab)
                 found = conv3d_dgrad(
                     g, low, grad_x[rows], window=window, front=slab.front,
                     epilogue=None if own_terms is None else (x[rows], own_terms),
                 )  # fmt: skip
                 if found is not None:
-                    sums[:, one] += torch.stack(found)
+                    sums[:, slab.sample] += torch.stack(found)
             del g
         if grad_x is None:
             return grad_weight, [None] * len(tensors)
@@ -132,9 +117,13 @@ class Fused:
 
 
 class _Slab(NamedTuple):
-    """The input rows [first, last) that are those of output rows [lo, hi) alone; the output rows
-    [first_gradient, last_gradient), lo and hi inside, whose gradients reach them; `front` between the two."""
+    """Output rows [lo, hi) of a sample, and the input rows [first, last) that are theirs alone; the output
+    rows [first_gradient, last_gradient), lo and hi inside, whose gradients reach those; `front` between the
+    two."""
 
+    sample: slice
+    lo: int
+    hi: int
     first: int
     last: int
     first_gradient: int
@@ -142,13 +131,77 @@ class _Slab(NamedTuple):
     front: int
 
     @classmethod
-    def of(cls, window: Window, lo: int, hi: int, rows: int, output_rows: int) -> _Slab:
+    def of(cls, sample: int, window: Window, lo: int, hi: int, rows: int, output_rows: int) -> _Slab:
         stride, kernel, front = window.stride[0], window.kernel[0], window.padding[0]
         first, last = stride * lo, rows if hi == output_rows else stride * hi
         by_last_tap = -((kernel - 1 - front - first) // stride)  # rounded up
         begin = max(min(by_last_tap, lo), 0)
         end = min(max((last - 1 + front) // stride + 1, hi), output_rows)
-        return cls(first, last, begin, end, front + first - stride * begin)
+        return cls(slice(sample, sample + 1), lo, hi, first, last, begin, end, front + first - stride * begin)
+
+
+class _Given(NamedTuple):
+    """What the forward pass read and wrote, and the gradient of what it wrote."""
+
+    spec: Spec
+    x: Tensor
+    terms: NormAct | None
+    window: Window
+    y: Tensor
+    through_statistics: StatisticsGradient | None
+    grad_y: Tensor | None
+
+    def terms_of(self, slab: _Slab) -> NormAct | None:
+        if self.terms is None:
+            return None
+        mean, scale, beta = (term[slab.sample] for term in self.terms[:3])
+        return NormAct(mean, scale, beta, self.terms.slope)
+
+
+def _gradient(
+    given: _Given, slab: _Slab, above: Tensor | None, copied: bool, need_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The whole gradient of the slab's rows of y, in the type of the products, and its share of the weight's.
+
+    above: its first rows, where they are no longer to be read; copied: not as a part of grad_y.
+    """
+    if not need_weight:
+        return _made(given, slab, above, copied), None
+    x, terms, window = given.x[slab.sample], given.terms_of(slab), given.window
+    through, direct = given.through_statistics, given.grad_y
+    if through is not None and direct is not None and slab.hi - slab.lo == given.y.shape[2]:
+        # One slab: a small volume, where launches cost more than arithmetic. wgrad makes it as it reads it.
+        y, grad = given.y[slab.sample], direct[slab.sample].to(given.spec.dtype)
+        g = empty(y.shape, given.spec.dtype, y.device)
+        mean, scale, shift = (term[slab.sample] for term in through)
+        fold, front = Fold(y, mean, scale, shift, g), window.padding[0]
+        return g, conv3d_wgrad(x, grad, window=window, front=front, prologue=terms, fold=fold)
+    g = _made(given, slab, above, copied)
+    first, last, pad = window.input_rows(slab.lo, slab.hi, given.spec.shape[2])
+    own = g[:, :, slab.lo - slab.first_gradient : slab.hi - slab.first_gradient]
+    return g, conv3d_wgrad(x[:, :, first:last], own, window=window, front=pad[0], prologue=terms)
+
+
+def _made(given: _Given, slab: _Slab, above: Tensor | None, copied: bool) -> Tensor:
+    """The gradient of the slab's rows of y by a pass of its own, or grad_y's rows where that is all."""
+    known = 0 if above is None else above.shape[2]
+    rows = (slab.sample, slice(None), slice(slab.first_gradient + known, slab.last_gradient))
+    direct = None if given.grad_y is None else given.grad_y[rows].to(given.spec.dtype)
+    through = given.through_statistics
+    if through is None and not copied:
+        assert direct is not None
+        return direct
+    part = given.y[rows]
+    out = empty((*part.shape[:2], known + part.shape[2], *part.shape[3:]), part.dtype, part.device)
+    if above is not None:
+        out[:, :, :known] = above
+    if through is None:
+        assert direct is not None
+        out[:, :, known:] = direct
+    else:
+        mean, scale, shift = (term[slab.sample] for term in through)
+        fold_kernel(direct, part, mean, scale, shift, out[:, :, known:])
+    return out
 
 
 def _operands(spec: Spec, tensors: Sequence[Tensor]) -> tuple[Tensor, NormAct | None]:
@@ -156,41 +209,6 @@ def _operands(spec: Spec, tensors: Sequence[Tensor]) -> tuple[Tensor, NormAct | 
         y, mean, scale, beta = tensors
         return y, NormAct(mean, scale, beta, spec.slope)
     return tensors[0], None
-
-
-def _of_sample(terms: NormAct, one: slice) -> NormAct:
-    return NormAct(terms.mean[one], terms.scale[one], terms.beta[one], terms.slope)
-
-
-def _gradient(
-    spec: Spec,
-    y: Tensor,
-    through_statistics: StatisticsGradient | None,
-    grad_y: Tensor | None,
-    one: slice,
-    slab: _Slab,
-    above: Tensor | None,
-    copied: bool,
-) -> Tensor:
-    """The whole gradient of the slab's rows of y, in the type of the products. above: its first rows, where
-    they are no longer to be read; copied: not as a part of grad_y."""
-    known = 0 if above is None else above.shape[2]
-    rows = (one, slice(None), slice(slab.first_gradient + known, slab.last_gradient))
-    direct = None if grad_y is None else grad_y[rows].to(spec.dtype)
-    if through_statistics is None and not copied:
-        assert direct is not None
-        return direct
-    part = y[rows]
-    out = empty((*part.shape[:2], known + part.shape[2], *part.shape[3:]), part.dtype, part.device)
-    if above is not None:
-        out[:, :, :known] = above
-    if through_statistics is None:
-        assert direct is not None
-        out[:, :, known:] = direct
-    else:
-        mean, scale, shift = (t[one] for t in through_statistics)
-        fold_kernel(direct, part, mean, scale, shift, out[:, :, known:])
-    return out
 
 
 def _gradients(

@@ -4,6 +4,6 @@ Each rule has its function's own arguments and returns NotImplemented where it d
 function gets ordinary tensors. Importing this package is what makes lazy tensors follow them.
 """
 
-from effseg.conversion.rules import activation, convolution, joining, loss, neutral, normalisation, resampling
+from effseg.conversion.rules import activation, convolution, joining, neutral, normalisation, resampling
 
-__all__ = ["activation", "convolution", "joining", "loss", "neutral", "normalisation", "resampling"]
+__all__ = ["activation", "convolution", "joining", "neutral", "normalisation", "resampling"]

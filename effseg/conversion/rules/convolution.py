@@ -11,6 +11,7 @@ from torch import Tensor
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.rules.registry import Triple, rule, triple
+from effseg.conversion.streamed import Layer, Logits, note_head
 from effseg.conversion.values import Convolution
 from effseg.expressions.joins import transposed_conv
 from effseg.expressions.slabs import Window
@@ -34,8 +35,18 @@ def conv3d(
     if not all(k % 2 for k in kernel) or (padding != "same" and _pads(padding) != same):
         return NotImplemented
     watch.took("convolution")
-    x = input.deferred(compute_dtype(weight.device, weight))
-    return LazyTensor(Convolution(x, weight, bias, Window(kernel, triple(stride))))
+    window = Window(kernel, triple(stride))
+    value = input.value
+    if isinstance(value, Layer) and window == Window((1, 1, 1)) and _type(weight) == value.dtype:
+        note_head(value)
+        input.taken()
+        return LazyTensor(Logits(value, weight, bias))
+    x = input.deferred(_type(weight))
+    return LazyTensor(Convolution(x, weight, bias, window))
+
+
+def _type(weight: Tensor) -> torch.dtype:
+    return compute_dtype(weight.device, weight)
 
 
 def _pads(padding: Any) -> Triple:
@@ -59,6 +70,6 @@ def conv_transpose3d(
         return NotImplemented
     if triple(stride) != triple(weight.shape[2:]):
         return NotImplemented
-    found = transposed_conv(input.deferred(compute_dtype(weight.device, weight)), weight, bias)
+    found = transposed_conv(input.deferred(_type(weight)), weight, bias)
     watch.took("transposed convolution")
     return LazyTensor(found)

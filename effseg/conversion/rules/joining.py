@@ -11,10 +11,11 @@ from torch import Tensor
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.outputs import convolve
-from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule
+from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule, unfinished
+from effseg.conversion.streamed import Summed, is_last
 from effseg.conversion.values import Convolution, Value, stored_as
-from effseg.expressions.base import Deferred, Normalisation
-from effseg.expressions.joins import Shared, concatenation
+from effseg.expressions.base import Deferred, Normalisation, Spec
+from effseg.expressions.joins import Sum, added, concatenation
 from effseg.expressions.layers import Raw, Residual, UpAdd, plain, residual, upsample_add
 
 
@@ -35,20 +36,26 @@ def add_(input: Any, other: Any, *, alpha: Any = 1) -> Any:
 
 def _sum(first: Any, second: Any, alpha: Any, inplace: bool) -> Any:
     both = isinstance(first, LazyTensor) and isinstance(second, LazyTensor)
-    if not both or alpha != 1 or first.shape != second.shape or first.dtype != second.dtype:
+    if not both or alpha != 1 or first.shape != second.shape:
         return NotImplemented
-    if not may_change(first, inplace):
+    if not may_change(first, inplace) or (inplace and first.dtype != second.dtype):
         return NotImplemented
     for one, other in ((first, second), (second, first)):
-        found = _added(one.value, other)
+        found = _added(unfinished(one), other) if first.dtype == second.dtype else None
         if found is not None:
             one.taken()
             return result(first, found, inplace)
-    return NotImplemented
+    if not any(isinstance(each.value, Deferred) for each in (first, second)):
+        return NotImplemented
+    watch.took("sum")
+    return result(first, added(flat(first, first.dtype), flat(second, second.dtype)), inplace)
 
 
 def _added(value: Value, other: LazyTensor) -> Value | None:
     """value + other, where `value` can carry a sum."""
+    if isinstance(value, Convolution) and is_last(value.weight, value.window):
+        watch.took("sum")
+        return Summed(*value, other.deferred(value.dtype))
     if isinstance(value, Convolution):
         y, _, _ = convolve(value.x, value.weight, value.bias, value.window, statistics=False)
         watch.took("sum")
@@ -74,11 +81,17 @@ MOST_NESTED = 3
 
 def flat(x: LazyTensor, dtype: torch.dtype) -> Deferred:
     """A deferred expression, stored where it is a sum of sums: every use makes all of them."""
-    found, depth = x.deferred(dtype), 0
-    spec = found.spec
-    while isinstance(spec, (Residual, Shared)):
-        spec, depth = spec.inner, depth + isinstance(spec, Residual)
-    return plain(x.stored(), dtype, found.shape[2]) if depth >= MOST_NESTED else found
+    found = x.deferred(dtype)
+    return plain(x.stored(), dtype, found.shape[2]) if _nested(found.spec) >= MOST_NESTED else found
+
+
+def _nested(spec: Spec) -> int:
+    """How many sums are inside of each other."""
+    inside = [
+        part for value in vars(spec).values() for part in (value if isinstance(value, tuple) else (value,))
+    ]
+    deepest = max((_nested(part) for part in inside if isinstance(part, Spec)), default=0)
+    return deepest + isinstance(spec, (Residual, Sum))
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
@@ -86,8 +99,7 @@ def cat(tensors: Sequence[Any], dim: int = 0, *, out: None = None) -> Any:
     shapes = {(t.shape[0], *t.shape[2:]) for t in tensors if t.dim() == 5}
     if dim not in (1, -4) or out is not None or len(shapes) != 1:
         return NotImplemented
-    dtypes = {t.dtype for t in tensors}
-    if not all(isinstance(t, LazyTensor) for t in tensors) or len(dtypes) != 1:
+    if not all(isinstance(t, LazyTensor) for t in tensors):
         return NotImplemented
     if any(t.memory_is_seen for t in tensors):
         return NotImplemented  # it may be changed, which a copy does not mind

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,13 @@ from effseg import operators
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
-from effseg.conversion.rules.registry import IDENTITY, rule
-from effseg.conversion.values import Convolution, stored_as
+from effseg.conversion.rules.registry import IDENTITY, rule, unfinished
+from effseg.conversion.streamed import Layer, Summed, is_last, makes_again
+from effseg.conversion.values import Convolution, Value, stored_as
 from effseg.expressions.base import Deferred, Normalisation
-from effseg.expressions.layers import raw
-from effseg.operators.normalisation import Merging, terms, update_running
+from effseg.expressions.layers import UpAdd, convolved, plain, raw
+from effseg.expressions.normed import normed
+from effseg.operators.normalisation import Merging, layer_terms, moving_alone, update_running
 
 
 @rule(torch.instance_norm, F.instance_norm)
@@ -80,39 +83,87 @@ def _normalised(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Any:
-    """The raw output of a convolution, stored, or any other tensor, stored; normalised where it is used.
+    """The raw output of a convolution, stored, or any other tensor, stored; normalised where it is used. In
+    `stream` less is stored: see `effseg.conversion.streamed`.
 
     A convolution's bias moves y by as much as the mean, and is left to the three numbers per channel.
     """
     if not isinstance(input, LazyTensor) or (uses_running and running is None):
         return NotImplemented
-    value, offset = input.value, None
-    if isinstance(value, Convolution):
-        offset = value.bias
-        with input.surroundings():
-            y, mean, var = convolve(value.x, value.weight, None, value.window, statistics=True)
-            assert mean is not None
-            assert var is not None
-            rows = input.shape[2]
-            # Should something else read it.
-            input.settle(stored_as(y, rows) if offset is None else _shifted(y, offset, mean, rows))
-        watch.took("normalisation after convolution")
-    else:
-        y = input.stored()
-        mean, var = operators.statistics(y, rows=value.shape[2])
-        watch.took("normalisation")
-    moved = mean if offset is None else mean + offset.to(mean.dtype)
+    value = unfinished(input)
+    found = _measured(input, value)
+    moved = found.mean if found.offset is None else found.mean + found.offset.to(found.mean.dtype)
     if running is not None and not uses_running:
-        update_running(running, moved, var, math.prod(value.shape[2:]), momentum, how.samples)
-    norm = terms(how, running if uses_running else None, moved, var, weight, bias)
-    if offset is not None:
-        norm = norm._replace(mean=norm.mean - offset.to(mean.dtype))
-    if y.dtype != torch.float64:
-        norm = Normalisation(*(t.float() for t in norm))
-    return LazyTensor(raw(y, norm, IDENTITY, value.shape[2]))
+        update_running(running, moved, found.var, prod(input.shape[2:]), momentum, how.samples)
+    used = running if uses_running else None
+    if found.normalised is None:
+        assert isinstance(value, Convolution | Summed)
+        return LazyTensor(_last(value, how, used, weight, bias, found))
+    norm = layer_terms(how, used, found.mean, found.var, weight, bias, found.offset)
+    return LazyTensor(found.normalised(norm))
 
 
-def _shifted(y: Tensor, bias: Tensor, like: Tensor, rows: int) -> Deferred:
-    """y + bias, not stored; rows: of the whole volume."""
-    zero = torch.zeros_like(like)
-    return raw(y, Normalisation(zero - bias.to(like.dtype), zero + 1, zero), IDENTITY, rows)
+class _Measured(NamedTuple):
+    """What is to be normalised: its mean and variance but for a convolution's bias, and how it is; None where
+    the loss does that."""
+
+    mean: Tensor
+    var: Tensor
+    offset: Tensor | None
+    normalised: Callable[[Normalisation], Deferred] | None
+
+
+def _measured(input: LazyTensor, value: Value) -> _Measured:
+    if isinstance(value, Convolution | Summed):
+        watch.took("normalisation after convolution")
+        with input.surroundings():
+            if input.records and is_last(value.weight, value.window):
+                input.taken()
+                addend = value.addend if isinstance(value, Summed) else None
+                mean, var = operators.layer_statistics(value.x, value.weight, value.window, addend=addend)
+                return _Measured(mean, var, value.bias, None)
+            if isinstance(value, Convolution):
+                return _of_convolution(input, value)
+    watch.took("normalisation")
+    if isinstance(value, Deferred) and isinstance(value.spec, UpAdd) and makes_again():
+        x = input.deferred(value.dtype)
+        return _Measured(*operators.statistics(x), None, lambda norm: normed(x, norm, IDENTITY))
+    y, rows = input.stored(), value.shape[2]
+    x = plain(y, rows=rows)
+    return _Measured(*operators.statistics(x), None, lambda norm: raw(y, norm, IDENTITY, rows))
+
+
+def _of_convolution(input: LazyTensor, value: Convolution) -> _Measured:
+    x, weight, offset, window = value
+    if value.reads_image:
+        input.taken()
+        mean, var = operators.stem_statistics(x, weight, window)
+        input.settle(value.deferred())
+        return _Measured(mean, var, offset, lambda norm: convolved(x, weight, window, norm, IDENTITY))
+    y, found, spread = convolve(x, weight, None, window, statistics=True)
+    assert found is not None
+    assert spread is not None
+    rows = value.shape[2]
+    # For other readers.
+    input.settle(
+        stored_as(y, rows) if offset is None else raw(y, moving_alone(offset, found), IDENTITY, rows)
+    )
+    return _Measured(found, spread, offset, lambda norm: raw(y, norm, IDENTITY, rows))
+
+
+def _last(
+    value: Convolution | Summed,
+    how: Merging,
+    running: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    found: _Measured,
+) -> Layer:
+    addend = value.addend if isinstance(value, Summed) else None
+    as_now = None if running is None else (running[0].clone(), running[1].clone())
+    return Layer(
+        operators.Tail(
+            value.x, value.weight, value.window, IDENTITY, how, as_now, weight, bias, found.offset, addend,
+            (found.mean, found.var),
+        )
+    )  # fmt: skip

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from effseg.conversion.lazy import LazyTensor
-from effseg.conversion.values import Value
+from effseg.conversion.streamed import Logits
+from effseg.conversion.values import Convolution, Value
+from effseg.expressions.slabs import Window
 
 Triple = tuple[int, int, int]
 IDENTITY = 1.0
@@ -27,6 +29,17 @@ def result(input: Tensor, value: Value, inplace: bool) -> LazyTensor:
     """What an operator gives, in place or not."""
     assert isinstance(input, LazyTensor)
     return input.become(value) if inplace else LazyTensor(value)
+
+
+def unfinished(input: LazyTensor) -> Value:
+    """Its value, for a rule that goes on from a convolution: then that was no head."""
+    value = input.value
+    if isinstance(value, Logits):
+        with input.surroundings():
+            x = value.layer.deferred()
+        value = Convolution(x, value.weight, value.bias, Window((1, 1, 1)))
+        input.settle(value)
+    return value
 
 
 def may_change(input: Tensor, inplace: bool) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effseg.conversion import watch
 from effseg.conversion.lazy import LazyTensor
-from effseg.conversion.rules.registry import rule, triple
+from effseg.conversion.rules.registry import rule, triple, unfinished
 from effseg.conversion.values import Convolution
 from effseg.expressions.joins import pooling
 from effseg.expressions.layers import upsample_add
@@ -69,7 +69,7 @@ def interpolate(
     antialias: bool = False,
 ) -> Any:
     """Trilinear x2 of a 1x1x1 convolution, which commutes with it."""
-    value = input.value if isinstance(input, LazyTensor) else None
+    value = unfinished(input) if isinstance(input, LazyTensor) else None
     doubles = size is None and scale_factor is not None and set(triple(scale_factor)) == {2}
     if not isinstance(value, Convolution) or not value.is_head or not doubles:
         return NotImplemented
