@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from effseg.common.arguments import EXIT_BAD_INPUT, Parser
-from effseg.errors import InputError, InputWarning
+from effseg.errors import InputError, InputWarning, LostProcess
 from effseg.version import __version__
 
 # The overview's lines stand here and not in the commands' files, so that `effseg --help` imports none.
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as in `effseg plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (InputError, OSError) as error:
+    except (InputError, LostProcess, OSError) as error:
         print(f"effseg: error: {_one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:

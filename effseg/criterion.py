@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from effseg.common.settings import Function
 from effseg.errors import InputError
 from effseg.losses import LossOptions, dice_cross_entropy
+from effseg.parallel.halo import picked
+from effseg.parallel.partition import current, own_shape
 
 Labels = Tensor | Sequence[Tensor]
 
@@ -44,7 +46,7 @@ class SegmentationLoss(nn.Module):
         if not given or len(wanted) != len(given):
             raise InputError(f"labels: expected one for each of {len(given)} outputs, got {len(wanted)}")
         losses = [
-            weight * dice_cross_entropy(logits, nearest(own, logits), **self._options())
+            weight * dice_cross_entropy(logits, nearest(own, logits, given[0].shape[2]), **self._options())
             if weight
             else Unused.apply(logits)
             for weight, logits, own in zip(self._weights(len(given)), given, wanted, strict=True)
@@ -94,17 +96,30 @@ def _listed(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(outputs.unbind(1)) if outputs.dim() == 6 else [outputs]
 
 
-def nearest(labels: Tensor, logits: Tensor) -> Tensor:
+def nearest(labels: Tensor, logits: Tensor, rows: int = 0) -> Tensor:
     """Labels (N, D, H, W), integer, on the grid of the logits: those of the voxels nearest to its centres
-    (torch's "nearest-exact")."""
+    (torch's "nearest-exact"). rows: of the labels of a whole volume that processes share."""
     if labels.dim() == 5 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.is_floating_point():
         labels = labels.to(torch.int16)
     if labels.dim() != 4:
         raise InputError(f"labels: expected (N, D, H, W) or (N, 1, D, H, W), got {tuple(labels.shape)}")
-    for dim, size in enumerate(logits.shape[2:], start=1):
+    first = 1
+    if current() is not None:
+        if own_shape((rows, 1, 1))[0] != labels.shape[1]:
+            raise InputError(f"labels: expected this process's part of {rows} rows, got {labels.shape[1]}")
+        labels, first = _own_nearest(labels, logits.shape[2], rows), 2
+    for dim, size in enumerate(logits.shape[1 + first :], start=first):
         if labels.shape[dim] != size:
             centres = (torch.arange(size, device=labels.device) + 0.5) * (labels.shape[dim] / size)
             labels = labels.index_select(dim, centres.long())
     return labels
+
+
+def _own_nearest(labels: Tensor, size: int, rows: int) -> Tensor:
+    """Along the first axis, which processes share."""
+    if size == rows:
+        return labels
+    centres = (torch.arange(size) + 0.5) * (rows / size)
+    return picked(centres.long().tolist(), labels, rows)

@@ -19,3 +19,7 @@ class InputWarning(UserWarning):
     The message is one line and names what was looked at, what was found and what was made of it. The command
     line prints it on stderr and goes on.
     """
+
+
+class LostProcess(RuntimeError):
+    """Raised in what is left of a group of processes that has lost one."""

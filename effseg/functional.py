@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from effseg import operators
 from effseg.algorithms.interface import Sums
 from effseg.expressions.base import Deferred, Normalisation
-from effseg.expressions.layers import convolved, plain, raw, residual, upsample_add
+from effseg.expressions.layers import Plain, convolved, plain, raw, residual, upsample_add
 from effseg.losses import LossOptions
 from effseg.operators import checks
 from effseg.operators.checks import convolution_window
@@ -108,7 +108,7 @@ def materialise(x: Deferred, *, slab_elements: int | None = None) -> Tensor:
 
 
 def stem_statistics(
-    image: Tensor,
+    image: Tensor | Deferred,
     weight: Tensor,
     stride: int | Sequence[int] = 1,
     *,
@@ -119,19 +119,24 @@ def stem_statistics(
 
     Differentiable in the weight without another sweep: the gradient is linear in sums that the forward
     sweep collects ((C + 1) * Ci * taps float64 numbers a sample). The image gets no gradient.
-    image: (N, Ci, D, H, W) of any float type or int16; weight (C, Ci, kd, kh, kw) with odd kernels; dtype:
-    the compute type, by default `compute_dtype`. The statistics are those of y rounded to it, in float32
-    (float64 for float64). Raises `ValueError` where shapes do not fit or the image requires a gradient.
+    image: (N, Ci, D, H, W) of any float type or int16, or `plain` of one; weight (C, Ci, kd, kh, kw) with odd
+    kernels; dtype: the compute type, by default `compute_dtype`. The statistics are those of y rounded to
+    it, in float32 (float64 for float64). Raises `ValueError` where shapes do not fit or the image requires a
+    gradient.
     """
     checks.features("image", image)
     checks.convolution(weight, None, image.shape[1])
-    if image.requires_grad and torch.is_grad_enabled():
+    stored = image.tensors[0] if isinstance(image, Deferred) else image
+    if stored.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "image: expected one without gradient where its first layer is not stored, got one with"
         )
     window = convolution_window(weight.shape[2:], stride)
-    dtype = dtype or compute_dtype(image.device, weight)
-    return operators.stem_statistics(image, weight, window, dtype, slab_elements)
+    if isinstance(image, Tensor):
+        image = plain(image, dtype or compute_dtype(image.device, weight))
+    elif not isinstance(image.spec, Plain):
+        raise ValueError("image: expected a stored one, got a deferred expression of another kind")
+    return operators.stem_statistics(image, weight, window, slab_elements)
 
 
 def segmentation_loss(

@@ -24,6 +24,8 @@ from effseg.data.preprocessing import AIR, Preprocessing
 from effseg.errors import InputError
 from effseg.models.base import SegmentationModel
 from effseg.models.registry import load
+from effseg.parallel.partition import own_rows
+from effseg.parallel.reduction import whole
 
 __all__ = [
     "Predictor",
@@ -123,6 +125,8 @@ def segment(
 
     The whole volume at once; with `patch_size` MONAI's sliding window with Gaussian weights, whose logits
     are put together on the CPU. The model runs in evaluation mode and comes back in the mode it was in.
+    Where processes share a volume (`effseg.parallel.split`) each gives the whole image, computes its rows of
+    it and gets the whole result; not with `patch_size`.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -130,7 +134,9 @@ def segment(
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             if patch_size is None:
-                return model.segment(image.to(device)).cpu()
+                total = image.shape[2]
+                rows = slice(*own_rows(total))
+                return whole(model.segment(image[:, :, rows].to(device)), total).cpu()
             return _segment_patches(model, image, patch_size, device)
     finally:
         model.train(training)
@@ -220,6 +226,7 @@ def predict_files(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    writes: bool = True,
     on_case: OnCase | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
@@ -227,6 +234,7 @@ def predict_files(
 
     output: a folder for NAME.nii.gz, or, for one scan, a file name that ends in .nii.gz or .nii.
     resume: leave label files that this network, with these settings, has made of these scans before.
+    writes: False in all but one of the processes that share volumes.
     on_case: told of every file written, with its scan and the seconds it took. say: told what was left.
     Returns the files written.
     Raises InputError before anything is computed where there is no scan, two scans would write one file, or
@@ -255,6 +263,8 @@ def predict_files(
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
                 raise
             failures.append(f"{case.images[0]}: does not fit in main memory")
+            continue
+        if not writes:
             continue
         write_labels(target, labels, scan.grid, names, _origin(predictor, case))
         written.append(target)

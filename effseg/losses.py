@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from effseg.errors import InputError
+from effseg.parallel.partition import current
 
 __all__ = ["LossOptions", "dice_cross_entropy"]
 
@@ -122,6 +123,11 @@ def dice_cross_entropy(
         )  # fmt: skip
         found: torch.Tensor = own(logits, labels, options)
         return found
+    if current() is not None:
+        raise InputError(
+            "logits: expected lazy ones of a converted network (or use model.loss) where processes share a "
+            "volume, got stored rows"
+        )
     _check(logits, labels, class_weights)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()

@@ -65,20 +65,24 @@ class ConvNormAct3d(nn.Module):
 
     def normalised(
         self, x: Tensor | Deferred, slab_elements: int | None = None
-    ) -> tuple[Tensor, Normalisation]:
-        """The raw convolution output (N, C', D', H', W'), stored, and what normalises it."""
+    ) -> tuple[Tensor, Normalisation, int]:
+        """The raw convolution output (N, C', D', H', W'), stored, what normalises it, and D' (of the whole
+        volume where it is split)."""
         self._refuse_hooks()
+        window = functional.convolution_window(self.conv.kernel_size, self.conv.stride)
+        d, h, w = window.output_size((x.shape[2], x.shape[3], x.shape[4]))
         # Only expressions read y, which multiply its gradient by the norm's scale: so that is its own.
         y, mean, var = functional.convolve(
             x, self.conv.weight, self.conv.bias, self.conv.stride, slab_elements=slab_elements, consumes=True
         )
         assert mean is not None
         assert var is not None
-        return y, normalisation(self.norm, mean, var, y[0, 0].numel())
+        return y, normalisation(self.norm, mean, var, d * h * w), d
 
     def deferred(self, x: Tensor | Deferred, slab_elements: int | None = None) -> Deferred:
         """leaky_relu(norm(conv(x))) as an expression over the stored conv(x)."""
-        return raw(*self.normalised(x, slab_elements), self.negative_slope)
+        y, norm, rows = self.normalised(x, slab_elements)
+        return raw(y, norm, self.negative_slope, rows)
 
     def streamed_layer(self, x: Deferred, slab_elements: int | None = None) -> Deferred:
         """The same without a gradient, storing nothing: a sweep for the statistics, and the output is made
@@ -90,18 +94,17 @@ class ConvNormAct3d(nn.Module):
         norm = normalisation(self.norm, mean, var, voxels)
         return convolved(x, self.conv.weight, window, norm, self.negative_slope)
 
-    def streamed(self, image: Tensor, slab_elements: int | None = None) -> Deferred:
-        """The same of an image (which gets no gradient), storing nothing: the output is made again where it
-        is used, from the image and statistics that one sweep collects."""
+    def streamed(self, image: Deferred, slab_elements: int | None = None) -> Deferred:
+        """The same of a stored image (which gets no gradient), storing nothing: the output is made again
+        where it is used, from the image and statistics that one sweep collects."""
         self._refuse_hooks()
-        dtype = functional.compute_dtype(image.device, self.conv.weight)
         window = functional.convolution_window(self.conv.kernel_size, self.conv.stride)
         mean, var = functional.stem_statistics(
-            image, self.conv.weight, self.conv.stride, dtype=dtype, slab_elements=slab_elements
+            image, self.conv.weight, self.conv.stride, slab_elements=slab_elements
         )
         d, h, w = image.shape[2:]
         norm = normalisation(self.norm, mean, var, math.prod(window.output_size((d, h, w))))
-        return convolved(plain(image, dtype), self.conv.weight, window, norm, self.negative_slope)
+        return convolved(image, self.conv.weight, window, norm, self.negative_slope)
 
     def _refuse_hooks(self) -> None:
         """The convolution and the norm are not called as modules; a hook would be left out silently."""
@@ -133,7 +136,8 @@ class ResidualBlock3d(nn.Module):
     def deferred(self, x: Deferred, slab_elements: int | None = None) -> Deferred:
         """The block's output as an expression over x and its two stored raw outputs."""
         inner = self.unit.deferred(x, slab_elements)
-        return residual(x, *self.last.normalised(inner, slab_elements), self.negative_slope)
+        y, norm, _ = self.last.normalised(inner, slab_elements)
+        return residual(x, y, norm, self.negative_slope)
 
     def recomputed(self, x: Deferred, slab_elements: int | None = None) -> Deferred:
         """The same with one tensor kept, the block's output; the inside is run again in backward."""
@@ -148,7 +152,7 @@ class ResidualBlock3d(nn.Module):
         # torch.compile takes no contexts here, and updates running statistics once without them.
         options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
         value = checkpoint(run, *x.tensors, use_reentrant=False, preserve_rng_state=False, **options)
-        return plain(value, x.dtype)
+        return plain(value, x.dtype, x.shape[2])
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = functional.compute_dtype(x.device, self.unit.conv.weight)

@@ -36,6 +36,7 @@ LAYERS = [
     ["effseg.evaluation"],
     ["effseg.data"],
     ["effseg.expressions"],
+    ["effseg.parallel"],
     ["effseg.common"],
     ["effseg.errors", "effseg.version"],
 ]

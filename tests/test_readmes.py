@@ -40,7 +40,16 @@ def test_the_first_readme_is_short_and_says_first_what_was_not_measured():
 
 
 def test_there_is_a_page_for_every_subject():
-    subjects = ("expressions", "operators", "conversion", "nnunet", "planning", "training", "models")
+    subjects = (
+        "expressions",
+        "operators",
+        "conversion",
+        "nnunet",
+        "planning",
+        "training",
+        "models",
+        "parallel",
+    )
     expected = {f"effseg/{name}/README.md" for name in subjects}
     assert expected | {"README.md", "kernels/README.md", "benchmarks/README.md"} <= set(NAMES)
 

@@ -13,28 +13,45 @@ from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
 from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
-from effseg.expressions.base import Rows, Spec, Use, in_compute_type
+from effseg.expressions.base import Rows, Spec, Stored, Use, halos, readable
+from effseg.expressions.slabs import Window
+from effseg.parallel.halo import Halo, Homeward, send_home
+from effseg.parallel.partition import current
 
 
 class _Rows:
     """The gradient of a stored tensor of which slabs need rows. Rows seen for the first time are written,
-    later ones added to."""
+    later ones added to; those of other processes are sent home at the end."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, halo: Halo | None = None) -> None:
         self.tensor = tensor
+        self.homeward = None if halo is None else Homeward(tensor, halo)
+        self.start = 0 if halo is None else halo.start
         self.grad: Tensor | None = None
         self.written = [0] * tensor.shape[0]
 
     def prepare(self, rows: Rows) -> None:
         """Allocate the gradient, unless these rows are all: then they become it."""
-        if self.grad is None and not (self.tensor.shape[0] == 1 and rows == (0, self.tensor.shape[2])):
-            # What only stands for a value has no strides; any other gradient has its tensor's, or autograd
-            # would copy it.
-            stands = not any(self.tensor.stride())
-            layout = CHANNELS_LAST if stands else torch.preserve_format
-            self.grad = torch.empty_like(self.tensor, memory_format=layout)
+        every = self.start, self.start + self.tensor.shape[2]
+        if self.grad is None and not (self.tensor.shape[0] == 1 and rows == every):
+            self.grad = torch.empty_like(self.tensor, memory_format=self._layout())
+
+    def _layout(self) -> torch.memory_format:
+        """What only stands for a value has no strides; any other gradient has its tensor's, or autograd would
+        copy it."""
+        return torch.preserve_format if any(self.tensor.stride()) else CHANNELS_LAST
 
     def add(self, rows: Rows, sample: int, part: Tensor) -> None:
+        """Of rows of the whole volume."""
+        if self.homeward is not None:
+            own = self.homeward.add(rows, sample, part)
+            if own is None:
+                return
+            rows, part = own
+        self.add_own((rows[0] - self.start, rows[1] - self.start), sample, part)
+
+    def add_own(self, rows: Rows, sample: int, part: Tensor) -> None:
+        """Of rows of the tensor."""
         if self.grad is None:
             self.grad, self.written = part, [part.shape[2]]
             return
@@ -50,8 +67,9 @@ class _Rows:
         self.written[sample] = max(done, hi)
 
     def result(self) -> Tensor:
+        """Without what other processes find for these rows."""
         if self.grad is None:
-            return torch.zeros_like(self.tensor)
+            return torch.zeros_like(self.tensor, memory_format=self._layout())
         for sample, done in enumerate(self.written):
             if done < self.tensor.shape[2]:
                 self.grad[sample, :, done:].zero_()
@@ -62,8 +80,8 @@ class _Reused(_Rows):
     """The same in the memory of a gradient of which a sweep reads rows [0, read) of a sample before these are
     added to. What comes for later rows waits."""
 
-    def __init__(self, tensor: Tensor, memory: Tensor) -> None:
-        super().__init__(tensor)
+    def __init__(self, tensor: Tensor, memory: Tensor, halo: Halo | None = None) -> None:
+        super().__init__(tensor, halo)
         self.grad = memory
         self.read = 0
         self.waiting: Tensor | None = None
@@ -71,14 +89,14 @@ class _Reused(_Rows):
     def prepare(self, rows: Rows) -> None:
         pass
 
-    def add(self, rows: Rows, sample: int, part: Tensor) -> None:
+    def add_own(self, rows: Rows, sample: int, part: Tensor) -> None:
         lo, hi = rows
         if self.waiting is not None:
             first = max(self.written[sample] - lo, 0)  # below 0 where an abridged sweep skips slabs
             part[:, :, first : first + self.waiting.shape[2]].add_(self.waiting)
         ready = min(self.read, hi)
         self.waiting = part[:, :, ready - lo :].clone() if ready < hi else None
-        super().add((lo, ready), sample, part[:, :, : ready - lo])
+        super().add_own((lo, ready), sample, part[:, :, : ready - lo])
 
 
 class _Sum:
@@ -106,7 +124,9 @@ class Pullback:
     """Makes an expression's rows with a graph and pulls gradients back to the stored tensors.
 
     `needed` says which tensors want a gradient; slabs are visited in ascending order within a sample. memory:
-    of a gradient that nobody needs after its rows have been pulled, for the first tensor of its shape.
+    of a gradient that nobody needs after its rows have been pulled, for the first tensor of its shape;
+    window: of a convolution whose output rows the sweep walks over, without one it walks over the
+    expression's. Where the volume is split, rows are those of the whole volume.
     """
 
     def __init__(
@@ -116,20 +136,23 @@ class Pullback:
         tensors: Sequence[Tensor],
         needed: Sequence[bool],
         memory: Tensor | None = None,
+        window: Window | None = None,
     ) -> None:
         self.ops, self.spec, self.tensors, self.needed = ops, spec, tensors, needed
-        self.low = in_compute_type(spec, tensors)
+        self.split = current()
+        shared = [None] * len(tensors) if self.split is None else halos(self.split, spec, window)
+        self.low = readable(spec, tensors, window)
         self.any = any(needed)
         uses = spec.uses(0, spec.shape[2])
         self.centres = [i for i, use in enumerate(uses) if use.centre and needed[i]]
         own = {i for i, n in enumerate(needed) if n} - set(self.centres) | {i + 2 for i in self.centres}
         self.sums: dict[int, _Rows | _Sum] = {
-            i: _Sum(tensors[i]) if uses[i].rows is None else _Rows(tensors[i]) for i in sorted(own)
+            i: _Sum(tensors[i]) if uses[i].rows is None else _Rows(tensors[i], shared[i]) for i in sorted(own)
         }
         self.reused: _Reused | None = None
         for i, gradient in self.sums.items():
             if memory is not None and isinstance(gradient, _Rows) and alike(memory, tensors[i]):
-                self.sums[i] = self.reused = _Reused(tensors[i], memory)
+                self.sums[i] = self.reused = _Reused(tensors[i], memory, shared[i])
                 break
 
     def prepare(self, lo: int, hi: int) -> None:
@@ -158,8 +181,8 @@ class Pullback:
         return value.detach()
 
     def pull(self, grad: Tensor, read: int = 0) -> None:
-        """Add the gradients that `grad`, the gradient of the latest rows, gives the stored tensors. read: the
-        rows of the sample that have been read of `memory`."""
+        """Add the gradients that `grad`, the gradient of the latest rows, gives the stored tensors. read: how
+        many rows of the sample have been read of `memory`."""
         if self.reused is not None:
             self.reused.read = read
         value, leaves = self.value, [self.leaves[i] for i in self.sums]
@@ -181,7 +204,11 @@ class Pullback:
             torch._foreach_add_(targets, small)
 
     def gradients(self) -> list[Tensor | None]:
+        """Of what this process's slabs read; those of rows, which belong to it, of all processes' slabs."""
         found = {i: accumulator.result() for i, accumulator in self.sums.items()}
+        if self.split is not None:
+            away = [(i, s.homeward) for i, s in self.sums.items() if isinstance(s, _Rows) and s.homeward]
+            send_home(self.split, [(homeward, found[i]) for i, homeward in away])
         found |= {i: (self.tensors[i + 1] * found[i + 2]).neg_() for i in self.centres}
         return [found[i] if needed else None for i, needed in enumerate(self.needed)]
 
@@ -199,8 +226,8 @@ def added(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
     return part.to(dtype) if total is None else total.add_(part)
 
 
-def rows(ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], sample: int, lo: int, hi: int) -> Tensor:
-    """Rows [lo, hi) of one sample without a graph, from tensors `in_compute_type`."""
+def rows(ops: Algorithm, spec: Spec, tensors: Sequence[Stored], sample: int, lo: int, hi: int) -> Tensor:
+    """Rows [lo, hi) of one sample without a graph, from tensors that are `readable`."""
     with torch.no_grad():
         cut = [use.cut(t, sample) for use, t in zip(spec.uses(lo, hi), tensors, strict=True)]
         return spec.rows(ops, lo, hi, cut)

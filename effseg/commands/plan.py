@@ -67,12 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="part of the GPU's memory left to what the prediction cannot see (default: %(default)s)",
     )
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="that share a volume; the figures are those of one (default: 1)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     memory = total_gpu_memory() if args.gpu_memory is None else parse_bytes(args.gpu_memory)
     if args.network is not None:
+        if args.gpus != 1:
+            raise InputError(f"--gpus: expected 1 with --network, got {args.gpus}")
         found = _plan_network(args, memory)
         print(json.dumps(found.to_dict(), indent=2) if args.json else found)
         return 0 if found.fits else 1
@@ -87,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         batch=1 if args.batch is None else args.batch,
         optimizer=args.optimizer or "adamw",
         memory=args.memory,
+        gpus=args.gpus,
     )
     answer = plan(request, memory, args.headroom)
     print(json.dumps(answer.to_dict(), indent=2) if args.json else _text(answer))
@@ -131,14 +137,20 @@ def _text(answer: Plan) -> str:
     lines = [
         f"{'Fits' if answer.fits else 'Does not fit'}: training {report.model} on {size}, "
         f"batch {request.batch}, {request.classes} classes, {request.dtype}: "
-        f"needs {need}, usable {usable} of {memory}",
+        f"needs {need}, usable {usable} of {memory}" + (" each" if request.gpus > 1 else ""),
     ]
     if answer.mode.settings is not None:
         lines.append(f"Memory mode: {_mode(answer.mode)}")
+    if request.gpus > 1:
+        lines.append(
+            f"Each of {request.gpus} GPUs holds {-(-x // request.gpus)} of {x} rows or fewer, and sends "
+            f"{format_bytes(report.sent)} a step in {report.messages} tensors and the parameters' gradients"
+        )
     lines += ["", _line(report), *report.split_lines("    "), f"    {report.where}"]
     if request.model != BASELINE:
         share = report.reserved / answer.baseline.reserved
-        lines += [_line(answer.baseline), f"    {report.model} needs {share:.1%} of that"]
+        alone = "" if request.gpus == 1 else ", which cannot be shared"
+        lines += [_line(answer.baseline) + alone, f"    {report.model} needs {share:.1%} of that"]
         lines += ["", *map(_row, answer.modes)]
     lines += [
         "",

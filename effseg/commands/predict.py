@@ -1,6 +1,7 @@
 """effseg predict: label files for new scans."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,8 @@ from effseg.commands.options import add_spacing, add_window, three, window
 from effseg.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from effseg.data.labels import Labels
     from effseg.data.nifti import Scan
     from effseg.data.preprocessing import Preprocessing
@@ -49,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep only the largest connected part of every organ",
     )
+    parser.add_argument(
+        "--split-volume",
+        action="store_true",
+        help="the processes of torchrun share each scan, each with its part of the memory",
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace label files that exist")
     existing.add_argument(
@@ -82,11 +90,22 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from effseg.common.device import find_device, keep_freed_memory
-    from effseg.inference import load_predictor, predict_files
+    from effseg.common.device import keep_freed_memory
+    from effseg.training.distributed import join_world
 
     keep_freed_memory()
-    device = find_device(args.device)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and not args.split_volume:
+        raise InputError("split_volume: expected --split-volume under torchrun, got none")
+    with join_world(args.device, processes) as world, world.splitting():
+        _predict(args, world.device, world.is_main)
+    return 0
+
+
+def _predict(args: argparse.Namespace, device: "torch.device", is_main: bool) -> None:
+    """is_main: whether this process writes and tells."""
+    from effseg.inference import load_predictor, predict_files
+
     predictor = load_predictor(
         args.checkpoint,
         device,
@@ -102,10 +121,10 @@ def run(args: argparse.Namespace) -> int:
         args.output,
         overwrite=args.overwrite,
         resume=args.resume,
+        writes=is_main,
         on_case=_tell,
-        say=lambda text: print(text, flush=True),
+        say=lambda text: print(text, flush=True) if is_main else None,
     )
-    return 0
 
 
 def _preprocessing(args: argparse.Namespace) -> "Preprocessing | None":

@@ -163,6 +163,13 @@ def _add_course(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--epochs", type=int, help="passes over the training cases, instead of --steps")
     group.add_argument("--batch-size", type=int, default=1, help="volumes per process and step (default: 1)")
     group.add_argument(
+        "--split-volume",
+        type=int,
+        default=1,
+        metavar="PROCESSES",
+        help="processes of torchrun's that share a volume, each with its part of the memory (default: 1)",
+    )
+    group.add_argument(
         "--learning-rate",
         type=float,
         help="peak rate of AdamW (default: 4e-3 for effseg networks, 1e-3 for unet3d)",

@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from effseg.conversion import mutation
 from effseg.conversion.lazy import LazyTensor, lazy
 from effseg.conversion.surroundings import Surroundings
+from effseg.expressions.layers import plain
+from effseg.parallel.door import whole_rows
+from effseg.parallel.partition import current
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NO_TRACE = (
@@ -83,7 +86,10 @@ def is_subclass(x: Tensor) -> bool:
 
 
 def entering(x: Tensor) -> Any:
-    """An input as the network's operators see it."""
+    """An input as the network's operators see it; where its volume is split, of the shape of the whole."""
+    if current() is not None and not isinstance(x, LazyTensor) and x.dim() == 5 and x.is_floating_point():
+        x = x.as_subclass(Tensor)
+        return LazyTensor(plain(x, rows=whole_rows(x)))
     return lazy(x.as_subclass(Tensor) if is_subclass(x) else x)
 
 

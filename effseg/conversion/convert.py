@@ -35,6 +35,7 @@ from effseg.losses import OWN_LOSS
 from effseg.memory.choice import usable
 from effseg.memory.predict import peak_training_memory
 from effseg.memory.units import format_bytes
+from effseg.parallel.partition import current
 
 MODES = ("raw", "block", "stream", "auto")
 M = TypeVar("M", bound=nn.Module)
@@ -106,6 +107,10 @@ class Deferring(Converted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         refuse_tracing()
         settings, own = self.effseg_settings, super().forward
+        if settings.memory not in MODES[:2] and current() is not None:
+            raise InputError(
+                f"memory: expected raw or block where processes share a volume, got {settings.memory!r}"
+            )
         carrier = Carrier((args, kwargs))
         args, kwargs = mapped(entering, (args, kwargs))
         mode = self._mode((args, kwargs))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from effseg import functional
@@ -27,11 +28,13 @@ from effseg.conversion.functions import (
 from effseg.conversion.standing import Attached, Changed, Standing
 from effseg.conversion.streamed import Layer, Logits
 from effseg.conversion.surroundings import Surroundings
-from effseg.conversion.values import Convolution, Value, computed, constant, operands, recipe
+from effseg.conversion.values import Convolution, Value, computed, constant, operands, recipe, stored_as
+from effseg.errors import InputError
 from effseg.expressions.base import Deferred
 from effseg.expressions.joins import cast
 from effseg.expressions.layers import plain
 from effseg.losses import LossOptions
+from effseg.parallel.partition import current
 
 Handler = Callable[..., Any]
 NEEDS_LOGITS = (
@@ -41,6 +44,10 @@ NEEDS_LOGITS = (
 CHANGED = (
     "a tensor changed in place after it had been used by an operator that has not run yet; convert with "
     "lazy_logits=False, or use outputs before their network changes"
+)
+SPLIT = (
+    "operator {}: expected one that a converted network takes over (its report names the others) where "
+    "processes share a volume"
 )
 HOOK_TOO_LATE = (
     "{}: expected before other operators read the tensor: a converted network's gradients do not pass "
@@ -142,7 +149,7 @@ class LazyTensor(Tensor):
         if isinstance(value, Deferred):
             self._was_taken = True
             return cast(value, dtype)
-        return plain(self.stored(), dtype)
+        return plain(self.stored(), dtype, value.shape[2])
 
     def lent(self, dtype: torch.dtype) -> Deferred:
         """`deferred`, for an operator that keeps what torch's own would not: it needs memory that nobody else
@@ -175,7 +182,8 @@ class LazyTensor(Tensor):
 
     def _store(self) -> Tensor:
         with self._around.restored():
-            self.settle(found := computed(self._value))
+            found = computed(self._value)
+            self.settle(stored_as(found, self._value.shape[2]))
         return found
 
     def laid_out(self) -> Tensor:
@@ -187,7 +195,8 @@ class LazyTensor(Tensor):
                 torch.set_grad_enabled(stored.requires_grad),
                 torch._C.DisableTorchFunction(),  # no network is to see this
             ):
-                self.settle(stored := stored.contiguous())
+                stored = stored.contiguous()
+                self.settle(stored_as(stored, self._value.shape[2]))
         return stored
 
     def laid_out_for_others(self) -> Tensor:
@@ -323,7 +332,10 @@ def logits_loss(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
 
 
 def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function of torch with ordinary tensors; what it gives is lazy again."""
+    """Call a function of torch with ordinary tensors; what it gives is lazy again. Raises `InputError` where
+    the volume is split: nobody knows which rows of others it would read."""
+    if current() is not None:
+        raise InputError(SPLIT.format(resolve_name(func) or getattr(func, "__name__", func)))
     if func in HOOKS and isinstance(args[0], LazyTensor):
         _check_hook(func, args[0])
     written = mutation.written(func, args, kwargs)
@@ -390,6 +402,8 @@ def lazy(value: Any, seen: bool = True) -> Any:
         return value
     if value.dim() != 5 or not value.is_floating_point() or value.numel() == 0:
         return value
+    if current() is not None:
+        raise InputError(SPLIT.format("of a tensor that no operator of this package gave"))
     made = LazyTensor(value, value.stride() if seen else None)
     made._memory_is_seen = seen
     return made

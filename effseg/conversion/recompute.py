@@ -67,7 +67,7 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
             if not isinstance(found, LazyTensor):
                 raise TypeError(f"{type(block).__name__}: expected features, got {type(found).__name__}")
             value = found.value
-            end = value if isinstance(value, Deferred) else plain(found.read())
+            end = value if isinstance(value, Deferred) else plain(found.read(), rows=value.shape[2])
         specs.append(end.spec)
         return end.tensors
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from effseg.common.settings import Function
 from effseg.conversion.values import Recipe, computed
 from effseg.operators.backward import once_differentiable
+from effseg.parallel.partition import own_rows
 
 
 class Standing(Function):
@@ -77,5 +78,7 @@ def _pulled_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
     with torch.enable_grad():
         values = computed(ctx.recipe(leaves))
+    lo, hi = own_rows(grad.shape[2])
+    grad = grad[:, :, lo:hi]  # a lazy tensor is as large as the whole volume, where processes share one
     found = iter(torch.autograd.grad(values, [t for t in leaves if t.requires_grad], grad, allow_unused=True))
     return tuple(next(found) if need else None for need in needed)

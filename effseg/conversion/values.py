@@ -16,9 +16,10 @@ from effseg.conversion.outputs import convolve
 from effseg.conversion.streamed import Streamed
 from effseg.expressions.base import Deferred
 from effseg.expressions.joins import Concatenation
-from effseg.expressions.layers import Plain, convolved
+from effseg.expressions.layers import Plain, convolved, plain
 from effseg.expressions.slabs import Window
 from effseg.operators.normalisation import moving_alone
+from effseg.parallel.partition import current
 
 
 class Convolution(NamedTuple):
@@ -62,6 +63,11 @@ Value = Tensor | Deferred | Convolution | Streamed
 Recipe = Callable[[Sequence[Tensor]], Value]
 
 
+def stored_as(tensor: Tensor, rows: int) -> Value:
+    """A stored tensor as a value: where its volume is split, with the number of rows of the whole."""
+    return tensor if current() is None else plain(tensor, rows=rows)
+
+
 def operands(value: Value) -> tuple[Tensor, ...]:
     """The tensors that it is made of, which gradients reach."""
     if isinstance(value, Tensor):
@@ -100,6 +106,8 @@ def constant(value: Value) -> Value:
 def computed(value: Value) -> Tensor:
     """Stored. Nothing in here is for a converted network to see."""
     with torch._C.DisableTorchFunction():
+        if isinstance(value, Deferred) and current() is not None and _is_plain(value):
+            return value.tensors[0]
         if isinstance(value, Deferred) and _joins_stored(value):
             return torch.cat([t.to(value.dtype) for t in value.tensors], 1)  # which keeps none of them
         if isinstance(value, Deferred):
@@ -109,6 +117,10 @@ def computed(value: Value) -> Tensor:
         if isinstance(value, Streamed):
             return value.computed()
         return value
+
+
+def _is_plain(value: Deferred) -> bool:
+    return isinstance(value.spec, Plain) and value.dtype == value.tensors[0].dtype
 
 
 def _joins_stored(value: Deferred) -> bool:

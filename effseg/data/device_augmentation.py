@@ -122,7 +122,7 @@ def _grids(matrix: np.ndarray, image: Tensor) -> Iterator[tuple[int, int, Tensor
 
 
 def _rows(image: Tensor) -> Iterator[tuple[int, int]]:
-    return ((lo, hi) for _, lo, hi in slabs(1, image.shape[1], _planes(image)))
+    return ((slab.lo, slab.hi) for slab in slabs(1, image.shape[1], _planes(image)))
 
 
 def _planes(image: Tensor) -> int:

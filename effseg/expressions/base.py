@@ -12,6 +12,8 @@ from torch import Tensor
 
 from effseg.common.formats import CHANNELS_LAST
 from effseg.expressions.slabs import Window
+from effseg.parallel.halo import Halo, Shard, fetch
+from effseg.parallel.partition import Split, current
 
 Rows = tuple[int, int]
 
@@ -20,14 +22,20 @@ Rows = tuple[int, int]
 class Use:
     """Which part of a stored tensor a slab needs: some rows of one sample, one sample, or all of it.
 
+    of: how many rows the tensor has, in all processes that share its volume; stands: it has no values.
     centre: of a normalisation, whose scale and beta follow; its gradient is -scale times that of beta.
     """
 
     rows: Rows | None = None
     per_sample: bool = False
     centre: bool = False
+    of: int = 0
+    stands: bool = False
 
-    def cut(self, tensor: Tensor, sample: int) -> Tensor:
+    def cut(self, tensor: Tensor | Shard, sample: int) -> Tensor:
+        if isinstance(tensor, Shard):
+            assert self.rows is not None
+            return tensor.cut(self.rows, sample)
         if self.rows is not None:
             return tensor[sample : sample + 1, :, self.rows[0] : self.rows[1]]
         return tensor[sample : sample + 1] if self.per_sample else tensor
@@ -91,6 +99,54 @@ def in_compute_type(spec: Spec, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors with weights as a sweep's slabs take them: in the compute type, kernels channels last."""
     uses = spec.uses(0, spec.shape[2])
     return [_low(t, spec.dtype) if use == SHARED else t for use, t in zip(uses, tensors, strict=True)]
+
+
+Stored = Tensor | Shard
+"""A tensor as slabs are cut from it: with the rows that other processes hold, where its volume is split."""
+
+
+def made_by(spec: Spec, window: Window | None) -> int:
+    """Rows that a convolution with this window makes of an expression; without one, the expression's."""
+    if window is None:
+        return spec.shape[2]
+    return window.output_size((spec.shape[2], spec.shape[3], spec.shape[4]))[0]
+
+
+def halos(split: Split, spec: Spec, window: Window | None) -> list[Halo | None]:
+    """What processes exchange of each stored tensor for a sweep over the rows of `made_by`; None of weights
+    and of what there is one of for a sample."""
+    total, uses_of_rank = made_by(spec, window), []
+    for rank in range(split.size):
+        lo, hi = split.rows(total, rank)
+        if window is not None and lo < hi:
+            lo, hi, _ = window.input_rows(lo, hi, spec.shape[2])
+        uses_of_rank.append(spec.uses(lo, hi) if lo < hi else None)
+
+    def halo(i: int, of: int) -> Halo:
+        def needs(rank: int) -> Rows | None:
+            uses = uses_of_rank[rank]
+            return None if uses is None else uses[i].rows
+
+        return Halo(split, of, needs)
+
+    everything = spec.uses(0, spec.shape[2])
+    return [None if use.rows is None else halo(i, use.of) for i, use in enumerate(everything)]
+
+
+def readable(spec: Spec, tensors: Sequence[Tensor], window: Window | None) -> list[Stored]:
+    """The tensors as a sweep's slabs take them: `in_compute_type`, and where the volume is split with the
+    rows of other processes, which begin to come. window: of a convolution whose output rows the sweep makes.
+    """
+    low, split = in_compute_type(spec, tensors), current()
+    if split is None:
+        return list(low)
+    everything = spec.uses(0, spec.shape[2])
+    found: list[Stored] = [
+        t if halo is None else Shard(t, halo, use.stands)
+        for t, halo, use in zip(low, halos(split, spec, window), everything, strict=True)
+    ]
+    fetch(split, [one for one in found if isinstance(one, Shard)])
+    return found
 
 
 def _low(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ kind                value                                          stored
 `Concatenation`     cat(first, second, ...) along the channels     what the parts store
 `TransposedConv`    conv_transpose(inner, w), kernel = stride      what inner stores
 `Pooling`           max or average over blocks of voxels           what inner stores
+`Padded`            inner, then its last voxels again              what inner stores
 `Activation`        elu, gelu, silu or prelu of inner              what inner stores
 `Sum`               first + second                                 what the parts store
 `Cast`              inner, rounded to another type                 what inner stores
@@ -117,6 +118,26 @@ class Pooling(Spec):
 
 
 @dataclass(frozen=True)
+class Padded(Spec):
+    """The last voxels of each axis again as far as the shape goes."""
+
+    inner: Spec
+
+    def inner_rows(self, lo: int, hi: int) -> Rows:
+        d = self.inner.shape[2]
+        return min(lo, d - 1), min(hi, d)
+
+    def uses(self, lo: int, hi: int) -> list[Use]:
+        return self.inner.uses(*self.inner_rows(lo, hi))
+
+    def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        first, last = self.inner_rows(lo, hi)
+        a = self.inner.rows(ops, first, last, tensors)
+        beyond = [want - have for want, have in zip(self.shape[3:], a.shape[3:], strict=True)]
+        return F.pad(a, (0, beyond[1], 0, beyond[0], 0, (hi - lo) - (last - first)), mode="replicate")
+
+
+@dataclass(frozen=True)
 class Activation(Spec):
     """options: keyword arguments of the function; has_weight: whether a slope, for all channels or for each,
     is its second argument."""
@@ -169,7 +190,7 @@ class Shared(Spec):
     inner: Spec
 
     def uses(self, lo: int, hi: int) -> list[Use]:
-        return [Use((lo, hi)), *self.inner.uses(lo, hi)]
+        return [Use((lo, hi), of=self.shape[2], stands=True), *self.inner.uses(lo, hi)]
 
     def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         standing, *inner = tensors
@@ -212,6 +233,12 @@ def transposed_conv(inner: Deferred, weight: Tensor, bias: Tensor | None = None)
     shape = (n, weight.shape[1], d * kd, h * kh, w * kw)
     spec = TransposedConv(shape, inner.dtype, inner.spec, (kd, kh, kw), bias is not None)
     return Deferred(spec, (*inner.tensors, weight) if bias is None else (*inner.tensors, weight, bias))
+
+
+def padded(inner: Deferred, beyond: Triple) -> Deferred:
+    """F.pad(inner, ..., mode="replicate") by so many voxels after the last of each axis."""
+    size = [n + more for n, more in zip(inner.shape[2:], beyond, strict=True)]
+    return Deferred(Padded((*inner.shape[:2], *size), inner.dtype, inner.spec), inner.tensors)
 
 
 def pooling(inner: Deferred, kind: str, window: Triple, ceil: bool = False) -> Deferred:

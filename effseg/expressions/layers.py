@@ -43,12 +43,13 @@ from effseg.expressions.base import (
     expect,
 )
 from effseg.expressions.slabs import Window
+from effseg.parallel.partition import current, own_shape
 
 
 @dataclass(frozen=True)
 class Plain(Spec):
     def uses(self, lo: int, hi: int) -> list[Use]:
-        return [Use((lo, hi))]
+        return [Use((lo, hi), of=self.shape[2])]
 
     def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0].to(self.dtype)
@@ -59,7 +60,7 @@ class Raw(Spec):
     slope: float
 
     def uses(self, lo: int, hi: int) -> list[Use]:
-        return [Use((lo, hi)), *TERMS]
+        return [Use((lo, hi), of=self.shape[2]), *TERMS]
 
     def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         y, mean, scale, beta = tensors
@@ -72,7 +73,7 @@ class Residual(Spec):
     inner: Spec
 
     def uses(self, lo: int, hi: int) -> list[Use]:
-        return [*self.inner.uses(lo, hi), Use((lo, hi)), *TERMS]
+        return [*self.inner.uses(lo, hi), Use((lo, hi), of=self.shape[2]), *TERMS]
 
     def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         *inner, y, mean, scale, beta = tensors
@@ -130,21 +131,24 @@ class UpAdd(Spec):
         return ops.upsample_add(projected, wanted, self.shape[3], self.shape[4], self.factors, addend)
 
 
-def plain(x: Tensor, dtype: torch.dtype | None = None) -> Deferred:
-    """x itself, (N, C, D, H, W), converted to `dtype` slab by slab. Raises `ValueError` for other shapes."""
+def plain(x: Tensor, dtype: torch.dtype | None = None, rows: int | None = None) -> Deferred:
+    """x itself, (N, C, D, H, W), converted to `dtype` slab by slab. rows: those of the volume of which x is
+    this process's part, where it is split. Raises `ValueError` for other shapes."""
     expect("x", x.dim() == 5, "(N, C, D, H, W)", tuple(x.shape))
     dtype = dtype or x.dtype
     expect("dtype", dtype.is_floating_point, "a floating-point type", dtype)
-    return Deferred(Plain(tuple(x.shape), dtype), (x,))
+    return Deferred(Plain(_whole("x", x, rows), dtype), (x,))
 
 
-def raw(y: Tensor, norm: Normalisation, slope: float) -> Deferred:
+def raw(y: Tensor, norm: Normalisation, slope: float, rows: int | None = None) -> Deferred:
     """leaky_relu((y - mean) * scale + beta, slope) of a raw convolution output y (N, C, D, H, W).
 
-    slope: 0 or more; 0 is ReLU, 1 no activation. Raises `ValueError` for terms that are not (N, C).
+    slope: 0 or more; 0 is ReLU, 1 no activation; rows: as for `plain`. Raises `ValueError` for terms that are
+    not (N, C).
     """
-    _check_layer(tuple(y.shape), norm, slope)
-    return Deferred(Raw(tuple(y.shape), y.dtype, slope), (y, *norm))
+    shape = _whole("y", y, rows)
+    _check_layer(shape, norm, slope)
+    return Deferred(Raw(shape, y.dtype, slope), (y, *norm))
 
 
 def residual(inner: Deferred, y: Tensor, norm: Normalisation, slope: float) -> Deferred:
@@ -152,9 +156,11 @@ def residual(inner: Deferred, y: Tensor, norm: Normalisation, slope: float) -> D
 
     Raises `ValueError` as `raw` does, and where the shapes differ.
     """
-    _check_layer(tuple(y.shape), norm, slope)
-    expect("inner", inner.shape == tuple(y.shape), tuple(y.shape), inner.shape)
-    return Deferred(Residual(tuple(y.shape), y.dtype, slope, inner.spec), (*inner.tensors, y, *norm))
+    expect("y", y.dim() == 5, "(N, C, D, H, W)", tuple(y.shape))
+    own = own_shape(inner.shape)
+    expect("inner", own == tuple(y.shape), tuple(y.shape), own)
+    _check_layer(inner.shape, norm, slope)
+    return Deferred(Residual(inner.shape, y.dtype, slope, inner.spec), (*inner.tensors, y, *norm))
 
 
 def convolved(inner: Deferred, weight: Tensor, window: Window, norm: Normalisation, slope: float) -> Deferred:
@@ -202,6 +208,18 @@ def upsample_add(
         shape, coarse.dtype, skip.spec if skip else None, coarse.spec, len(before), bias is not None, factors
     )
     return Deferred(spec, (*before, *coarse.tensors, *after))
+
+
+def _whole(name: str, tensor: Tensor, rows: int | None) -> tuple[int, ...]:
+    """The shape of the volume of which a tensor is this process's part; its own where none is split."""
+    shape = tuple(tensor.shape)
+    if rows is None:
+        expect(name, current() is None, "rows, those of the whole volume, where it is split", "None")
+        return shape
+    expect(name, tensor.dim() == 5, "(N, C, D, H, W)", shape)
+    whole = (*shape[:2], rows, *shape[3:])
+    expect(name, own_shape(whole) == shape, f"this process's part of {whole}, {own_shape(whole)}", shape)
+    return whole
 
 
 def _check_layer(shape: tuple[int, ...], norm: Normalisation, slope: float) -> None:

@@ -11,11 +11,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from effseg.common.device import kind_of
 from effseg.common.settings import Setting
+from effseg.parallel.partition import current, own_rows
 
 # What a slab may hold by default, whatever the volume. On a CPU: tensors under 32 MiB come from glibc's heap
 # and are used again at once, where larger ones are mapped and their pages cleared on every allocation, which
@@ -33,6 +35,10 @@ STORED_FRACTION = 1 / 32
 LARGEST_FRACTION = 1 / 8
 # Thinner slabs are mostly halo.
 MIN_ROWS = 4
+# Of a process that shares a volume with others, and so has few rows: slabs are to be a small part of them,
+# where MIN_ROWS have more elements than it is worth.
+MIN_ROWS_OF_SHARED = 2
+SMALL_SLAB_ELEMENTS = 2**20
 # As `slab_elements`: slabs of the same share of every tensor, so that what a step needs grows with the volume
 # and nothing else. Small volumes run faster in fewer slabs.
 SHARE = 0
@@ -44,14 +50,18 @@ def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None, devic
     `slab_elements` asks for slabs of about so many elements and may give slabs of a single row; SHARE asks
     for SLAB_FRACTION of the tensor, but at least MIN_ROWS, and a negative number for that or, if more, so
     many elements (`at_least`); None for that or, if more, `thick_slab` on this device. Slabs of one tensor
-    are of equal thickness but for the last.
+    are of equal thickness but for the last. Where a volume is split, rows are those of this process.
     """
+    lo, hi = own_rows(rows)
+    rows = max(hi - lo, 1)
     if slab_elements is None:
         slab_elements = at_least(thick_slab(rows * row_elements, device))
     if slab_elements > 0:
         thickness = max(1, slab_elements // row_elements)
     else:
-        thickness = max(MIN_ROWS, int(rows * SLAB_FRACTION), -slab_elements // row_elements)
+        small = current() is None or MIN_ROWS * row_elements <= SMALL_SLAB_ELEMENTS
+        least = MIN_ROWS if small else MIN_ROWS_OF_SHARED
+        thickness = max(least, int(rows * SLAB_FRACTION), -slab_elements // row_elements)
     # Equal slabs: a thin rest would be all halo, and an allocator finds a hole of its size again.
     return math.ceil(rows / math.ceil(rows / thickness))
 
@@ -104,9 +114,25 @@ def abridged() -> Iterator[Abridgement]:
         yield abridgement
 
 
-def slabs(samples: int, rows: int, thickness: int) -> Iterator[tuple[int, int, int]]:
-    """(sample, lo, hi) of every slab, in the order in which operators visit them."""
-    starts = range(0, rows, thickness)
+class Slab(NamedTuple):
+    """Rows [lo, hi) of one sample; here: where they lie in a stored tensor of as many rows, which holds those
+    of this process alone where the volume is split."""
+
+    sample: int
+    lo: int
+    hi: int
+    here: slice
+
+    @property
+    def one(self) -> slice:
+        """The sample, as an axis of 1."""
+        return slice(self.sample, self.sample + 1)
+
+
+def slabs(samples: int, rows: int, thickness: int) -> Iterator[Slab]:
+    """This process's slabs of a tensor of so many rows, in the order in which operators visit them."""
+    first, last = own_rows(rows)
+    starts = range(first, last, thickness)
     abridgement = _abridgement.get()
     for n in range(samples):
         for i, lo in enumerate(starts):
@@ -114,7 +140,8 @@ def slabs(samples: int, rows: int, thickness: int) -> Iterator[tuple[int, int, i
                 if 3 <= i < len(starts) - 1:
                     continue
                 abridgement.alike = len(starts) - 3 if i == 2 and len(starts) > 3 else 1
-            yield n, lo, min(lo + thickness, rows)
+            hi = min(lo + thickness, last)
+            yield Slab(n, lo, hi, slice(lo - first, hi - first))
     if abridgement is not None:
         abridgement.alike = 1
 

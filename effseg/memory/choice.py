@@ -42,7 +42,7 @@ class Settings:
 
 class Step(Protocol):
     """One kind of training step of a network with settings, hashable. shape: the image's, (N, C, D, H, W);
-    dtype: bf16 or fp32; device: where it runs, cpu or cuda."""
+    dtype: bf16 or fp32; device: where it runs, cpu or cuda; processes: that share the volume."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -52,6 +52,8 @@ class Step(Protocol):
     def optimizer(self) -> str: ...
     @property
     def device(self) -> str: ...
+    @property
+    def processes(self) -> int: ...
 
     def __hash__(self) -> int: ...
 
@@ -71,7 +73,7 @@ def predict(step: Step, settings: Settings) -> MemoryReport:
     with torch.enable_grad():
         return peak_training_memory(
             lambda: step.build(settings), step.shape, dtype=step.dtype, optimizer=step.optimizer,
-            device=step.device, augmented=step.device == "cuda",
+            device=step.device, augmented=step.device == "cuda", processes=step.processes,
         )  # fmt: skip
 
 

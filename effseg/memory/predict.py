@@ -5,6 +5,7 @@ import copy
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from effseg.memory.report import KINDS, LiveTensor, MemoryReport
 from effseg.memory.step import DTYPES, Loss, follows_autocast, label_dtype_for, make_optimizer, training_loss
 from effseg.memory.trace import Reserved
 from effseg.memory.tracker import LiveStorages
+from effseg.parallel.partition import entered, own_shape, pretended
+from effseg.parallel.transport import Pretended
 
 
 def peak_training_memory(
@@ -37,6 +40,7 @@ def peak_training_memory(
     label_dtype: torch.dtype | None = None,
     device: str = "cpu",
     augmented: bool = False,
+    processes: int = 1,
 ) -> MemoryReport:
     """Predict the peak of one training step: forward, loss, backward, optimizer step.
 
@@ -50,6 +54,7 @@ def peak_training_memory(
     label_dtype: None: uint8 for networks of this package, int64 for those in stock torch.
     device: ``cpu`` or ``cuda``: where this package's networks would run, which work on thicker slabs and on
         more voxels at a time on a GPU. No GPU is needed.
+    processes: that share the volume (`effseg.parallel`); the prediction is one's, for its rows.
     augmented: whether the batch is augmented on the device first, as `effseg train` does on a GPU.
 
     The step runs on fake tensors (shapes and dtypes, no numbers) through the real autograd engine, while
@@ -59,23 +64,28 @@ def peak_training_memory(
     is as large as what it reads and writes, 256 MiB at most. Raises InputError for unknown options.
     """
     check_step(shape, dtype, device)
-    n, _, *size = shape
+    split = pretended(shape[2], processes)
     gc.collect()  # cycles of earlier steps would be freed in the middle of this one
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    with fakes, quiet_fakes(), abridged() as abridgement, pretending(device):
+    with fakes, quiet_fakes(), abridged() as abridgement, pretending(device), entered(split):
         network = fake_copy(model)
         tracker = LiveStorages(abridgement, workspaces=device == "cuda")
         steps = make_optimizer(optimizer, network.parameters())
         _make_state(steps, network)
         tracker.add([*network.parameters(), *network.buffers()], "parameters")
         tracker.add(_state_tensors(steps), "optimizer")
-        image = torch.empty(tuple(shape), dtype=image_dtype)
+        n, channels, *size = own_shape(shape)
+        image = torch.empty((n, channels, *size), dtype=image_dtype)
         labels = torch.empty((n, *size), dtype=label_dtype_for(network, label_dtype))
         tracker.add([image, labels], "batch")
         if augmented:
             augment_batch(tracker, image, labels)
         _step(network, steps, tracker, image, labels, dtype, loss, loss_options or {})
-    return _report(network, tracker, tuple(shape), dtype, device)
+    report = _report(network, tracker, tuple(shape), dtype, device)
+    if split is None:
+        return report
+    assert isinstance(split.transport, Pretended)
+    return replace(report, processes=processes, sent=split.transport.sent, messages=split.transport.messages)
 
 
 def check_step(shape: Sequence[int], dtype: str, device: str) -> None:

@@ -46,7 +46,9 @@ class MemoryReport:
     split: bytes at the peak by KINDS, their sum is `peak`; after_forward: bytes live once the loss is known;
     phase, operator, node: where the peak is, node being the graph's in the backward phase; voxels: N * D * H
     * W of the image; parameters: how many; macs: multiply-accumulates of convolutions and matrix products in
-    the step; largest: the largest tensors at the peak, largest first.
+    the step; largest: the largest tensors at the peak, largest first. processes: that share the volume;
+    bytes and macs are then one's, which sends `sent` bytes to others in `messages` tensors, besides what
+    completes the parameters' gradients.
     """
 
     model: str
@@ -66,11 +68,14 @@ class MemoryReport:
     parameters: int
     macs: int
     largest: tuple[LiveTensor, ...]
+    processes: int = 1
+    sent: int = 0
+    messages: int = 0
 
     @property
     def bytes_per_voxel(self) -> float:
-        """peak / voxels."""
-        return self.peak / self.voxels
+        """peak / voxels, of those that a process holds."""
+        return self.peak * self.processes / self.voxels
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, and bytes_per_voxel, as JSON can hold them."""
@@ -103,6 +108,6 @@ class MemoryReport:
         """The split, one kind a line."""
         return [
             f"{indent}{kind:<10} {format_bytes(self.split[kind]):>11}  "
-            f"{self.split[kind] / self.voxels:7.1f} B/voxel  {what}"
+            f"{self.split[kind] * self.processes / self.voxels:7.1f} B/voxel  {what}"
             for kind, what in KINDS.items()
         ]

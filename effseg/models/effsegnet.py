@@ -24,6 +24,10 @@ from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, levels_of
 from effseg.models.training_step import TrainingStep
 from effseg.operators import share
 from effseg.operators.normalisation import NORMS
+from effseg.parallel.door import whole_rows
+from effseg.parallel.halo import every
+from effseg.parallel.partition import current, entered
+from effseg.parallel.reduction import smallest
 
 COMPUTE_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}
 """Those that a step is predicted in, and as what."""
@@ -142,23 +146,25 @@ class EffSegNet(SegmentationModel):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (N, K, D, H, W) in the compute dtype; `loss` and `segment` need far less memory."""
-        features = self._last(self._trunk(image, False, self.slab_elements), self.slab_elements)
-        x, weight, bias = self._head(features, image)
+        whole = self._whole(image)
+        features = self._last(self._trunk(whole, False, self.slab_elements), self.slab_elements)
+        x, weight, bias = self._head(features, whole)
         if weight is None:
             return functional.materialise(x, slab_elements=self.slab_elements)
         return functional.conv3d(x, weight, bias, statistics=False, slab_elements=self.slab_elements)[0]
 
     def loss(self, image: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Dice + cross-entropy without full-size logits: `effseg.functional.segmentation_loss`'s options."""
+        whole = self._whole(image, options)
         if self.arguments["memory"] == "auto":
-            self._configure(image)
+            self._configure(whole, image.device)
         slab = self._slab_elements(image)
         slab_options = {**options, "slab_elements": slab}
         if self.streams:
             # Room for the first layer's slabs, and then for the first tensor that is stored.
             dtype = functional.compute_dtype(image.device, self.head.weight)
             make_room(image.device, image.shape[0] * self._elements(image)[1] * dtype.itemsize)
-        trunk = self._trunk(image, self.streams, slab)
+        trunk = self._trunk(whole, self.streams, slab)
         if self.streams:
             unit = self._level(0).unit
             loss = functional.tail_segmentation_loss(
@@ -167,11 +173,11 @@ class EffSegNet(SegmentationModel):
                 self.head.weight, self.head.bias, **slab_options,
             )  # fmt: skip
         else:
-            x, weight, bias = self._head(self._last(trunk, slab), image)
+            x, weight, bias = self._head(self._last(trunk, slab), whole)
             loss = functional.segmentation_loss(x, labels, weight, bias, **slab_options)
         if not self.auxiliary_heads:
             return loss
-        losses = [loss, *self._auxiliary_losses(trunk, labels, slab_options)]
+        losses = [loss, *self._auxiliary_losses(trunk, whole, labels, slab_options)]
         weights = AUXILIARY_WEIGHTS[: len(losses)]
         return torch.stack([w * value for w, value in zip(weights, losses, strict=True)]).sum() / sum(weights)
 
@@ -182,13 +188,14 @@ class EffSegNet(SegmentationModel):
         Unless memory is ``raw``, no full-resolution feature map exists.
         """
         streams = self.architecture.stem_stride == 1 and self.arguments["memory"] != "raw"
-        trunk = self._trunk(image, streams, self.slab_elements)
+        whole = self._whole(image)
+        trunk = self._trunk(whole, streams, self.slab_elements)
         if streams:
             joined = self._level(0).joined(trunk.skip, trunk.coarse)
             features = self._level(0).unit.streamed_layer(joined, self.slab_elements)
         else:
             features = self._last(trunk, self.slab_elements)
-        return functional.segment(*self._head(features, image), slab_elements=self.slab_elements)
+        return functional.segment(*self._head(features, whole), slab_elements=self.slab_elements)
 
     @property
     def streams(self) -> bool:
@@ -224,31 +231,47 @@ class EffSegNet(SegmentationModel):
     ) -> Choice:
         """Use, from now on, the settings with the least arithmetic that fit a training step with AdamW.
 
-        image_shape: (N, C, D, H, W); dtype: the compute type; budget: bytes, or a text such as ``24GB``;
-        None: what the GPU of `device` (by default that of the weights) has, less a tenth. Raises InputError
-        where nothing fits, on a CPU without a budget, and for a type that is never predicted.
+        image_shape: (N, C, D, H, W), of the whole volume where processes share one, which then choose the
+        same for the smallest of their budgets; dtype: the compute type; budget: bytes, or a text such as
+        ``24GB``; None: what the GPU of `device` (by default that of the weights) has, less a tenth. Raises
+        InputError where nothing fits, on a CPU without a budget, and for a type that is never predicted.
         """
-        device = device or self.head.weight.device
+        device, split = device or self.head.weight.device, current()
         if dtype not in COMPUTE_TYPES:
             known = ", ".join(map(dtype_name, COMPUTE_TYPES))
             raise InputError(f"memory: auto knows {known}, got {dtype_name(dtype)}")
         kind = "cpu" if device.type == "cpu" else "cuda"
-        step = TrainingStep.of(type(self), self.arguments, image_shape, COMPUTE_TYPES[dtype], "adamw", kind)
-        choice = first_that_fits(step, step.candidates(), usable(budget, device))
+        step = TrainingStep.of(
+            type(self), self.arguments, image_shape, COMPUTE_TYPES[dtype], "adamw", kind,
+            1 if split is None else split.size,
+        )  # fmt: skip
+        least = smallest(usable(budget, device), device)
+        with entered(None):
+            choice = first_that_fits(step, step.candidates(), least)
         self.use(choice.settings, choice.slab_elements)
         return choice
 
-    def _configure(self, image: Tensor) -> None:
+    def _configure(self, image: Deferred, device: torch.device) -> None:
         """Choose for this size, unless it was the last one's too."""
-        dtype = functional.compute_dtype(image.device, self.head.weight)
-        wanted = (tuple(image.shape), dtype, image.device)
+        split = current()
+        wanted = (image.shape, image.dtype, device, 1 if split is None else split.size)
         if wanted != self._configured_for:
-            self.configure(image.shape, dtype, self.arguments["memory_budget"], image.device)
+            self.configure(image.shape, image.dtype, self.arguments["memory_budget"], device)
             self._configured_for = wanted
 
-    def _trunk(self, image: Tensor, streamed: bool, slab: int | None) -> Trunk:
-        """Everything but the last decoder level; streamed: the first layer is not stored."""
+    def _whole(self, image: Tensor, options: dict[str, Any] | None = None) -> Deferred:
+        """The image as an expression in the compute type, of the shape of the volume of which it is this
+        process's part; processes that share one agree on what follows."""
         check_image(image, self.arguments["in_channels"])
+        settings = (
+            self.name, self.arguments, self.active_memory, self.recompute_levels, self.training,
+            torch.is_grad_enabled(), sorted((options or {}).keys()),
+        )  # fmt: skip
+        dtype = functional.compute_dtype(image.device, self.head.weight)
+        return functional.plain(image, dtype, whole_rows(image, f"{settings} {dtype}"))
+
+    def _trunk(self, image: Deferred, streamed: bool, slab: int | None) -> Trunk:
+        """Everything but the last decoder level; streamed: the first layer is not stored."""
         levels: list[Deferred] = []
         for i, level in enumerate(self.encoder):
             assert isinstance(level, EncoderLevel)
@@ -274,7 +297,7 @@ class EffSegNet(SegmentationModel):
     def _level(self, i: int) -> DecoderLevel:
         return cast(DecoderLevel, self.decoder[i])
 
-    def _head(self, features: Deferred, image: Tensor) -> tuple[Deferred, Tensor | None, Tensor | None]:
+    def _head(self, features: Deferred, image: Deferred) -> tuple[Deferred, Tensor | None, Tensor | None]:
         """What the head operators take. Without full-resolution features the 1x1x1 convolution runs on the
         coarse grid and the expression itself is the upsampled logits."""
         if self.architecture.stem_stride == 1:
@@ -285,13 +308,15 @@ class EffSegNet(SegmentationModel):
         )
         return logits, None, None
 
-    def _auxiliary_losses(self, trunk: Trunk, labels: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    def _auxiliary_losses(
+        self, trunk: Trunk, image: Deferred, labels: Tensor, options: dict[str, Any]
+    ) -> list[Tensor]:
         if labels.dim() == 5:
             labels = labels[:, 0]
         losses = []
         for x, head in zip(trunk.auxiliary, self.auxiliary_heads, strict=True):
             assert isinstance(head, nn.Conv3d)
-            d, h, w = (-(-full // part) for full, part in zip(labels.shape[1:], x.shape[2:], strict=True))
-            coarse = labels[:, ::d, ::h, ::w]
+            d, h, w = (-(-full // part) for full, part in zip(image.shape[2:], x.shape[2:], strict=True))
+            coarse = every(d, labels[..., ::h, ::w], image.shape[2])
             losses.append(functional.segmentation_loss(x, coarse, head.weight, head.bias, **options))
         return losses

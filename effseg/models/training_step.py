@@ -31,13 +31,14 @@ class TrainingStep:
     dtype: str = "bf16"
     optimizer: str = "adamw"
     device: str = "cuda"
+    processes: int = 1
 
     def __post_init__(self) -> None:
         check_step(self.shape, self.dtype, self.device)
 
     @classmethod
     def of(
-        cls, network: Callable[..., Any], arguments: dict[str, Any], shape: Sequence[int], *rest: str
+        cls, network: Callable[..., Any], arguments: dict[str, Any], shape: Sequence[int], *rest: Any
     ) -> TrainingStep:
         """Without what a choice decides."""
         kept = {k: v for k, v in arguments.items() if k not in ("memory", "memory_budget", "recompute")}
@@ -82,7 +83,7 @@ class TrainingStep:
         return [s for s in found if s.memory == "stream"] if memory == "stream" and streams else found
 
     def _finest(self) -> tuple[int, int]:
-        """Rows, and elements of a row, at the network's finest level."""
+        """Rows that a process holds, and elements of a row, at the network's finest level."""
         architecture = PRESETS[self.preset]
         d, h, w = (-(-size // architecture.stem_stride) for size in self.shape[2:])
-        return d, architecture.widths[0] * h * w
+        return -(-d // self.processes), architecture.widths[0] * h * w

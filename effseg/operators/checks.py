@@ -9,6 +9,7 @@ from torch import Tensor
 
 from effseg.expressions.base import Deferred
 from effseg.expressions.slabs import Window
+from effseg.parallel.partition import own_shape
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)
 
@@ -77,12 +78,12 @@ def unknown_labels(unknown: Tensor, classes: int) -> None:
 
 
 def labels(value: Tensor, x: Deferred) -> Tensor:
-    """Labels as (N, D, H, W)."""
+    """Labels as (N, D, H, W), of this process's rows of x."""
     if not isinstance(value, Tensor):
         raise TypeError(f"labels: expected a tensor, got {type(value).__name__}")
     if value.dtype not in INTEGER_DTYPES:
         raise ValueError(f"labels: expected an integer type, got {value.dtype}")
-    expected = (x.shape[0], *x.shape[2:])
+    expected = own_shape((x.shape[0], *x.shape[2:]))
     if value.dim() == 5 and value.shape[1] == 1:
         value = value[:, 0]
     if tuple(value.shape) != expected:

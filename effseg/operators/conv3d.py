@@ -9,14 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effseg.algorithms.interface import Algorithm, Features, StatisticsGradient
+from effseg.algorithms.interface import Algorithm, StatisticsGradient
 from effseg.algorithms.pullback import Pullback, added, rows
 from effseg.common.device import make_room
 from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
-from effseg.expressions.base import Deferred, Spec, in_compute_type
+from effseg.expressions.base import Deferred, Spec, readable
 from effseg.expressions.slabs import Window, rows_per_slab, slabs
 from effseg.operators.moments import Moments
 from effseg.operators.operator import Operator
+from effseg.parallel.partition import current, own_shape
+from effseg.parallel.reduction import summed_where
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -97,8 +99,8 @@ def _backward(
 
 
 def _fake(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> list[Tensor]:
-    weight, (n, _, d, h, w) = tensors[0], static.spec.shape
-    shape = (n, weight.shape[0], *static.window.output_size((d, h, w)))
+    weight = tensors[0]
+    shape = output_shape(static.spec, weight, static.window)
     y = torch.empty(shape, dtype=static.spec.dtype, device=weight.device, memory_format=CHANNELS_LAST)
     dtype = accumulation_dtype(static.spec.dtype)
     return [y, *(weight.new_empty(shape[:2], dtype=dtype) for _ in range(2 * static.statistics))]
@@ -114,6 +116,17 @@ _operator = Operator(
     own=_own,
     reuses=True,
 )
+
+
+def output_shape(spec: Spec, weight: Tensor, window: Window) -> tuple[int, ...]:
+    """(N, Co, D, H, W), of the whole volume."""
+    n, _, d, h, w = spec.shape
+    return (n, weight.shape[0], *window.output_size((d, h, w)))
+
+
+def _is_fused(ops: Algorithm, spec: Spec, weight: Tensor, window: Window) -> bool:
+    """Kernels that make expressions themselves read one process's rows only."""
+    return ops.fused is not None and current() is None and ops.fused.takes(spec, weight, window)
 
 
 def thickness(
@@ -138,33 +151,33 @@ def conv3d_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = conv(expression, weight) + bias in the expression's type, and the mean and biased variance (N, Co)
     of the stored y. trains: y is kept for a backward pass, so that more tensors of its size will follow."""
-    if ops.fused is not None and ops.fused.takes(spec, weight, window):
+    if _is_fused(ops, spec, weight, window):
+        assert ops.fused is not None
         return ops.fused.forward(spec, tensors, weight, bias, window, statistics)
-    n, _, *size = spec.shape
-    d, h, w = size
-    shape = (n, weight.shape[0], *window.output_size((d, h, w)))
+    shape = output_shape(spec, weight, window)
+    n, co, d, *_ = own = own_shape(shape)
     rows_of_slab = thickness(spec, shape, window, slab_elements, weight.device)
     y = None  # the only slab's
-    if n > 1 or rows_of_slab < shape[2]:
-        y = torch.empty(shape, dtype=spec.dtype, device=weight.device, memory_format=CHANNELS_LAST)
+    if n > 1 or rows_of_slab < d or d == 0:
+        y = torch.empty(own, dtype=spec.dtype, device=weight.device, memory_format=CHANNELS_LAST)
     weight = weight.to(spec.dtype, memory_format=CHANNELS_LAST)
     bias = None if bias is None else bias.to(spec.dtype)
-    tensors = in_compute_type(spec, tensors)
-    moments = Moments(ops, n, spec.dtype)
+    stored = readable(spec, tensors, window)
+    moments = Moments(ops, (n, co), spec.dtype, weight.device)
     if trains and y is not None:
         make_room(y.device, y.nbytes)
-    for sample, lo, hi in slabs(n, shape[2], rows_of_slab):
-        first, last, pad = window.input_rows(lo, hi, d)
-        part = ops.convolution(rows(ops, spec, tensors, sample, first, last), weight, bias, window, pad)
+    for sample, lo, hi, here in slabs(n, shape[2], rows_of_slab):
+        first, last, pad = window.input_rows(lo, hi, spec.shape[2])
+        part = ops.convolution(rows(ops, spec, stored, sample, first, last), weight, bias, window, pad)
         if statistics:
             moments.add(sample, part)
         if y is None:
             y = part.contiguous(memory_format=CHANNELS_LAST)
         else:
-            y[sample : sample + 1, :, lo:hi] = part
+            y[sample : sample + 1, :, here] = part
         del part
     assert y is not None
-    return (y, *moments.merge()) if statistics else (y, None, None)
+    return (y, *moments.merge(shape)) if statistics else (y, None, None)
 
 
 def conv3d_backward(
@@ -190,11 +203,13 @@ def conv3d_backward(
     What reaches y through its statistics over M voxels is affine in y, so it is folded in as it is read:
     g = grad_y + grad_mean / M + 2 grad_var (y - mean) / M.
     """
-    folded = through_statistics(y, mean, grad_mean, grad_var)
-    rows_of_slab = thickness(spec, y.shape, window, slab_elements, weight.device)
-    in_step = window.stride[0] == 1 and spec.shape[2] == y.shape[2]  # a row of one is a row of the other
+    shape = output_shape(spec, weight, window)
+    folded = through_statistics(shape, mean, grad_mean, grad_var)
+    rows_of_slab = thickness(spec, shape, window, slab_elements, weight.device)
+    in_step = window.stride[0] == 1 and spec.shape[2] == shape[2]  # a row of one is a row of the other
     memory = grad_y if consumes and in_step else None
-    if ops.fused is not None and ops.fused.takes(spec, weight, window) and not need_bias:
+    if _is_fused(ops, spec, weight, window) and not need_bias:
+        assert ops.fused is not None
         grad_weight, grads = ops.fused.backward(
             spec,
             tensors,
@@ -212,16 +227,16 @@ def conv3d_backward(
     accumulate = accumulation_dtype(weight.dtype)
     grad_weight = grad_bias = None
     low = weight.to(spec.dtype, memory_format=CHANNELS_LAST)
-    pullback = Pullback(ops, spec, tensors, needed, memory)
-    for sample, lo, hi in slabs(y.shape[0], y.shape[2], rows_of_slab):
+    pullback = Pullback(ops, spec, tensors, needed, memory, window)
+    for sample, lo, hi, here in slabs(shape[0], shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, spec.shape[2])
         a = pullback.rows(sample, first, last)
-        direct = None if grad_y is None else grad_y[sample : sample + 1, :, lo:hi].to(spec.dtype)
+        direct = None if grad_y is None else grad_y[sample : sample + 1, :, here].to(spec.dtype)
         if folded is None:
             assert direct is not None
             grad = direct
         else:
-            part = y[sample : sample + 1, :, lo:hi]
+            part = y[sample : sample + 1, :, here]
             grad = ops.fold(direct, part, *(t[sample] for t in folded))
         del direct
         grad_a, grad_w = ops.convolution_backward(grad, a, low, window, pad, pullback.any, need_weight)
@@ -231,19 +246,25 @@ def conv3d_backward(
             grad_bias = added(grad_bias, grad.sum((0, 2, 3, 4), dtype=accumulate), accumulate)
         del a, grad, grad_w
         if grad_a is not None:
-            pullback.pull(grad_a, read=hi)
+            pullback.pull(grad_a, read=here.stop)
         del grad_a
+    if need_weight and grad_weight is None:  # no slab was this process's
+        grad_weight = torch.zeros_like(weight)
+    if need_bias and grad_bias is None:
+        grad_bias = weight.new_zeros(weight.shape[0])
     cast = [None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias)]
     return cast[0], cast[1], pullback.gradients()
 
 
 def through_statistics(
-    y: Features, mean: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+    shape: Sequence[int], mean: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
 ) -> StatisticsGradient | None:
-    """What the gradients of mean and biased variance add to that of y, affine in y."""
+    """What the gradients of mean and biased variance add to that of y (of this shape), affine in y. Each
+    process brings its part of them."""
     if mean is None or (grad_mean is None and grad_var is None):
         return None
-    voxels = prod(y.shape[2:])
+    grad_mean, grad_var = summed_where((grad_mean, grad_var))
+    voxels = prod(shape[2:])
     zero = torch.zeros_like(mean)
     scale = zero if grad_var is None else grad_var * (2 / voxels)
     return StatisticsGradient(mean, scale, zero if grad_mean is None else grad_mean / voxels)

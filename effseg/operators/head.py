@@ -11,11 +11,13 @@ from torch import Tensor
 from effseg.algorithms.interface import Algorithm, Head, Sums
 from effseg.algorithms.pullback import Pullback, rows
 from effseg.common.formats import label_dtype
-from effseg.expressions.base import Deferred, Spec, in_compute_type
+from effseg.expressions.base import Deferred, Spec, readable
 from effseg.expressions.slabs import slabs
 from effseg.operators.checks import unknown_labels
 from effseg.operators.materialise import thickness
 from effseg.operators.operator import Operator
+from effseg.parallel.partition import current, own_shape
+from effseg.parallel.reduction import summed
 
 COUNTS = (Sums._fields.index("voxels"), Sums._fields.index("unknown"))
 """Of the sums: they have no gradient."""
@@ -124,11 +126,23 @@ def head_sums_forward(
 ) -> Sums:
     """The sums of softmax(head(expression)) against labels (N, D, H, W)."""
     n, d = spec.shape[0], spec.shape[2]
-    tensors = in_compute_type(spec, tensors)
+    stored = readable(spec, tensors, None)
     sums = Sums.zeros(n, head.classes, tensors[0].device)
-    for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements, labels.device)):
-        head.add_sums(sums, sample, rows(ops, spec, tensors, sample, lo, hi), labels[sample, lo:hi])
-    return sums
+    for sample, lo, hi, here in slabs(n, d, thickness(spec, slab_elements, labels.device)):
+        head.add_sums(sums, sample, rows(ops, spec, stored, sample, lo, hi), labels[sample, here])
+    return over_processes(sums)
+
+
+def over_processes(sums: Sums) -> Sums:
+    """Those of all that share the volume."""
+    return Sums(*summed(sums))
+
+
+def each_its_part(grads: Sums) -> Sums:
+    """The gradients of the sums, from which each process finds its part of all others; where processes share
+    a volume times their number, for the mean that a reducer takes over them (`effseg.losses.GroupSum`)."""
+    split = current()
+    return grads if split is None else Sums(*(split.size * grad for grad in grads))
 
 
 def head_sums_backward(
@@ -142,10 +156,11 @@ def head_sums_backward(
     slab_elements: int | None,
 ) -> list[Tensor | None]:
     """Gradients of the expression's tensors from those of the sums; the head's add up in `head`."""
-    pullback = Pullback(ops, spec, tensors, needed)
-    for sample, lo, hi in slabs(spec.shape[0], spec.shape[2], thickness(spec, slab_elements, labels.device)):
+    pullback, grads = Pullback(ops, spec, tensors, needed), each_its_part(grads)
+    per_slab = thickness(spec, slab_elements, labels.device)
+    for sample, lo, hi, here in slabs(spec.shape[0], spec.shape[2], per_slab):
         a = pullback.rows(sample, lo, hi)
-        g = head.pull(grads, sample, a, labels[sample, lo:hi])
+        g = head.pull(grads, sample, a, labels[sample, here])
         del a
         if pullback.any:
             pullback.pull(g)
@@ -168,9 +183,9 @@ def head_segment(
     ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], head: Head, slab_elements: int | None
 ) -> Tensor:
     """argmax over classes, (N, D, H, W) uint8, or int16 for more than 256 classes."""
-    n, _, d, h, w = spec.shape
-    tensors = in_compute_type(spec, tensors)
-    out = torch.empty(n, d, h, w, dtype=label_dtype(head.classes), device=tensors[0].device)
-    for sample, lo, hi in slabs(n, d, thickness(spec, slab_elements, tensors[0].device)):
-        out[sample, lo:hi] = head.segment(rows(ops, spec, tensors, sample, lo, hi))
+    n, _, d, h, w = own_shape(spec.shape)
+    stored, device = readable(spec, tensors, None), tensors[0].device
+    out = torch.empty(n, d, h, w, dtype=label_dtype(head.classes), device=device)
+    for sample, lo, hi, here in slabs(n, spec.shape[2], thickness(spec, slab_elements, device)):
+        out[sample, here] = head.segment(rows(ops, spec, stored, sample, lo, hi))
     return out

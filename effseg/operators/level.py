@@ -18,9 +18,9 @@ from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
 from effseg.algorithms.pullback import rows
-from effseg.expressions.base import Deferred, Normalisation, Spec, in_compute_type
+from effseg.expressions.base import Deferred, Normalisation, Spec, made_by, readable
 from effseg.expressions.layers import plain, raw, residual
-from effseg.expressions.slabs import Window, slabs
+from effseg.expressions.slabs import Slab, Window, slabs
 from effseg.operators.conv3d import conv3d_backward, conv3d_forward, through_statistics
 from effseg.operators.materialise import materialise_backward, materialise_forward, thickness
 from effseg.operators.norm_backward import NormBackward
@@ -83,7 +83,7 @@ def level(
     static = Static(x.spec, units, slab_elements)
     own = (t for unit in parameters for t in unit)
     out, *flat = _operator(x.device, x.dtype, static, (*x.tensors, *own))
-    return plain(out, x.dtype), _pairs(flat)
+    return plain(out, x.dtype, made_by(x.spec, units[0].window)), _pairs(flat)
 
 
 def _pairs(flat: Sequence[Tensor]) -> list[Statistics]:
@@ -146,8 +146,9 @@ def level_forward(
         statistics.append(Statistics(mean, var))
         outputs.append(y)
         norms.append(terms(unit.how, unit.running, mean, var, own.gamma, own.beta))
-        h = raw(y, norms[-1], unit.slope)
-    out = residual(raw(outputs[0], norms[0], units[0].slope), outputs[2], norms[2], units[2].slope)
+        h = raw(y, norms[-1], unit.slope, made_by(h.spec, unit.window))
+    a0 = raw(outputs[0], norms[0], units[0].slope, h.shape[2])
+    out = residual(a0, outputs[2], norms[2], units[2].slope)
     return materialise_forward(ops, out.spec, out.tensors, slab_elements), statistics
 
 
@@ -169,7 +170,8 @@ def level_backward(
         for unit, found, own in zip(units, statistics, parameters, strict=True)
     ]
     y0, y1, y2 = _again(ops, x, units, parameters, norms, slab_elements)
-    a0, a1 = raw(y0, norms[0].terms, units[0].slope), raw(y1, norms[1].terms, units[1].slope)
+    d = made_by(x.spec, units[0].window)
+    a0, a1 = raw(y0, norms[0].terms, units[0].slope, d), raw(y1, norms[1].terms, units[1].slope, d)
 
     def convolution(
         i: int, h: Deferred, y: Tensor, mean: Tensor | None, grad_y: Tensor, from_norm: FromNorm
@@ -182,7 +184,9 @@ def level_backward(
         return grad_weight, grads
 
     through_norm = _sum_backward(ops, a0, y2, norms[2].terms, units[2].slope, grad, slab_elements)
-    _into_place(ops, y2, grad, norms[2].terms, statistics[2].mean, norms[2](through_norm), slab_elements)
+    z2 = raw(y2, norms[2].terms, 1.0, d)
+    _into_place(ops, z2, grad, statistics[2].mean, norms[2](through_norm), slab_elements)
+    del z2
     grad_weight2, grads = convolution(2, a1, y2, None, y2, (None, None))
     del y2
     grad_y1, through_norm = _of_raw(grads)
@@ -220,7 +224,7 @@ def _again(
     for unit, own, norm in zip(units, parameters, norms, strict=True):
         y, _, _ = conv3d_forward(ops, h.spec, h.tensors, own.weight, None, unit.window, False, slab_elements)
         outputs.append(y)
-        h = raw(y, norm.terms, unit.slope)
+        h = raw(y, norm.terms, unit.slope, made_by(h.spec, unit.window))
     return outputs
 
 
@@ -235,13 +239,13 @@ def _sum_backward(
 ) -> Normalisation:
     """Turns the gradient of act(a0 + norm(y2)) into that of the sum, in place; the gradients of the norm."""
     grad_scale, grad_beta = torch.zeros_like(norm.scale), torch.zeros_like(norm.scale)
-    tensors = in_compute_type(a0.spec, a0.tensors)
-    for sample, lo, hi in _slabs(a0, slab_elements):
-        one = slice(sample, sample + 1)
+    stored = readable(a0.spec, a0.tensors, None)
+    for slab in _slabs(a0, slab_elements):
+        one = slab.one
         mean, scale, beta = (t[one] for t in norm)
-        part, own = y2[one, :, lo:hi], grad[one, :, lo:hi]
+        part, own = y2[one, :, slab.here], grad[one, :, slab.here]
         with torch.no_grad():
-            addend = rows(ops, a0.spec, tensors, sample, lo, hi)
+            addend = rows(ops, a0.spec, stored, slab.sample, slab.lo, slab.hi)
             value = ops.norm_act(part, mean, scale, beta, slope, addend=addend)
         found = ops.norm_act_backward(own, part, value, mean, scale, slope, need_dz=True, need_terms=True)
         assert found.dz is not None
@@ -255,24 +259,23 @@ def _sum_backward(
 
 def _into_place(
     ops: Algorithm,
-    y: Tensor,
+    z: Deferred,
     grad: Tensor,
-    norm: Normalisation,
     own_mean: Tensor,
     grads: tuple[Tensor | None, Tensor | None],
     slab_elements: int | None,
 ) -> None:
-    """Puts the gradient of y where y was. grad: of norm(y); grads: of y's statistics."""
-    folded = through_statistics(y, own_mean, *grads)
-    per_slab = thickness(raw(y, norm, 1.0).spec, slab_elements, y.device)
-    for sample, lo, hi in slabs(y.shape[0], y.shape[2], per_slab):
-        one = slice(sample, sample + 1)
-        part, own = y[one, :, lo:hi], grad[one, :, lo:hi]
-        mean, scale = norm.mean[one], norm.scale[one]
+    """Puts the gradient of y where y was. z: norm(y); grad: of z; grads: of y's statistics."""
+    y, *norm = z.tensors
+    folded = through_statistics(z.shape, own_mean, *grads)
+    for slab in _slabs(z, slab_elements):
+        one, sample = slab.one, slab.sample
+        part, own = y[one, :, slab.here], grad[one, :, slab.here]
+        mean, scale = norm[0][one], norm[1][one]
         direct = ops.norm_act_backward(own, part, part, mean, scale, 1.0, need_dy=True).dy
         assert direct is not None
         part.copy_(direct if folded is None else ops.fold(direct, part, *(t[sample] for t in folded)))
 
 
-def _slabs(x: Deferred, slab_elements: int | None) -> Iterator[tuple[int, int, int]]:
+def _slabs(x: Deferred, slab_elements: int | None) -> Iterator[Slab]:
     return slabs(x.shape[0], x.shape[2], thickness(x.spec, slab_elements, x.device))

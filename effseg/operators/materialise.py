@@ -11,9 +11,10 @@ from torch import Tensor
 from effseg.algorithms.interface import Algorithm
 from effseg.algorithms.pullback import Pullback, rows
 from effseg.common.formats import CHANNELS_LAST
-from effseg.expressions.base import Deferred, Spec, in_compute_type
+from effseg.expressions.base import Deferred, Spec, readable
 from effseg.expressions.slabs import rows_per_slab, slabs
 from effseg.operators.operator import Operator
+from effseg.parallel.partition import own_shape
 
 
 class Static(NamedTuple):
@@ -63,12 +64,11 @@ def materialise_forward(
     ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], slab_elements: int | None
 ) -> Tensor:
     device = tensors[0].device
-    y = torch.empty(spec.shape, dtype=spec.dtype, device=device, memory_format=CHANNELS_LAST)
-    tensors = in_compute_type(spec, tensors)
-    for sample, lo, hi in slabs(
-        spec.shape[0], spec.shape[2], thickness(spec, slab_elements, tensors[0].device)
-    ):
-        y[sample : sample + 1, :, lo:hi] = rows(ops, spec, tensors, sample, lo, hi)
+    shape = own_shape(spec.shape)
+    y = torch.empty(shape, dtype=spec.dtype, device=device, memory_format=CHANNELS_LAST)
+    stored = readable(spec, tensors, None)
+    for sample, lo, hi, here in slabs(spec.shape[0], spec.shape[2], thickness(spec, slab_elements, device)):
+        y[sample : sample + 1, :, here] = rows(ops, spec, stored, sample, lo, hi)
     return y
 
 
@@ -83,9 +83,8 @@ def materialise_backward(
 ) -> list[Tensor | None]:
     """memory: grad, if it is nobody else's: see `Pullback`."""
     pullback = Pullback(ops, spec, tensors, needed, memory)
-    for sample, lo, hi in slabs(
-        spec.shape[0], spec.shape[2], thickness(spec, slab_elements, tensors[0].device)
-    ):
+    per_slab = thickness(spec, slab_elements, tensors[0].device)
+    for sample, lo, hi, here in slabs(spec.shape[0], spec.shape[2], per_slab):
         pullback.rows(sample, lo, hi)
-        pullback.pull(grad[sample : sample + 1, :, lo:hi], read=hi)
+        pullback.pull(grad[sample : sample + 1, :, here], read=here.stop)
     return pullback.gradients()

@@ -12,6 +12,7 @@ from effseg.expressions.base import Deferred
 from effseg.expressions.joins import Shared
 from effseg.operators.materialise import Static, pulled_back
 from effseg.operators.operator import Operator
+from effseg.parallel.partition import own_shape
 
 
 def share(x: Deferred, slab_elements: int | None = None) -> Deferred:
@@ -30,7 +31,8 @@ def _forward(
 ) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
     """A tensor of the expression's shape without memory, for gradients to come to; they are pulled back
     once."""
-    return (torch.empty((), dtype=static.spec.dtype, device=tensors[0].device).expand(static.spec.shape),), ()
+    value = torch.empty((), dtype=static.spec.dtype, device=tensors[0].device)
+    return (value.expand(own_shape(static.spec.shape)),), ()
 
 
 _operator = Operator("share", Static, _forward, pulled_back, zeros=True, reuses=True)

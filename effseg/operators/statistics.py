@@ -11,9 +11,9 @@ from torch import Tensor
 from effseg.algorithms.interface import Algorithm
 from effseg.algorithms.pullback import Pullback, rows
 from effseg.common.formats import CHANNELS_LAST
-from effseg.expressions.base import Deferred, Spec, in_compute_type
+from effseg.expressions.base import Deferred, Spec, readable
 from effseg.expressions.layers import plain
-from effseg.expressions.slabs import slabs
+from effseg.expressions.slabs import Slab, slabs
 from effseg.operators.conv3d import through_statistics
 from effseg.operators.materialise import thickness
 from effseg.operators.moments import Moments
@@ -35,12 +35,13 @@ def statistics(x: Tensor | Deferred, slab_elements: int | None = None) -> tuple[
 def _forward(
     ops: Algorithm, static: Static, tensors: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
-    spec = static.spec
-    moments, low = Moments(ops, spec.shape[0], spec.dtype), in_compute_type(spec, tensors)
-    for sample, lo, hi in _slabs(static, tensors[0].device):
-        part = rows(ops, spec, low, sample, lo, hi)
+    spec, device = static.spec, tensors[0].device
+    moments = Moments(ops, (spec.shape[0], spec.shape[1]), spec.dtype, device)
+    stored = readable(spec, tensors, None)
+    for sample, lo, hi, _ in _slabs(static, device):
+        part = rows(ops, spec, stored, sample, lo, hi)
         moments.add(sample, part.contiguous(memory_format=CHANNELS_LAST))
-    return moments.merge(), ()
+    return moments.merge(spec.shape), ()
 
 
 def _backward(
@@ -52,17 +53,17 @@ def _backward(
     grads: tuple[Tensor | None, Tensor | None],
 ) -> list[Tensor | None]:
     (mean,) = own
-    terms = through_statistics(static.spec, mean, *grads)
+    terms = through_statistics(static.spec.shape, mean, *grads)
     if terms is None:
         return [None] * len(tensors)
     pullback = Pullback(ops, static.spec, tensors, needed)
-    for sample, lo, hi in _slabs(static, mean.device):
+    for sample, lo, hi, _ in _slabs(static, mean.device):
         part = pullback.rows(sample, lo, hi)
         pullback.pull(ops.fold(None, part, *(t[sample] for t in terms)))
     return pullback.gradients()
 
 
-def _slabs(static: Static, device: torch.device) -> Iterator[tuple[int, int, int]]:
+def _slabs(static: Static, device: torch.device) -> Iterator[Slab]:
     spec = static.spec
     return slabs(spec.shape[0], spec.shape[2], thickness(spec, static.slab_elements, device))
 

@@ -18,23 +18,36 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
+from effseg.algorithms.pullback import rows
 from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
+from effseg.expressions.base import Deferred, readable
+from effseg.expressions.layers import Plain
 from effseg.expressions.slabs import Window, rows_per_slab, slabs
 from effseg.operators.moments import Moments
 from effseg.operators.operator import Operator
+from effseg.parallel.reduction import summed
 
 
 class Static(NamedTuple):
+    """rows: of the whole volume."""
+
     window: Window
     dtype: torch.dtype
     slab_elements: int | None
+    rows: int
+
+    def output(self, image: Tensor) -> tuple[int, int, int]:
+        """(D, H, W) of the convolution's output, of the whole volume."""
+        return self.window.output_size((self.rows, image.shape[3], image.shape[4]))
 
 
 def stem_statistics(
-    image: Tensor, weight: Tensor, window: Window, dtype: torch.dtype, slab_elements: int | None = None
+    x: Deferred, weight: Tensor, window: Window, slab_elements: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `effseg.functional.stem_statistics`."""
-    mean, var = _operator(image.device, dtype, Static(window, dtype, slab_elements), (image, weight))
+    """See `effseg.functional.stem_statistics`. x: `plain`."""
+    assert isinstance(x.spec, Plain)
+    static = Static(window, x.dtype, slab_elements, x.shape[2])
+    mean, var = _operator(x.device, x.dtype, static, (*x.tensors, weight))
     return mean, var
 
 
@@ -43,7 +56,7 @@ def _forward(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """mean and var; P and Q, (C + 1) * Ci * taps numbers a sample, so that backward sweeps nothing."""
     image, weight = tensors
-    mean, var, p, q = stem_statistics_forward(ops, image, weight, *static)
+    mean, var, p, q = stem_statistics_forward(ops, image, weight, static)
     return (mean, var), (p.clone(memory_format=torch.contiguous_format), q)  # p is part of a tensor
 
 
@@ -55,11 +68,11 @@ def _backward(
     needed: Sequence[bool],
     grads: tuple[Tensor, Tensor],
 ) -> tuple[None, Tensor]:
-    """The image gets no gradient."""
+    """The image gets no gradient. P and Q are of this process's rows."""
     (p, q), (image, weight) = own, tensors
-    d, h, w = image.shape[2:]
-    voxels = math.prod(static.window.output_size((d, h, w)))
-    return None, stem_statistics_backward(p, q, *grads, voxels, weight.dtype)
+    grad_mean, grad_var = summed(grads)
+    voxels = math.prod(static.output(image))
+    return None, stem_statistics_backward(p, q, grad_mean, grad_var, voxels, weight.dtype)
 
 
 def _fake(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -76,30 +89,29 @@ def stem_statistics_forward(
     ops: Algorithm,
     image: Tensor,
     weight: Tensor,
-    window: Window,
-    dtype: torch.dtype,
-    slab_elements: int | None,
+    static: Static,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """mean, variance (N, C) of conv(image, weight) as stored in `dtype`, and float64 P (N, 1, Ci, k, k, k)
-    and centred Q - mean P (N, C, Ci, k, k, k)."""
-    n, _, *size = image.shape
-    d, h, w = size
-    channels, accumulate = weight.shape[0], accumulation_dtype(dtype)
-    out = window.output_size((d, h, w))
+    and centred Q - mean P (N, C, Ci, k, k, k), both over this process's rows."""
+    window, dtype = static.window, static.dtype
+    n, channels, accumulate = image.shape[0], weight.shape[0], accumulation_dtype(dtype)
+    out = static.output(image)
+    spec = Plain((n, image.shape[1], static.rows, *image.shape[3:]), dtype)
+    stored = readable(spec, (image,), window)
     low = weight.to(dtype, memory_format=CHANNELS_LAST)
     shaped = weight.new_empty(channels + 1, *weight.shape[1:], dtype=accumulate)
-    moments, sums = Moments(ops, n, dtype), [torch.zeros(0)] * n
+    moments = Moments(ops, (n, channels), dtype, image.device)
+    sums = [torch.zeros_like(shaped, dtype=torch.float64) for _ in range(n)]
     # Centring on the first slab's mean keeps Q small; the rest of the way to the mean is made at the end.
-    reference = [torch.zeros(0)] * n
-    rows_of_slab = rows_per_slab(out[0], channels * out[1] * out[2], slab_elements, image.device)
-    for sample, lo, hi in slabs(n, out[0], rows_of_slab):
-        first, last, pad = window.input_rows(lo, hi, d)
-        x = image[sample : sample + 1, :, first:last].to(dtype)
+    reference: dict[int, Tensor] = {}
+    rows_of_slab = rows_per_slab(out[0], channels * out[1] * out[2], static.slab_elements, image.device)
+    for sample, lo, hi, _ in slabs(n, out[0], rows_of_slab):
+        first, last, pad = window.input_rows(lo, hi, static.rows)
+        x = rows(ops, spec, stored, sample, first, last)
         y = ops.convolution(x, low, None, window, pad)
         moments.add(sample, y)
-        if lo == 0:
+        if sample not in reference:
             reference[sample] = ops.mean_var(y)[0]
-            sums[sample] = torch.zeros_like(shaped, dtype=torch.float64)
         grads = torch.empty(
             (1, channels + 1, *y.shape[2:]), dtype=accumulate, device=y.device, memory_format=CHANNELS_LAST
         )
@@ -109,10 +121,12 @@ def stem_statistics_forward(
         assert part is not None
         sums[sample] += part
         del x, y, grads
-    mean, var = moments.merge()
+    mean, var = moments.merge((n, channels, *out))
     total = torch.stack(sums)
     p, q = total[:, channels:], total[:, :channels]
-    q = q + (torch.stack(reference).double() - mean.double())[..., None, None, None, None] * p
+    if reference:  # else no slab was this process's
+        centre = torch.stack([reference[sample] for sample in range(n)])
+        q = q + (centre.double() - mean.double())[..., None, None, None, None] * p
     return mean, var, p, q
 
 

@@ -25,11 +25,11 @@ from effseg.algorithms.interface import Algorithm, Head, Sums
 from effseg.algorithms.pullback import Pullback, added, rows
 from effseg.common.device import make_room
 from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
-from effseg.expressions.base import Deferred, Normalisation, Spec, in_compute_type
-from effseg.expressions.slabs import Window, slabs
+from effseg.expressions.base import Deferred, Normalisation, Spec, Stored, readable
+from effseg.expressions.slabs import Slab, Window, slabs
 from effseg.operators.checks import unknown_labels
-from effseg.operators.conv3d import thickness
-from effseg.operators.head import COUNTS, head_gradients
+from effseg.operators.conv3d import thickness, through_statistics
+from effseg.operators.head import COUNTS, each_its_part, head_gradients, over_processes
 from effseg.operators.moments import Moments
 from effseg.operators.norm_backward import NormBackward
 from effseg.operators.norm_sums import NormSums, terms_from_sums
@@ -279,15 +279,15 @@ class Layer:
         return self.weight.detach().to(self.dtype, memory_format=CHANNELS_LAST)
 
     @cached_property
-    def in_compute_type(self) -> list[Tensor]:
-        return in_compute_type(self.spec, self.tensors)
+    def stored(self) -> list[Stored]:
+        return readable(self.spec, self.tensors, self.window)
 
     @cached_property
-    def addend_in_compute_type(self) -> list[Tensor]:
+    def stored_addend(self) -> list[Stored]:
         assert self.addend is not None
-        return in_compute_type(*self.addend)
+        return readable(self.addend.spec, self.addend.tensors, None)
 
-    def slabs(self) -> Iterator[tuple[int, int, int]]:
+    def slabs(self) -> Iterator[Slab]:
         return slabs(self.shape[0], self.shape[2], self._thickness())
 
     def make_room(self, head: Head) -> None:
@@ -313,11 +313,11 @@ class Layer:
     def raw(self, sample: int, lo: int, hi: int) -> Tensor:
         """Rows of what is normalised."""
         first, last, pad = self.input_rows(lo, hi)
-        a = rows(self.ops, self.spec, self.in_compute_type, sample, first, last)
+        a = rows(self.ops, self.spec, self.stored, sample, first, last)
         y = self.ops.convolution(a, self.low, None, self.window, pad)
         if self.addend is None:
             return y
-        return y.add_(rows(self.ops, self.addend.spec, self.addend_in_compute_type, sample, lo, hi))
+        return y.add_(rows(self.ops, self.addend.spec, self.stored_addend, sample, lo, hi))
 
     def activated(self, y: Tensor, sample: int, norm: Normalisation) -> Tensor:
         mean, scale, beta = (t[sample : sample + 1] for t in norm)
@@ -327,10 +327,11 @@ class Layer:
 
 def sweep_statistics(layer: Layer) -> tuple[Tensor, Tensor]:
     """Sweep F3: mean and biased variance (N, C)."""
-    moments = Moments(layer.ops, layer.shape[0], layer.dtype)
-    for sample, lo, hi in layer.slabs():
+    shape = layer.shape
+    moments = Moments(layer.ops, (shape[0], shape[1]), layer.dtype, layer.weight.device)
+    for sample, lo, hi, _ in layer.slabs():
         moments.add(sample, layer.raw(sample, lo, hi))
-    return moments.merge()
+    return moments.merge(shape)
 
 
 def collects(layer: Layer, head: Head) -> bool:
@@ -341,15 +342,16 @@ def collects(layer: Layer, head: Head) -> bool:
 def tail_sums_forward(
     layer: Layer, norm: Normalisation, head: Head, labels: Tensor
 ) -> tuple[Sums, Tensor | None]:
-    """Sweep F4: the sums, and what stands in for sweep B1 where that is cheaper, (N, 3, K, 4, C)."""
+    """Sweep F4: the sums, and what stands in for sweep B1 where that is cheaper, (N, 3, K, 4, C), of this
+    process's rows."""
     sums = Sums.zeros(layer.shape[0], head.classes, labels.device)
     collected = NormSums(layer.shape[0], head) if collects(layer, head) else None
-    for sample, lo, hi in layer.slabs():
+    for sample, lo, hi, here in layer.slabs():
         y = layer.raw(sample, lo, hi)
         z = layer.activated(y, sample, norm)
         also = None if collected is None else collected.slab(sample, y, z, norm.mean[sample], layer.slope)
-        head.add_sums(sums, sample, z, labels[sample, lo:hi], also)
-    return sums, None if collected is None else collected.total
+        head.add_sums(sums, sample, z, labels[sample, here], also)
+    return over_processes(sums), None if collected is None else collected.total
 
 
 def tail_sums_backward(
@@ -371,21 +373,23 @@ def tail_sums_backward(
     and bias);
     collected: as given by the forward sweep.
     """
+    grads = each_its_part(grads)
     if collected is None:
         scale, beta = _sweep_terms(layer, norm, head, labels, grads)
     else:
         scale, beta = terms_from_sums(collected, head, grads)
     scale, beta = scale.to(mean.dtype), beta.to(mean.dtype)
-    grad_mean, grad_var = norm_backward(Normalisation(-norm.scale * beta, scale, beta))
+    folded = through_statistics(
+        layer.shape, mean, *norm_backward(Normalisation(-norm.scale * beta, scale, beta))
+    )
     ops, spec, window = layer.ops, layer.spec, layer.window
-    voxels = layer.shape[2] * layer.shape[3] * layer.shape[4]
     low = layer.low
     grad_weight = None
-    pullback = Pullback(ops, spec, layer.tensors, needed[: len(layer.tensors)])
+    pullback = Pullback(ops, spec, layer.tensors, needed[: len(layer.tensors)], window=window)
     added_on = None
     if layer.addend is not None:
         added_on = Pullback(ops, *layer.addend, needed[len(layer.tensors) :])
-    for sample, lo, hi in layer.slabs():
+    for sample, lo, hi, here in layer.slabs():
         first, last, pad = layer.input_rows(lo, hi)
         a = pullback.rows(sample, first, last)
         with torch.no_grad():
@@ -393,15 +397,14 @@ def tail_sums_backward(
         if added_on is not None:
             y.add_(added_on.rows(sample, lo, hi))
         z = layer.activated(y, sample, norm)
-        grad = head.pull(grads, sample, z, labels[sample, lo:hi])
+        grad = head.pull(grads, sample, z, labels[sample, here])
         one = slice(sample, sample + 1)
         grad_y = ops.norm_act_backward(
             grad, y, z, norm.mean[one], norm.scale[one], layer.slope, need_dy=True
         ).dy
         del z, grad
-        if grad_mean is not None and grad_var is not None:
-            scale, shift = grad_var[sample] * (2 / voxels), grad_mean[sample] / voxels
-            grad_y = ops.fold(grad_y, y, mean[sample], scale, shift)
+        if folded is not None:
+            grad_y = ops.fold(grad_y, y, *(t[sample] for t in folded))
         assert grad_y is not None
         del y
         if added_on is not None and added_on.any:
@@ -413,7 +416,8 @@ def tail_sums_backward(
         if grad_a is not None:
             pullback.pull(grad_a)
         del grad_a
-    assert grad_weight is not None
+    if grad_weight is None:  # no slab was this process's
+        grad_weight = torch.zeros_like(layer.weight)
     found = pullback.gradients() + ([] if added_on is None else added_on.gradients())
     return grad_weight.to(layer.weight.dtype), found
 
@@ -423,11 +427,11 @@ def _sweep_terms(
 ) -> tuple[Tensor, Tensor]:
     """Sweep B1: gradients of scale and beta, float64."""
     scale, beta = (torch.zeros_like(norm.mean, dtype=torch.float64) for _ in range(2))
-    for sample, lo, hi in layer.slabs():
+    for sample, lo, hi, here in layer.slabs():
         one = slice(sample, sample + 1)
         y = layer.raw(sample, lo, hi)
         z = layer.activated(y, sample, norm)
-        grad = head.pull(grads, sample, z, labels[sample, lo:hi], parameters=False)
+        grad = head.pull(grads, sample, z, labels[sample, here], parameters=False)
         found = layer.ops.norm_act_backward(
             grad, y, z, norm.mean[one], norm.scale[one], layer.slope, need_terms=True
         )

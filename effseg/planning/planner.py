@@ -28,7 +28,7 @@ MEMORY = ("auto", "raw", "stream")
 @dataclass(frozen=True)
 class Request:
     """One kind of training step. volume: (X, Y, Z) in voxels; classes: background included; memory: one of
-    MEMORY, for networks that have modes."""
+    MEMORY, for networks that have modes; gpus: that share a volume, of which each has its process."""
 
     volume: Volume
     classes: int
@@ -38,6 +38,7 @@ class Request:
     batch: int = 1
     optimizer: str = "adamw"
     memory: str = "auto"
+    gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Mode:
             "allocated": self.report.allocated,
             "reserved": self.report.reserved,
             "reserved_expandable": self.report.reserved_expandable,
+            "sent": self.report.sent,
+            "messages": self.report.messages,
             "bytes_per_voxel": self.report.bytes_per_voxel,
             "arithmetic": self.arithmetic,
         }
@@ -122,6 +125,14 @@ def plan(request: Request, gpu_memory: int, headroom: float = HEADROOM) -> Plan:
         raise InputError(f"gpu memory: expected more than 0 bytes, got {gpu_memory}")
     if request.memory not in MEMORY:
         raise InputError(f"memory: expected one of {', '.join(MEMORY)}, got {request.memory!r}")
+    if request.gpus < 1:
+        raise InputError(f"gpus: expected 1 or more, got {request.gpus}")
+    if request.gpus > 1 and not request.model.startswith("effseg-"):
+        raise InputError(f"gpus: expected 1 for {request.model}, got {request.gpus}")
+    if request.volume[0] < request.gpus:
+        raise InputError(
+            f"gpus: expected {request.volume[0]} or fewer, a row of voxels for each, got {request.gpus}"
+        )
     usable = int(gpu_memory * (1 - headroom))
     mode, modes, leanest = _modes(request, usable)
     x, y, _ = request.volume
@@ -199,7 +210,9 @@ def _step(request: Request, volume: Volume) -> TrainingStep | None:
         return None
     arguments = build_model(request.model, request.channels, request.classes).arguments
     shape = (request.batch, request.channels, *volume)
-    return TrainingStep.of(EffSegNet, arguments, shape, request.dtype, request.optimizer)
+    return TrainingStep.of(
+        EffSegNet, arguments, shape, request.dtype, request.optimizer, "cuda", request.gpus
+    )
 
 
 def _predict(request: Request, settings: Settings | None, volume: Volume) -> MemoryReport:

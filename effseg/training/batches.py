@@ -36,6 +36,8 @@ class Batches:
     patch_size: cut random patches instead of taking whole volumes.
     augment_on: a device to which volumes are moved first, to be augmented there when their step comes; its
     batches lie there. None: they are augmented ahead, on the CPU, and stay there.
+    own_rows: of volumes of so many rows, those that this process holds; None: all. What is not augmented is
+    read only there; a rotation turns the whole volume.
     """
 
     cases: Sequence[CachedCase]
@@ -45,6 +47,7 @@ class Batches:
     patch_size: Triple | None = None
     pin: bool = False
     augment_on: torch.device | None = None
+    own_rows: Callable[[int], slice] | None = None
 
     def __call__(self, step: int) -> Volume:
         """The batch of `step`: image (N, C, D, H, W) float32 and labels (N, D, H, W)."""
@@ -95,6 +98,9 @@ class Batches:
             rng = np.random.default_rng((_PATCH, draw.seed))
             start = patch_start(case.labels, case.counts, self.patch_size, rng)
             region, inside = with_margin(start, self.patch_size, case.labels.shape)
+        if self.own_rows is not None:
+            own: Region = (slice(None), self.own_rows(case.labels.shape[0]), slice(None), slice(None))
+            region, inside = (own, WHOLE) if self.augment is None else (WHOLE, own)
         image = self.normalise(case.image[region])
         labels = torch.from_numpy(np.array(case.labels[region[1:]]))
         return _Sample(image, labels, inside, draw.seed, case.spacing)

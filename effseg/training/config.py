@@ -13,7 +13,7 @@ from effseg.errors import InputError
 
 # What may differ between a run and its continuation: nothing here changes a computed number,
 FREE_ON_RESUME = frozenset(
-    {"data", "output", "workers", "device", "cache", "checkpoint_interval", "allow_missing"}
+    {"data", "output", "workers", "device", "cache", "checkpoint_interval", "allow_missing", "split_volume"}
 )
 
 # or it is compared as what it comes to: classes, pairs of them, weights to begin with.
@@ -41,6 +41,8 @@ class TrainingConfig:
     allow_missing: go on without the cases of which files are missing or unreadable, instead of raising.
     steps: optimiser steps. epochs: passes over the training cases, used instead of `steps` when given.
     batch_size: volumes (or patches) per process and step; above 1 their sizes must agree.
+    split_volume: processes that share a volume (`effseg.parallel`), for effseg models on whole volumes; a
+        batch is then theirs together.
     learning_rate: peak rate of AdamW; None: 4e-3 for effseg models, 1e-3 for the 3D U-Net.
     class_weights: cross-entropy weights: "sqrt" for 1/sqrt(class frequency), or "none".
     dice_weight, ce_weight, label_smoothing, include_background, batch_dice: the loss's options.
@@ -82,6 +84,7 @@ class TrainingConfig:
     steps: int = 2000
     epochs: int | None = None
     batch_size: int = 1
+    split_volume: int = 1
     learning_rate: float | None = None
     weight_decay: float = 1e-4
     warmup: float = 0.08
@@ -123,7 +126,7 @@ class TrainingConfig:
         self._check()
 
     def _check(self) -> None:
-        for name in ("steps", "batch_size", "validation_interval", "checkpoint_interval"):
+        for name in ("steps", "batch_size", "split_volume", "validation_interval", "checkpoint_interval"):
             _demand(self, name, getattr(self, name) >= 1, "at least 1")
         _demand(self, "epochs", self.epochs is None or self.epochs >= 1, "at least 1")
         _demand(self, "workers", self.workers >= 0, "0 or more")
@@ -147,6 +150,10 @@ class TrainingConfig:
         _demand(self, "memory", not (baseline and chosen), "a choice for effseg models only")
         inside = self.init is not None and self.output.absolute() in (self.init / "x").absolute().parents
         _demand(self, "init", not inside, f"weights outside of the output {self.output}")
+        whole = self.split_volume == 1 or not (baseline or self.patch_size)
+        _demand(self, "split_volume", whole, "1 but for effseg models on whole volumes")
+        on_cpu = self.split_volume == 1 or self.augment_on != "device"
+        _demand(self, "augment_on", on_cpu, "auto or cpu where processes share a volume")
         _demand(self, "recompute", self.recompute >= 0, "0 or more levels")
         _demand(self, "recompute", self.memory != "auto" or not self.recompute, "0, auto chooses it")
         alone = self.memory == "auto" or self.memory_budget is None
@@ -169,8 +176,10 @@ class TrainingConfig:
         return 4e-3 if self.model.startswith("effseg") else 1e-3
 
     def augments_on(self, device: torch.device) -> bool:
-        """Whether cases are augmented on `device`, where the network is, and not ahead on the CPU."""
-        on_device = self.augment_on == "device" or (self.augment_on == "auto" and device.type != "cpu")
+        """Whether cases are augmented on `device`, where the network is, and not ahead on the CPU, as those
+        are of which a process takes a part."""
+        chosen = self.augment_on == "auto" and device.type != "cpu" and self.split_volume == 1
+        on_device = self.augment_on == "device" or chosen
         return self.augment and on_device
 
     @property

@@ -20,6 +20,7 @@ from effseg.inference import segment
 from effseg.models.base import SegmentationModel
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.registry import build_model, load
+from effseg.parallel import rows
 from effseg.training.average import WeightAverage
 from effseg.training.batches import Batches
 from effseg.training.checkpoint import Checkpoints, load_checkpoint, writing
@@ -48,7 +49,7 @@ def train(
     Under torchrun every process calls this with the same arguments.
     Raises InputError for a configuration, data or run folder that cannot be used, and for a diverged run.
     """
-    with join_world(config.device) as world:
+    with join_world(config.device, config.split_volume) as world:
         say = _printer(console if world.is_main else None)
         with locked(config.output, world, say):
             world.on_main(lambda: open_run(config, overwrite))
@@ -66,7 +67,7 @@ class _Run:
         self.model = _network(config, self.data, world.device)
         self.model.to(world.device)
         self.sampler = Sampler(
-            len(self.data.training), config.seed, config.batch_size, world.rank, world.size
+            len(self.data.training), config.seed, config.batch_size, world.volumes.rank, world.volumes.size
         )
         self.steps = self.sampler.steps(config.epochs) if config.epochs else config.steps
         self.checkpoints = Checkpoints(config.output / "checkpoints")
@@ -111,6 +112,7 @@ class _Run:
             config.patch_size,
             pin=device.type == "cuda",
             augment_on=device if config.augments_on(device) else None,
+            own_rows=self._own_rows if config.split_volume > 1 else None,
         )
         ahead = batches.ahead(state.step, self.steps, config.workers)
         spent, before = 0.0, state.seconds
@@ -159,7 +161,7 @@ class _Run:
                 self.data.preprocessing,
                 labels.num_classes,
                 self.data.ignore,
-                self.world,
+                self.world.volumes,
                 self._overlay,
             )
             mean = mean_dice(dice)
@@ -174,9 +176,17 @@ class _Run:
     def _segment(self, case: WholeCase) -> np.ndarray:
         image = self.data.preprocessing.normalise(case.image)[None]
         bf16 = uses_bf16(self.config, self.world.device)
-        return segment(self.model, image, bf16=bf16, patch_size=self.config.patch_size)[0].numpy()
+        with self.world.splitting():
+            return segment(self.model, image, bf16=bf16, patch_size=self.config.patch_size)[0].numpy()
+
+    def _own_rows(self, total: int) -> slice:
+        """In a thread that prepares batches, too."""
+        assert self.world.mesh is not None
+        return rows((total, 0, 0), self.world.mesh)
 
     def _overlay(self, case: WholeCase, prediction: np.ndarray) -> None:
+        if self.world.share_of_volume:
+            return
         from effseg.figures import draw_overlay
 
         preprocessing = self.data.preprocessing

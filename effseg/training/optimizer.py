@@ -36,7 +36,7 @@ class StepResult:
 
 
 class Stepper:
-    """AdamW on a model's loss.
+    """AdamW on a model's loss; image and labels are this process's rows, where processes share volumes.
 
     loss_options: keywords of ``model.loss``. With several processes the gradients are averaged and the
     loss's sums are taken over all of them, so that a step equals one process's step on the whole batch;
@@ -53,7 +53,8 @@ class Stepper:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.peak_rate, weight_decay=config.weight_decay
         )
-        loss: nn.Module = _Loss(model, loss_options | {"process_group": True if world.several else None})
+        self.world = world
+        loss: nn.Module = _Loss(model, loss_options | {"process_group": world.loss_group})
         if world.several:
             ids = [world.device.index] if world.device.type == "cuda" else None
             loss = DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True)
@@ -67,7 +68,7 @@ class Stepper:
         rate = learning_rate(step, self.steps, self.config.peak_rate, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with self.world.splitting(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.loss(image, labels)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)

@@ -37,7 +37,7 @@ def test_thickness_is_a_number_of_rows(rows, row_elements, slab_elements, device
 
 @given(st.integers(1, 4), st.integers(1, 100), st.integers(1, 120))
 def test_slabs_partition_every_sample(samples, rows, thickness):
-    seen = [(n, row) for n, lo, hi in slabs(samples, rows, thickness) for row in range(lo, hi)]
+    seen = [(n, row) for n, lo, hi, _ in slabs(samples, rows, thickness) for row in range(lo, hi)]
     assert seen == [(n, row) for n in range(samples) for row in range(rows)]
 
 

@@ -91,7 +91,7 @@ class Fused:
         grad_x = memory if in_place else empty(spec.shape, spec.dtype, x.device) if any(needed) else None
         above: Tensor | None = None  # rows of the gradient of y that are read again, but overwritten
         sums = torch.zeros(2, *spec.shape[:2], dtype=torch.float64, device=x.device)
-        for sample, lo, hi in slabs(y.shape[0], y.shape[2], thickness):
+        for sample, lo, hi, _ in slabs(y.shape[0], y.shape[2], thickness):
             slab = _Slab.of(sample, window, lo, hi, spec.shape[2], y.shape[2])
             g, share = _gradient(given, slab, above, in_place, need_weight)
             if grad_weight is not None and share is not None:

@@ -13,7 +13,7 @@ from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, may_change, result, rule, unfinished
 from effseg.conversion.streamed import Summed, is_last
-from effseg.conversion.values import Convolution, Value
+from effseg.conversion.values import Convolution, Value, stored_as
 from effseg.expressions.base import Deferred, Normalisation, Spec
 from effseg.expressions.joins import Sum, added, concatenation
 from effseg.expressions.layers import Raw, Residual, UpAdd, plain, residual, upsample_add
@@ -60,7 +60,7 @@ def _added(value: Value, other: LazyTensor) -> Value | None:
         y, _, _ = convolve(value.x, value.weight, value.bias, value.window, statistics=False)
         watch.took("sum")
         # A stored sum: nothing keeps y, so that it may become the sum.
-        return y.add_(other.read())
+        return stored_as(y.add_(other.read()), value.shape[2])
     if not isinstance(value, Deferred):
         return None
     if isinstance(value.spec, Raw) and value.spec.slope == IDENTITY:
@@ -82,7 +82,7 @@ MOST_NESTED = 3
 def flat(x: LazyTensor, dtype: torch.dtype) -> Deferred:
     """A deferred expression, stored where it is a sum of sums: every use makes all of them."""
     found = x.lent(dtype)
-    return plain(x.stored(), dtype) if _nested(found.spec) >= MOST_NESTED else found
+    return plain(x.stored(), dtype, found.shape[2]) if _nested(found.spec) >= MOST_NESTED else found
 
 
 def _nested(spec: Spec) -> int:

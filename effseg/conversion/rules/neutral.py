@@ -11,6 +11,8 @@ from torch import Tensor
 
 from effseg.conversion.lazy import LazyTensor, real
 from effseg.conversion.rules.registry import rule
+from effseg.expressions.joins import padded
+from effseg.parallel.partition import current
 
 
 @rule(F.dropout, F.dropout3d)
@@ -21,7 +23,11 @@ def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = F
 
 @rule(F.pad)
 def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
-    """Of nothing; a copy, as torch's is."""
+    """Of nothing; a copy, as torch's is. Where the volume is split, of voxels repeated at the end, too."""
+    if any(pad) and mode == "replicate" and current() is not None and isinstance(input, LazyTensor):
+        w, h, d = (list(zip(pad[0::2], pad[1::2], strict=True)) + [(0, 0)] * 3)[:3]
+        if len(pad) <= 6 and not (w[0] or h[0] or d[0]) and min(pad) >= 0:
+            return LazyTensor(padded(input.deferred(input.dtype), (d[1], h[1], w[1])))
     if any(pad) or not isinstance(input, LazyTensor):
         return NotImplemented
     return LazyTensor(input.lent(input.dtype) if isinstance(input.value, Tensor) else input.taken())

@@ -16,9 +16,9 @@ from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import convolve
 from effseg.conversion.rules.registry import IDENTITY, rule, unfinished
 from effseg.conversion.streamed import Layer, Summed, is_last, makes_again
-from effseg.conversion.values import Convolution, Value
+from effseg.conversion.values import Convolution, Value, stored_as
 from effseg.expressions.base import Deferred, Normalisation
-from effseg.expressions.layers import UpAdd, convolved, raw
+from effseg.expressions.layers import UpAdd, convolved, plain, raw
 from effseg.expressions.normed import normed
 from effseg.operators.normalisation import Merging, layer_terms, moving_alone, update_running
 
@@ -128,22 +128,27 @@ def _measured(input: LazyTensor, value: Value) -> _Measured:
     if isinstance(value, Deferred) and isinstance(value.spec, UpAdd) and makes_again():
         x = input.deferred(value.dtype)
         return _Measured(*operators.statistics(x), None, lambda norm: normed(x, norm, IDENTITY))
-    y = input.stored()
-    return _Measured(*operators.statistics(y), None, lambda norm: raw(y, norm, IDENTITY))
+    y, rows = input.stored(), value.shape[2]
+    x = plain(y, rows=rows)
+    return _Measured(*operators.statistics(x), None, lambda norm: raw(y, norm, IDENTITY, rows))
 
 
 def _of_convolution(input: LazyTensor, value: Convolution) -> _Measured:
     x, weight, offset, window = value
     if value.reads_image:
         input.taken()
-        mean, var = operators.stem_statistics(x.tensors[0], weight, window, x.dtype)
+        mean, var = operators.stem_statistics(x, weight, window)
         input.settle(value.deferred())
         return _Measured(mean, var, offset, lambda norm: convolved(x, weight, window, norm, IDENTITY))
     y, found, spread = convolve(x, weight, None, window, statistics=True)
     assert found is not None
     assert spread is not None
-    input.settle(y if offset is None else raw(y, moving_alone(offset, found), IDENTITY))  # for other readers
-    return _Measured(found, spread, offset, lambda norm: raw(y, norm, IDENTITY))
+    rows = value.shape[2]
+    # For other readers.
+    input.settle(
+        stored_as(y, rows) if offset is None else raw(y, moving_alone(offset, found), IDENTITY, rows)
+    )
+    return _Measured(found, spread, offset, lambda norm: raw(y, norm, IDENTITY, rows))
 
 
 def _last(
