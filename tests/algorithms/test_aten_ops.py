@@ -163,7 +163,7 @@ for dtype in (torch.bfloat16, torch.float16):
     ):
         for size in (
             (1, 1, 1), (2, 2, 2), (2, 16, 16), (3, 1, 16), (5, 16, 1), (7, 1, 16), (8, 9, 10), (4, 5, 6),
-            (5, 16, 2),
+            (5, 16, 2), *[(4, 64, 64), (6, 48, 128)] * (kernel == 3 and stride == 1),
         ):
             for pad in pads:
                 if size[0] + sum(pad) < kernel:

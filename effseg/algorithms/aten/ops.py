@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from effseg.algorithms.aten.head import Head
 from effseg.algorithms.interface import FusedConv3d, NormActGradients
+from effseg.common.device import kind_of
 from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
 from effseg.common.settings import Function
 from effseg.expressions.slabs import Window
@@ -25,12 +26,19 @@ ONEDNN_ELEMENTS = 20480
 
 
 # ---------------------------------------------------------------- convolution
+FEW_ROWS, LARGE_PLANE = 8, 48 * 48  # see below
+
+
 def _wgrad_is_broken(x: Tensor, window: Window) -> bool:
     """oneDNN's low-precision weight gradient is wrong, or writes past its buffers, where the first axis is
-    shorter than the kernel, and with a stride where height or width is one voxel. Slabs as thin as that are
-    rare and small, so they take float32."""
+    shorter than the kernel, with a stride where height or width is one voxel, and on AMX where few rows have
+    large planes (seen: 3 to 6 rows of 64x64 or 48x128 voxels and more; not seen: 8 rows, 48x48 voxels). Such
+    slabs take float32."""
+    if kind_of(x.device) != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
     thin = any(size < max(3, kernel) for size, kernel in zip(x.shape[2:], window.kernel, strict=True))
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and thin
+    flat = window.kernel[0] > 1 and x.shape[2] < FEW_ROWS and x.shape[3] * x.shape[4] > LARGE_PLANE
+    return thin or flat
 
 
 def _forward_is_broken(x: Tensor, window: Window) -> bool:
