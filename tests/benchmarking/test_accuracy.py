@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import accuracy
-from benchmarks.accuracy import PATCHES, WHOLE, Pace, Plan
+from benchmarks.accuracy import equal_time as accuracy
+from benchmarks.accuracy.equal_time import PATCHES, WHOLE, Pace, Plan
 from effseg import phantom
 
 TINY = Plan(shape=(20, 16, 16), training=2, validation=1, patch_size=(16, 16, 16))
