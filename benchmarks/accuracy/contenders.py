@@ -69,7 +69,9 @@ CONTENDERS = {
 
 def _unet3d_channels_last(in_channels: int, num_classes: int) -> SegmentationModel:
     """Two thirds of the time a step on a CPU with AMX."""
-    return build_model("unet3d", in_channels, num_classes).to(memory_format=torch.channels_last_3d)
+    model = build_model("unet3d", in_channels, num_classes)
+    model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return model
 
 
 class NNUNet(SegmentationModel):
@@ -91,7 +93,7 @@ class NNUNet(SegmentationModel):
         strides = strides_for(size)
         self.factors = [math.prod(axis) for axis in zip(*strides, strict=True)]
         network = plain_conv_unet(num_classes, NNUNET_WIDTHS[: len(strides)], strides=strides)
-        network.apply(network.initialize)
+        network.apply(network.initialize)  # type: ignore[arg-type]
         self.network = convert(network)
         # It holds its encoder twice, and every layer by two names: files have each tensor once.
         self.register_state_dict_post_hook(_leave_aliases_out)

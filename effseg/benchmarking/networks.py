@@ -15,7 +15,7 @@ def plain_conv_unet(
     classes: int,
     features: Sequence[int] = NNUNET_WIDTHS,
     deep_supervision: bool = False,
-    strides: Sequence[Sequence[int]] | None = None,
+    strides: Sequence[int | Sequence[int]] | None = None,
 ) -> nn.Module:
     """nnU-Net's standard network, as its planner configures it. strides: of every stage; None: 1, then 2."""
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
