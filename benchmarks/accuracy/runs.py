@@ -110,9 +110,10 @@ def configuration(run: Run, place: Place) -> TrainingConfig:
     steps = run.budget.steps(study, contender, run.seconds_per_step)
     size = study.patch_size if contender.patches else study.size
     name = contender.register(size, find_device(place.device))
-    options: dict[str, Any] = {"cases": ",".join(fold.training), "fold": "all"}
+    cases: dict[str, Any] = {"cases": ",".join(fold.training), "fold": "all"}
     if study.validations and run.fold != SEARCH:
-        options = {"cases": ",".join(fold.training + fold.scored), "validation": ",".join(fold.scored)}
+        cases = {"cases": ",".join(fold.training + fold.scored), "validation": ",".join(fold.scored)}
+    options: dict[str, Any] = dict(study.options) | (dict(study.patch_options) if contender.patches else {})
     return TrainingConfig(
         data=study.data,
         output=place.scratch / "runs" / run.place.with_suffix(""),
@@ -127,8 +128,8 @@ def configuration(run: Run, place: Place) -> TrainingConfig:
         device=place.device,
         dtype=place.dtype,  # type: ignore[arg-type]
         workers=1,
+        **cases,
         **options,
-        **study.options,
     )
 
 
@@ -161,7 +162,7 @@ def _document(run: Run, config: TrainingConfig, result: TrainingResult) -> dict[
 
     begun = record.begin().to_dict()
     patients = scores(config, result.final, run.study.folds[run.fold].scored)
-    wall = {"wall_steps_per_second": _number(result.steps_per_second)}
+    shown = {*run.study.options, *run.study.patch_options}
     return {
         "schema": SCHEMA,
         "machine": begun["machine"],
@@ -183,9 +184,9 @@ def _document(run: Run, config: TrainingConfig, result: TrainingResult) -> dict[
         "time": "processor time of the process, all its threads, in training steps",
         "processor_seconds": result.processor_seconds,
         "seconds_per_step_in_the_race": run.seconds_per_step,
-        **wall,
+        "wall_steps_per_second": _number(result.steps_per_second),
         "training_cases": len(run.study.folds[run.fold].training),
-        "options": {k: v for k, v in config.to_dict().items() if k in run.study.options},
+        "options": {k: v for k, v in config.to_dict().items() if k in shown},
         "mean_dice": _number(mean_dice(patients)),
         "patients": patients,
         "losses": [round(loss, 4) if math.isfinite(loss) else None for loss in result.losses],

@@ -28,7 +28,8 @@ class Fold:
 @dataclass(frozen=True)
 class Study:
     """size: a typical volume's, by which nnU-Net's network is planned. patch_size: of contenders on patches.
-    options: of `TrainingConfig`, the same for all contenders. folds: SEARCH, whose scores are not reported,
+    options: of `TrainingConfig`, the same for all contenders; patch_options: instead, for those on patches,
+    where a patch would not fit otherwise. folds: SEARCH, whose scores are not reported,
     and the others. rates: the learning rates of the search, tried for search_steps. validations: how many
     times a run scores its patients on the way, for learning curves; its processor time is without them."""
 
@@ -40,6 +41,7 @@ class Study:
     folds: Mapping[str, Fold]
     contenders: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    patch_options: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
     search_steps: int = 60
     search_seed: int = 100
@@ -102,7 +104,8 @@ def openkbp(data: Path) -> Study:
             "effseg-base", "effseg-large", "effseg-base-patches", "nnunet", "nnunet-patches", "unet3d",
             "unet3d-patches",
         ),
-        options={"labels": "openkbp", "margin": 25.0},
+        options={"labels": "openkbp"},
+        patch_options={"margin": 35.0},  # mm of air: some bodies are 57 voxels deep
         validations=8,
     )  # fmt: skip
 
