@@ -47,7 +47,7 @@ def tables(folder: Path) -> list[Table]:
     return found + [_search(study, runs) for study, runs in searched.items()]
 
 
-_UNITS = {"steps": "whole-volume steps each", "cpu-seconds": "seconds of processor time each"}
+_UNITS = {"steps": "whole-volume steps each", "cpu-seconds": "seconds of the race's processor time each"}
 
 
 def _arithmetic(run: Mapping[str, Any]) -> str:
