@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import auto, speed_plots
+from benchmarks.accuracy import report
 from benchmarks.memory_plots import LINES
 from effseg.benchmarking import results, tabulation
 from effseg.benchmarking.record import Record
@@ -62,6 +63,10 @@ def kernels_block(folder: Path) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+def accuracy_block(folder: Path) -> str:
+    return report.markdown(folder / "accuracy") or NOTHING
+
+
 def _of(folder: Path, gpu: bool) -> dict[str, Record]:
     """The records of machines with a GPU, or without, by name."""
     found = results.records(folder)
@@ -88,6 +93,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "cpu": cpu_block,
     "gpu": gpu_block,
     "kernels": kernels_block,
+    "accuracy": accuracy_block,
 }
 
 ROOT = results.FOLDER.parents[1]

@@ -12,16 +12,19 @@ NNUNET_WIDTHS = (32, 64, 128, 256, 320, 320)
 
 
 def plain_conv_unet(
-    classes: int, features: Sequence[int] = NNUNET_WIDTHS, deep_supervision: bool = False
+    classes: int,
+    features: Sequence[int] = NNUNET_WIDTHS,
+    deep_supervision: bool = False,
+    strides: Sequence[int | Sequence[int]] | None = None,
 ) -> nn.Module:
-    """nnU-Net's standard network, as its planner configures it."""
+    """nnU-Net's standard network, as its planner configures it. strides: of every stage; None: 1, then 2."""
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
     stages = len(features)
     return PlainConvUNet(
-        1, stages, features, nn.Conv3d, 3, (1, *[2] * (stages - 1)), 2, classes, 2, conv_bias=True,
-        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True}, deep_supervision=deep_supervision,
+        1, stages, features, nn.Conv3d, 3, strides or (1, *[2] * (stages - 1)), 2, classes, 2,
+        conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}, deep_supervision=deep_supervision,
     )  # fmt: skip
 
 

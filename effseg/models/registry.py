@@ -18,15 +18,17 @@ from effseg.models.levels import PRESETS
 from effseg.models.stock import StockEffSegNet
 from effseg.models.unet3d import UNet3D
 
-__all__ = ["MODEL_NAMES", "build_model", "load"]
+__all__ = ["MODEL_NAMES", "build_model", "load", "register"]
 
-_FACTORIES: dict[str, Callable[[int, int], SegmentationModel]] = {
+Factory = Callable[[int, int], SegmentationModel]
+
+_FACTORIES: dict[str, Factory] = {
     **{f"effseg-{preset}": partial(EffSegNet, preset=preset) for preset in PRESETS},
     "unet3d": UNet3D,
 }
 MODEL_NAMES = tuple(_FACTORIES)
 CLASSES: dict[str, type[SegmentationModel]] = {c.__name__: c for c in (EffSegNet, StockEffSegNet, UNet3D)}
-"""Those that a file may ask for: it can name nothing else."""
+"""Those that a file may ask for, with the registered ones: it can name nothing else."""
 
 
 def build_model(name: str, in_channels: int, num_classes: int) -> SegmentationModel:
@@ -34,6 +36,21 @@ def build_model(name: str, in_channels: int, num_classes: int) -> SegmentationMo
     if name not in _FACTORIES:
         raise InputError(f"model: expected one of {', '.join(MODEL_NAMES)}, got {name!r}")
     return _FACTORIES[name](in_channels, num_classes)
+
+
+def register(name: str, make: Factory, kind: type[SegmentationModel]) -> None:
+    """Let this process know another network: `build_model`, so training, by `name`, `load` by its class.
+
+    make: (in_channels, num_classes) -> network; kind: its class, whose constructor takes the keywords that
+    the network keeps as `arguments`. Registered again, a name stands for the newer network.
+    Raises InputError where name or class is one of this package's.
+    """
+    if name in MODEL_NAMES:
+        raise InputError(f"name: expected none of {', '.join(MODEL_NAMES)}, got {name!r}")
+    if CLASSES.get(kind.__name__, kind) is not kind:
+        raise InputError(f"kind: expected a class of another name than {', '.join(CLASSES)}, got {kind}")
+    _FACTORIES[name] = make
+    CLASSES[kind.__name__] = kind
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> SegmentationModel:

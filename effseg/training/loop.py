@@ -117,6 +117,7 @@ class _Run:
         ahead = batches.ahead(state.step, self.steps, config.workers)
         spent, before = 0.0, state.seconds
         started = step_started = time.monotonic()
+        processor_started = time.process_time()
         self.model.train()
         for step, (image, labels) in enumerate(ahead, start=state.step):
             image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -124,6 +125,7 @@ class _Run:
             if self.average is not None:
                 self.average.update(step)
             spent += time.monotonic() - step_started
+            state.processor_seconds += time.process_time() - processor_started
             epoch = self.sampler.epoch(step) + 1
             display.step(step + 1, epoch, done.loss)
             if not math.isfinite(done.gradient_norm):
@@ -143,7 +145,7 @@ class _Run:
                     self._checkpoint()
             if device.type == "cpu":
                 trim_freed_memory()
-            step_started = time.monotonic()
+            step_started, processor_started = time.monotonic(), time.process_time()
         return spent
 
     def _due(self, step: int, interval: int) -> bool:
@@ -321,6 +323,7 @@ class _Run:
             final_dice=dict(zip(organs, state.last_dice, strict=False)),
             losses=[float(row["loss"]) for row in read_rows(folder / "progress.csv")],
             steps_per_second=steps_per_second,
+            processor_seconds=state.processor_seconds,
             peak_memory=peak_memory(self.world.device),
             skipped=state.skipped,
         )

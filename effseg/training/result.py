@@ -11,8 +11,9 @@ class TrainingResult:
     best, final: weight files; `best` is None without validation. best_dice, final_dice: organ -> mean Dice
     over the validation cases, NaN for an organ in none of them; empty without validation.
     losses: of every step since the start of the run. steps_per_second: of this call, without validation;
-    NaN when nothing was left to do. peak_memory: bytes, see `display.peak_memory`. skipped: steps whose
-    gradient was not finite.
+    NaN when nothing was left to do. processor_seconds: what all steps since the start of the run
+    took of this process's threads, without validation and checkpoints, whatever else the machine did.
+    peak_memory: bytes, see `display.peak_memory`. skipped: steps whose gradient was not finite.
     """
 
     final: Path
@@ -22,6 +23,7 @@ class TrainingResult:
     final_dice: dict[str, float]
     losses: list[float]
     steps_per_second: float
+    processor_seconds: float
     peak_memory: int
     skipped: int
 

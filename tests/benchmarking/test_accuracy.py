@@ -1,148 +1,409 @@
-"""Whole volumes against patches, on phantoms on which nothing can be learnt."""
+"""The study of accuracy, on phantoms and steps that are too few to learn anything."""
 
-import importlib.util
+import dataclasses
 import json
+import multiprocessing
+import shutil
+import time
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import accuracy
-from benchmarks.accuracy import PATCHES, WHOLE, Pace, Plan
+from benchmarks.accuracy import paces, report, studies, study
+from benchmarks.accuracy.bootstrap import mean_over_patients
+from benchmarks.accuracy.contenders import CONTENDERS, Contender, NNUNet, strides_for
+from benchmarks.accuracy.runs import Budget, Place, Run, carry_out, configuration
+from benchmarks.accuracy.studies import SEARCH, Fold
 from effseg import phantom
+from effseg.benchmarking.networks import plain_conv_unet
+from effseg.conversion.convert import restore
+from effseg.data.preprocessing import AIR
+from effseg.errors import InputError
+from effseg.models.registry import build_model, load, register
+from effseg.models.unet3d import UNet3D
+from effseg.training.checkpoint import Checkpoints
+from effseg.training.optimizer import Stepper
 
-TINY = Plan(shape=(20, 16, 16), training=2, validation=1, patch_size=(16, 16, 16))
+TINY = Contender("effseg-tiny")
+TWO = Budget("steps", 2)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Two phantoms train, one serves the search, two are scored."""
+    made = studies.phantoms(tmp_path_factory.mktemp("study"), (20, 16, 12), (2, 1, 2))
+    return dataclasses.replace(made, rates=(1e-3, 2e-3), search_steps=1)
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Three steps are timed, and no picture is drawn."""
-    monkeypatch.setattr(accuracy, "PROBE_STEPS", 3)
-    monkeypatch.setattr(accuracy, "WARM", 1)
+def place(tmp_path):
+    return Place(tmp_path / "results", tmp_path / "scratch", dtype="fp32")
+
+
+# Intervals
+
+
+def test_an_interval_of_two_patients_is_known():
+    """Means of two draws of 0 and 1 are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4."""
+    assert mean_over_patients([0.0, 1.0]) == (0.5, 0.0, 1.0)
+    assert mean_over_patients([0.0, 1.0], level=0.4) == (0.5, 0.5, 0.5)
+
+
+def test_an_interval_of_many_patients_is_that_of_the_normal_law():
+    values = np.random.default_rng(1).normal(0.8, 0.1, 400)
+    found = mean_over_patients(values)
+    half = 1.96 * values.std() / 20
+    # A percentile of 10,000 draws has a relative deviation of about 2 %: sqrt(q (1 - q) / n) / density.
+    assert found.low == pytest.approx(values.mean() - half, abs=0.08 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.08 * half)
+    assert mean_over_patients(values) == found
+
+
+def test_pairs_cancel_what_patients_have_in_common():
+    hard = np.array([0.1, 0.5, 0.9])
+    assert mean_over_patients((hard + 0.25) - hard) == pytest.approx((0.25, 0.25, 0.25))
+
+
+@pytest.mark.parametrize("values", [[], [0.5, np.nan], [[0.5]]])
+def test_what_has_no_interval_is_refused(values):
+    with pytest.raises(InputError, match="values: expected one finite number a patient"):
+        mean_over_patients(values)
+
+
+# nnU-Net's network
+
+
+@pytest.mark.parametrize(
+    ("size", "strides"),
+    [
+        ((128, 128, 128), [(1, 1, 1)] + [(2, 2, 2)] * 5),
+        ((64, 48, 48), [(1, 1, 1)] + [(2, 2, 2)] * 3 + [(2, 1, 1)]),
+        ((512, 7, 8), [(1, 1, 1), (2, 1, 2)] + [(2, 1, 1)] * 4),
+        ((4, 4, 4), [(1, 1, 1)]),
+    ],
+)
+def test_axes_are_halved_as_nnunet_plans(size, strides):
+    assert strides_for(size) == strides
+
+
+@pytest.fixture
+def nnunet():
+    torch.manual_seed(0)
+    return NNUNet(1, 3, (16, 12, 8)).eval()
+
+
+def test_it_computes_what_the_original_does(nnunet):
+    nnunet.double()
+    image = torch.rand(1, 1, 16, 12, 8, dtype=torch.float64)
+    with torch.no_grad():
+        expected = restore(nnunet.network)(image)
+        torch.testing.assert_close(nnunet(image), expected, rtol=1e-9, atol=1e-9)
+    plain = plain_conv_unet(3, (32, 64, 128), strides=[(1, 1, 1), (2, 2, 2), (2, 1, 1)])
+    assert {n: p.shape for n, p in nnunet.network.named_parameters()} == {
+        n: p.shape for n, p in plain.named_parameters()
+    }
+
+
+def test_other_sizes_are_padded_with_air(nnunet):
+    image = torch.rand(1, 1, 15, 11, 7)
+    padded = torch.full((1, 1, 16, 12, 8), AIR)
+    padded[..., :15, :11, :7] = image
+    with torch.no_grad():
+        torch.testing.assert_close(nnunet(image), nnunet(padded)[..., :15, :11, :7])
+    labels = torch.zeros(1, 15, 11, 7, dtype=torch.uint8)
+    nnunet.train().loss(image, labels).backward()
+    assert nnunet.network.encoder.stages[0][0].convs[0].conv.weight.grad.abs().sum() > 0
+
+
+def test_its_file_has_every_tensor_once_and_loads(nnunet, tmp_path):
+    register("nnunet-test", lambda channels, classes: nnunet, NNUNet)
+    assert build_model("nnunet-test", 1, 3) is nnunet
+    keys = list(nnunet.state_dict())
+    assert keys == [name for name, _ in nnunet.named_parameters()]
+    nnunet.save(tmp_path / "w.safetensors")
+    found = load(tmp_path / "w.safetensors")
+    assert isinstance(found, NNUNet)
+    image = torch.rand(1, 1, 16, 12, 8)
+    torch.testing.assert_close(found(image), nnunet(image))
+    bad = {key: tensor for key, tensor in nnunet.state_dict().items() if key != keys[0]}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        nnunet.load_state_dict(bad)
+
+
+def test_bad_sizes_and_channels_are_refused():
+    with pytest.raises(InputError, match="size: expected three lengths"):
+        NNUNet(1, 3, (8, 8))
+    with pytest.raises(InputError, match="in_channels: expected 1, got 2"):
+        NNUNet(2, 3, (8, 8, 8))
+
+
+def test_networks_of_this_package_cannot_be_replaced():
+    with pytest.raises(InputError, match="name: expected none of"):
+        register("unet3d", UNet3D, UNet3D)
+    other = type("UNet3D", (UNet3D,), {})
+    with pytest.raises(InputError, match="kind: expected a class of another name"):
+        register("unet3d-other", other, other)
+
+
+def test_the_unet_is_faster_channels_last_and_the_same():
+    name = CONTENDERS["unet3d"].register((16, 16, 16), torch.device("cpu"))
+    model = build_model(name, 1, 3)
+    assert model.encoder[0][3].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert CONTENDERS["unet3d"].register((16, 16, 16), torch.device("cuda")) == "unet3d"
+    plain = UNet3D(1, 3)
+    plain.load_state_dict(model.state_dict())
+    image = torch.rand(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(image), plain.eval()(image))
+
+
+# Budgets, folds and runs
+
+
+def test_patches_see_as_many_voxels(tiny):
+    patches = dataclasses.replace(TINY, patches=True)
+    half = dataclasses.replace(tiny, patch_size=(10, 16, 12))
+    assert Budget("steps", 3).steps(half, TINY, None) == 3
+    assert Budget("steps", 3).steps(half, patches, None) == 6
+    assert Budget("cpu-seconds", 9).steps(half, patches, 2.0) == 4
+    assert [TWO.name, Budget("cpu-seconds", 2.5).name] == ["steps-2", "cpu-seconds-2.5"]
+
+
+@pytest.mark.parametrize(("kind", "amount"), [("steps", 0), ("steps", 1.5), ("cpu-seconds", -1), ("days", 1)])
+def test_bad_budgets_are_refused(kind, amount):
+    with pytest.raises(InputError, match=r"^budget: expected steps or cpu-seconds above 0, got"):
+        Budget(kind, amount)
+
+
+def test_openkbps_folds(tmp_path):
+    folds = studies.openkbp(tmp_path).folds
+    assert folds["held"].scored == ("case017", "case018", "case019", "case020")
+    assert sorted(name for n in "01234" for name in folds[n].scored) == sorted(
+        (*folds["held"].training, *folds["held"].scored)
+    )
+    for fold in folds.values():
+        assert not set(fold.training) & set(fold.scored)
+    assert not {*folds[SEARCH].training, *folds[SEARCH].scored} & set(folds["held"].scored)
+
+
+@pytest.fixture(scope="module")
+def studied(tiny, tmp_path_factory):
+    """A run on each of two seeds, after the search; what was said meanwhile."""
+    folder, said = tmp_path_factory.mktemp("studied"), []
+    where = Place(folder / "results", folder / "scratch", dtype="fp32")
+    assert study.go(tiny, [TINY], [TWO], ["0"], [1, 2], where, said.append)
+    return folder, said
+
+
+@pytest.fixture
+def found(studied, place):
+    """The same, at the test's own place."""
+    folder, said = studied
+    shutil.copytree(folder, place.results.parent, dirs_exist_ok=True)
+    return list(said)
+
+
+def test_a_study_is_searched_then_run_and_not_run_again(tiny, place, found):
+    places = [line.split(":")[0] for line in found]
+    assert places == [
+        "phantoms/search/effseg-tiny_rate-0.001.json",
+        "phantoms/search/effseg-tiny_rate-0.002.json",
+        "phantoms/steps-2/effseg-tiny_fold-0_seed-1.json",
+        "phantoms/steps-2/effseg-tiny_fold-0_seed-2.json",
+    ]
+    written = sorted(p.relative_to(place.results).as_posix() for p in place.results.rglob("*.json"))
+    assert written == places
+    assert not list((place.scratch / "runs").rglob("*.safetensors"))
+    assert study.go(tiny, [TINY], [TWO], ["0"], [1, 2], place, found.append)
+    assert len(found) == 4
+    assert not study.go(tiny, [TINY], [TWO], ["0"], [3], place, found.append, lambda: False)
+
+
+def test_a_runs_file_says_what_it_was(tiny, place, found):
+    text = (place.results / "phantoms/steps-2/effseg-tiny_fold-0_seed-2.json").read_text()
+    run = json.loads(text)
+    assert (run["seed"], run["fold"], run["steps"], run["dtype"]) == (2, "0", 2, "fp32")
+    assert (run["budget"], run["threads"]) == ({"kind": "steps", "amount": 2}, torch.get_num_threads())
+    assert run["learning_rate"] in tiny.rates
+    assert run["processor_seconds"] > 0
+    assert "processor time" in run["time"]
+    assert {"cpu", "threads"} < run["machine"].keys()
+    assert run["versions"]["torch"] == torch.__version__
+    assert list(run["patients"]) == list(tiny.folds["0"].scored)
+    assert all(organs.keys() == set(phantom.NAMES[1:]) for organs in run["patients"].values())
+    assert len(run["losses"]) == 2
+    assert str(place.results.parent) not in text
+    search = json.loads((place.results / "phantoms/search/effseg-tiny_rate-0.001.json").read_text())
+    assert list(search["patients"]) == list(tiny.folds[SEARCH].scored)
+
+
+def test_the_best_rate_of_the_search_is_taken(tiny, place, found):
+    path = place.results / "phantoms/search/effseg-tiny_rate-0.001.json"
+    for dice, best in ((2.0, 1e-3), (-1.0, 2e-3)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"mean_dice": dice}))
+        assert study._best_rate(tiny, TINY, place) == best
+
+
+def test_validations_on_the_way_make_a_curve(tiny, place, monkeypatch):
     monkeypatch.setattr("effseg.figures.draw_overlay", lambda *args, **options: None)
     monkeypatch.setattr("effseg.figures.draw_curves", lambda *args, **options: None)
-
-
-@pytest.fixture
-def in_their_place(monkeypatch):
-    """A tiny network trains in the place of both, whose checkpoints take longer than their steps."""
-    run = accuracy._run
-    monkeypatch.setattr(
-        accuracy, "_run", lambda config, console: run(config.replace(model="effseg-tiny"), console)
+    curved = dataclasses.replace(tiny, validations=2)
+    run = carry_out(Run(curved, TINY, TWO, "0", 1, 1e-3), place)
+    assert [step for step, _ in run["curve"]] == [1, 2]
+    assert run["curve"][-1][1] == pytest.approx(
+        # of the organs' means here, of the patients' there: equal where all show all organs
+        np.mean([v for organs in run["patients"].values() for v in organs.values() if v is not None]),
+        abs=1e-2,
     )
 
 
-@pytest.mark.usefixtures("quick")
+class Killed(BaseException):
+    """As a signal would, from within a step."""
+
+
+def test_an_ended_run_goes_on_and_ends_as_one_that_was_not(tiny, place, tmp_path, monkeypatch):
+    run = Run(tiny, TINY, Budget("steps", 4), "0", 1, 1e-3)
+    whole = carry_out(run, dataclasses.replace(place, results=tmp_path / "whole"))
+    step = Stepper.__call__
+
+    def ends(self, number, *batch):
+        if number == 2:
+            raise Killed
+        return step(self, number, *batch)
+
+    monkeypatch.setattr(Stepper, "__call__", ends)
+    with pytest.raises(Killed):
+        carry_out(run, place)
+    assert not list(place.results.rglob("*.json"))
+    steps = []
+    monkeypatch.setattr(Stepper, "__call__", lambda *given: steps.append(given[1]) or step(*given))
+    assert_same(carry_out(run, place), whole)
+    assert steps == [2, 3]
+
+
+def assert_same(again, whole):
+    """Processor time is that of all parts."""
+    same = ("losses", "patients", "mean_dice", "steps")
+    assert {name: again[name] for name in same} == {name: whole[name] for name in same}
+    assert again["processor_seconds"] > whole["processor_seconds"] / 4
+
+
 @pytest.mark.slow
-def test_the_real_ones_train_and_are_scored(tmp_path):
-    assert_both_are_scored(tmp_path)
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(tiny, place, tmp_path):
+    run = Run(tiny, TINY, Budget("steps", 24), "0", 1, 1e-3)
+    whole = carry_out(run, dataclasses.replace(place, results=tmp_path / "whole"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["effseg.training"])
+    process = context.Process(target=carry_out, args=(run, place))
+    process.start()
+    checkpoints = Checkpoints(configuration(run, place).output / "checkpoints")
+    until = time.monotonic() + 120
+    while checkpoints.newest() is None and process.is_alive() and time.monotonic() < until:
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    begun = int(checkpoints.newest().name.removeprefix("step-"))
+    assert 0 < begun < 24, "the run ended before its kill: give it more steps"
+    assert not list(place.results.rglob("*.json"))
+    assert_same(carry_out(run, place), whole)
 
 
-@pytest.mark.usefixtures("quick", "in_their_place")
-def test_both_train_and_are_scored(tmp_path):
-    assert_both_are_scored(tmp_path)
+# The race
 
 
-def assert_both_are_scored(tmp_path):
-    found = accuracy.compare(tmp_path / "out", minutes=1e-3, device="cpu", plan=TINY)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["accuracy.json"]
-    assert json.loads((tmp_path / "out/accuracy.json").read_text()) == found
-    assert found.keys() == {"machine", "versions", "conditions", "organs", "networks"}
-    assert found["conditions"]["data"] == "phantoms 20x16x16"
-    assert (found["conditions"]["training_cases"], found["conditions"]["validation_cases"]) == (2, 1)
-    whole, patches = found["networks"][WHOLE], found["networks"][PATCHES]
-    assert (whole["patch_size"], patches["patch_size"]) == (None, [16, 16, 16])
-    for row, voxels in ((whole, 20 * 16 * 16), (patches, 16**3)):
-        assert row["steps"] == 1  # of a budget that the timed steps have used up
-        assert row["voxels_per_second"] * row["training_seconds"] == pytest.approx(voxels)
-        assert row["dice"].keys() == set(phantom.NAMES[1:])
-        assert 0 <= row["mean_dice"] <= 1
-        assert row["peak_bytes_allocated"] is None
+def test_a_budget_of_time_becomes_steps_by_a_race(tiny, place, monkeypatch, found):
+    monkeypatch.setattr(paces, "ROUNDS", 2)
+    monkeypatch.setattr(paces, "WARM", 1)
+    budget = Budget("cpu-seconds", 0.5)
+    assert study.go(tiny, [TINY], [budget], ["0"], [1], place, found.append)
+    kept = json.loads((place.results / "phantoms/paces.json").read_text())
+    pace = kept["seconds_per_step"]["effseg-tiny"]
+    run = json.loads((place.results / "phantoms/cpu-seconds-0.5/effseg-tiny_fold-0_seed-1.json").read_text())
+    assert run["steps"] == max(1, round(0.5 / pace))
+    assert run["seconds_per_step_in_the_race"] == pace
+    monkeypatch.setattr(paces, "_turn", None)  # it is not raced again
+    assert paces.paces(tiny, [TINY], place) == {"effseg-tiny": pace}
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """What would have been trained, for steps of 0.1 and 0.4 s and validations of 5 s."""
-    configs = []
-
-    class Result:
-        final_dice, skipped, steps_per_second, peak_memory = {"liver": 0.5, "spleen": np.nan}, 0, 10.0, 7
-
-    def run(config, console):
-        configs.append(config)
-        return Result()
-
-    def pace(config, console):
-        return Pace(0.1 if config.patch_size else 0.4, 5.0)
-
-    monkeypatch.setattr(accuracy, "_run", run)
-    monkeypatch.setattr(accuracy, "_pace", pace)
-    return configs
+# Tables
 
 
-def test_both_have_the_same_time(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(accuracy.time, "monotonic", lambda: 100.0)
-    found = accuracy.compare(tmp_path, minutes=2, device="cpu", plan=TINY)
-    # Of 120 s 10 go to the validations, 6 are spare, 52 are for each.
-    assert {config.model: config.steps for config in trained} == {WHOLE: 130, PATCHES: 520}
-    assert found["networks"][WHOLE]["dice"] == {"liver": 0.5, "spleen": None}
-    assert found["networks"][WHOLE]["mean_dice"] == 0.5
+def test_tables_pair_seeds_and_patients(tmp_path):
+    """Base is 0.25 ahead on every patient, by both seeds; the third network has run once."""
+    dice = {"easy": 0.7, "hard": 0.3}
+    for name, ahead, seeds in (("effseg-base", 0.25, (1, 2)), ("unet3d", 0.0, (1, 2)), ("nnunet", 0.0, (2,))):
+        for seed in seeds:
+            patients = {
+                patient: {"liver": value + ahead + seed / 100, "spleen": None}
+                for patient, value in dice.items()
+            }
+            write(tmp_path, name, seed, patients)
+    write(tmp_path, "unet3d", 9, {"easy": {"liver": 1.0, "spleen": None}}, fold=SEARCH)
+    whole, organs, search = report.tables(tmp_path)
+    assert whole.title == "two phantoms, 200 whole-volume steps each; bf16, Some CPU, 1 thread"
+    rows = {row[0]: row[1:] for row in whole.rows}
+    assert rows["EffSegNet base"] == (
+        "2", "200", "60", "0.001", "0.765 (0.565 to 0.965)", "0.760 to 0.770", "-"
+    )  # fmt: skip
+    assert rows["3D U-Net (Cicek 2016)"][-1] == "+0.250 (+0.250 to +0.250)"
+    assert rows["nnU-Net PlainConvUNet"][0] == "1"
+    assert rows["nnU-Net PlainConvUNet"][-1] == "+0.250 (+0.250 to +0.250), 1 runs"
+    assert organs.rows == (
+        ("liver", "0.765", "0.515", "0.520"), ("spleen", "in none", "in none", "in none")
+    )  # fmt: skip
+    assert (search.columns, search.rows) == (("network", "0.001"), (("3D U-Net (Cicek 2016)", "1.000"),))
+    assert "| **EffSegNet base** |" in report.markdown(tmp_path)
 
 
-def test_what_is_complete_is_not_trained_again(trained, tmp_path, capsys):
-    accuracy.compare(tmp_path, minutes=0.1, device="cpu", plan=TINY)
-    del trained[:]
-    before = (tmp_path / "accuracy.json").read_text()
-    assert accuracy.main(["--output", str(tmp_path), "--resume"]) == 0
-    assert (trained, (tmp_path / "accuracy.json").read_text()) == ([], before)
-    half = json.loads(before)
-    del half["networks"][PATCHES]
-    (tmp_path / "accuracy.json").write_text(json.dumps(half))
-    assert not accuracy._is_complete(tmp_path / "accuracy.json")
-    assert capsys.readouterr().out == f"{tmp_path / 'accuracy.json'} has both\n"
+def write(folder, name, seed, patients, fold="0"):
+    document = {
+        "schema": 1, "machine": {"cpu": "Some CPU", "gpu": None}, "study": "phantoms",
+        "title": "two phantoms", "contender": name,
+        "budget": {"kind": "steps", "amount": 200}, "fold": fold, "seed": seed, "learning_rate": 1e-3,
+        "steps": 200, "dtype": "bf16", "device": "cpu", "threads": 1,
+        "processor_seconds": 60.0, "patients": patients, "mean_dice": 1.0,
+    }  # fmt: skip
+    (folder / f"{name}_fold-{fold}_seed-{seed}.json").write_text(json.dumps(document))
 
 
-def test_nobody_trains_on_what_is_scored(trained, tmp_path):
-    accuracy.compare(tmp_path, minutes=0.1, device="cpu", plan=TINY)
-    assert {(config.cases, config.validation) for config in trained} == {(None, "phantom_002")}
+def test_files_that_are_no_runs_are_refused(tmp_path):
+    (tmp_path / "a_b.json").write_text("{}")
+    with pytest.raises(InputError, match="expected a run of schema 1"):
+        report.tables(tmp_path)
 
 
-def test_a_folder_of_scans(trained, tmp_path, capsys):
-    data = phantom.write_dataset(tmp_path / "data", cases=5, shape=(16, 12, 12), unseen=0)
-    arguments = [
-        "--output",
-        str(tmp_path / "out"),
-        "--data",
-        str(data),
-        "--device",
-        "cpu",
-        "--minutes",
-        "0.1",
-    ]
-    # The patches of 64 voxels are larger than these scans, which a run would refuse.
-    assert accuracy.main(arguments) == 0
-    assert {config.data for config in trained} == {data}
-    text = (tmp_path / "out/accuracy.json").read_text()
-    assert str(tmp_path) not in text
-    assert json.loads(text)["conditions"]["training_cases"] == 4
-    assert "unet3d: " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("module", ["nibabel", "monai"])
-def test_what_is_not_installed_skips_it(tmp_path, monkeypatch, capsys, module):
-    known = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else known(name))
-    assert accuracy.main(["--output", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out == f"skipped: {module} is not installed\n"
-    assert not (tmp_path / "out").exists()
+# The command
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["--minutes", "0"], "--minutes"), (["--device", "tpu"], "device"), (["--data", "nowhere"], "nowhere")],
+    [
+        (["openkbp"], "--data: expected the folder"),
+        (["phantoms", "--data", "."], "--data: expected none for phantoms"),
+        (["phantoms", "--folds", "7"], "--folds: expected some of 0, got '7'"),
+        (["phantoms", "--steps", "0"], "budget: expected steps"),
+    ],
 )
-def test_bad_arguments_are_one_line(tmp_path, capsys, arguments, named):
-    assert accuracy.main(["--output", str(tmp_path), *arguments]) == 2
+def test_bad_arguments_are_one_line(tmp_path, capsys, monkeypatch, tiny, arguments, named):
+    monkeypatch.setattr(studies, "phantoms", lambda scratch: tiny)
+    assert study.main([*arguments, "--scratch", str(tmp_path), "--output", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("accuracy: error: ")
-    assert named in err
+    assert err.startswith(f"study: error: {named}")
     assert err.count("\n") == 1
+
+
+def test_the_command_prints_and_writes_the_tables(tmp_path, capsys, monkeypatch, tiny):
+    monkeypatch.setitem(CONTENDERS, TINY.name, TINY)
+    once = dataclasses.replace(tiny, rates=(1e-3,), contenders=(TINY.name,))
+    monkeypatch.setattr(studies, "phantoms", lambda scratch: once)
+    options = ["--steps", "1", "--seeds", "1", "--dtype", "fp32", "--scratch", str(tmp_path / "scratch")]
+    options += ["--output", str(tmp_path / "out"), "--table", str(tmp_path / "table.md")]
+    assert study.main(["phantoms", *options]) == 0
+    assert "effseg-tiny_fold-0_seed-1.json: mean Dice" in capsys.readouterr().out
+    assert "| **EffSegNet tiny** | 1 | 1 |" in (tmp_path / "table.md").read_text()
+
+
+def test_folds_share_no_patients(tiny):
+    assert tiny.folds["0"] == Fold(("phantom_000", "phantom_001"), ("phantom_003", "phantom_004"))
+    assert tiny.folds[SEARCH] == Fold(("phantom_000", "phantom_001"), ("phantom_002",))

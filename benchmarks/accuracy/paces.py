@@ -1,0 +1,92 @@
+"""What a training step of every contender takes, by a race in which they take turns.
+
+By it a budget of processor time becomes a number of steps, which a learning rate's schedule must know
+beforehand, and which is then the same for all seeds. Processor time hardly depends on who else computes, but
+cores that share their units and caches do: taking turns, all contenders are slowed down alike.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.accuracy.contenders import Contender
+from benchmarks.accuracy.runs import Budget, Place, Run, configuration
+from benchmarks.accuracy.studies import SEARCH, Study
+from effseg.benchmarking import record, results
+from effseg.common.atomic import atomic_path
+from effseg.models.registry import build_model
+
+ROUNDS, WARM = 9, 2
+"""Steps of each contender, and how many of them do not count."""
+FILE = "paces.json"
+
+
+def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[str, float]:
+    """Seconds of processor time a step, by contender: the median over the rounds.
+
+    Kept in the study's results; raced anew where a contender is missing there.
+    """
+    path = place.results / study.name / FILE
+    known: Mapping[str, Any] = results.parsed(path)["seconds_per_step"] if path.exists() else {}
+    if all(contender.name in known for contender in contenders):
+        return {contender.name: known[contender.name] for contender in contenders}
+    turns = {contender.name: _turn(study, contender, place) for contender in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(ROUNDS):
+        for name, turn in turns.items():
+            begun = time.process_time()
+            turn(number)
+            seconds[name].append(time.process_time() - begun)
+    found = {name: float(np.median(times[WARM:])) for name, times in seconds.items()}
+    begun_record = record.begin().to_dict()
+    document = {
+        "machine": begun_record["machine"],
+        "versions": begun_record["versions"],
+        "dtype": place.dtype,
+        "rounds": ROUNDS - WARM,
+        "seconds_per_step": found,
+        "of_the_rounds": {name: times[WARM:] for name, times in seconds.items()},
+    }
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def _turn(study: Study, contender: Contender, place: Place) -> Callable[[int], None]:
+    """A training step as `effseg.training` makes it: the batch, too."""
+    from effseg.training.batches import Batches
+    from effseg.training.data import load_training_data
+    from effseg.training.distributed import join_world
+    from effseg.training.optimizer import Stepper
+    from effseg.training.sampling import Sampler
+    from effseg.training.state import RunState
+
+    run = Run(study, contender, Budget("steps", ROUNDS), SEARCH, study.search_seed, min(study.rates))
+    config = configuration(run, place)
+    with join_world(config.device) as world:
+        data = load_training_data(config, world, lambda text: None)
+        model = build_model(config.model, data.channels, data.label_map.num_classes).to(world.device)
+        options = {"class_weights": data.class_weights.to(world.device), "ignore_index": data.ignore}
+        stepper = Stepper(model, config, config.steps, world, options)
+        device = world.device
+    batches = Batches(
+        data.training,
+        Sampler(len(data.training), config.seed),
+        data.preprocessing.normalise,
+        data.augment,
+        config.patch_size,
+        augment_on=device if config.augments_on(device) else None,
+    )
+    return partial(_step, stepper, batches, device, RunState())
+
+
+def _step(stepper: Any, batches: Any, device: torch.device, state: Any, number: int) -> None:
+    image, labels = batches(number)
+    stepper(number, image.to(device), labels.to(device), state)
