@@ -60,6 +60,14 @@ class Converted(nn.Module):
     effseg_report: ConversionReport
     effseg_steps: list[tuple[StepBytes, StepBytes]]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if current() is not None and not isinstance(self, Deferring):
+            raise InputError(
+                f"{_base(type(self)).__name__}: expected a network of this package's operators where "
+                f"processes share a volume, got one that convert left alone: leave_alone=False converts it"
+            )
+        return super().__call__(*args, **kwargs)
+
     @property
     def conversion_report(self) -> ConversionReport:
         return dataclasses.replace(self.effseg_report, steps=self._steps)

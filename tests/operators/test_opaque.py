@@ -68,7 +68,10 @@ def cases():
     return {
         "conv3d": (*encode("aten", (True,) * 3, PLAIN, WINDOW, True, 50), [weight, randn(3), x]),
         "materialise": (*encode("aten", (True,) * 4, raw, 50), [y, *terms]),
-        "stem_statistics": (*encode("aten", (True, True), WINDOW, x.dtype, 50), [x.detach(), weight]),
+        "stem_statistics": (
+            *encode("aten", (True, True), WINDOW, x.dtype, 50, SHAPE[2]),
+            [x.detach(), weight],
+        ),
         "head_sums": (
             *encode("aten", (True,) * 8, raw, None, None, True),
             [labels, torch.rand(4), head, bias, y, *terms],

@@ -24,7 +24,7 @@ NETWORKS = {
 
 def converted(network, memory):
     with entered(None):
-        return effseg.convert(network, memory=memory, strict=False).train()
+        return effseg.convert(network, memory=memory, strict=False, leave_alone=False).train()
 
 
 def step(network, image, labels):
@@ -84,6 +84,17 @@ def test_an_operator_that_cannot_be_split_is_named():
         converted(Odd(), "raw")(torch.zeros(1, 1, 4, 4, 4))
 
     with pytest.raises(InputError, match=r"operator torch\.\S*avg_pool3d"):
+        in_ranks(2, own)
+
+
+def test_a_network_that_was_left_alone_is_refused():
+    def own(split):
+        with entered(None):
+            network = effseg.convert(Odd()).train()
+        assert network.conversion_report.left_alone
+        network(torch.zeros(1, 1, 4, 4, 4))
+
+    with pytest.raises(InputError, match="leave_alone=False converts it"):
         in_ranks(2, own)
 
 

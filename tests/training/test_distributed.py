@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from effseg import phantom
 from effseg.errors import InputError
-from effseg.models.registry import build_model
 from effseg.training import loop, train
 from effseg.training.config import TrainingConfig
 from effseg.training.distributed import World, join_world
@@ -51,7 +50,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.long
 def test_two_processes_equal_one_with_the_whole_batch(folder, monkeypatch):
-    monkeypatch.setattr(loop, "build_model", lambda *arguments: build_model(*arguments).double())
+    build = loop._network
+    monkeypatch.setattr(loop, "_network", lambda *arguments: build(*arguments).double())
     runs = [folder / "one", folder / "two"]
     train(configured(folder, output=runs[0], batch_size=2, steps=4))
     in_two_processes(folder, configured(folder, output=runs[1], batch_size=1, steps=4))
