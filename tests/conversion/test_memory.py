@@ -83,6 +83,7 @@ def test_auto_takes_any_inputs_and_outputs():
     assert list(converted.effseg_choices.values()) == ["raw"]
 
 
+@pytest.mark.slow
 def test_auto_takes_what_fits_for_every_size(monkeypatch):
     network, image = make("plain", torch.float32)
     peaks = {}

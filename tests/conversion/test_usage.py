@@ -361,7 +361,7 @@ def test_a_running_training_goes_on():
 @pytest.mark.parametrize(
     ("name", "memory"),
     [
-        ("small", "raw"),
+        pytest.param("small", "raw", marks=pytest.mark.slow),
         ("small", "stream"),
         *(pytest.param(name, "raw", marks=pytest.mark.slow) for name in ("plain deep", "residual")),
         *(pytest.param("segresnet", memory, marks=pytest.mark.slow) for memory in ("raw", "stream")),

@@ -96,6 +96,7 @@ def test_converted_networks_are_replayed(memory, bar):
     assert found.reserved <= bar * found.peak
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_preset")
 def test_what_augmentation_takes_is_free_for_the_step():
     """Its tensors end before the step begins, so the step's blocks serve it or are served by its own."""

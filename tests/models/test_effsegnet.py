@@ -81,6 +81,7 @@ def test_auxiliary_heads_and_thick_slices(preset, options, memory):
     assert torch.equal(ours.segment(image), stock.segment(image))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_preset")
 def test_auto_chooses_by_the_budget_and_anew_for_another_size():
     torch.manual_seed(0)

@@ -447,8 +447,9 @@ def multiplications(memory, size, classes=15, preset="base", levels=0):
 
 @pytest.mark.parametrize(
     ("preset", "size"),
-    [("few", (64, 64, 64)), pytest.param("base", (512, 512, 512), marks=pytest.mark.slow)],
+    [("few", (64, 64, 64)), ("base", (512, 512, 512))],
 )
+@pytest.mark.slow
 def test_arithmetic_of_a_step(preset, size):
     raw = multiplications("raw", size, preset=preset)
     assert raw > 3 * 2 * 27 * WIDTH**2 * size[0] * size[1] * size[2]  # three passes of two layers

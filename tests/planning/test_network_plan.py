@@ -77,7 +77,7 @@ def answer():
     return plan
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_conversion_saves_memory_and_takes_larger_patches(answer):
     assert [mode.memory for mode in answer.modes] == [None, "raw", "block", "stream"]
     for kind in ("patch", "whole"):

@@ -93,7 +93,7 @@ def assert_same_runs(whole, killed, steps):
     assert not list(killed.rglob(".writing-*"))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_killed_and_continued_runs_end_like_an_uninterrupted_one(context, tmp_path):
     check_kills(context, tmp_path, kills=2, steps=20, seed=0)
 
