@@ -185,19 +185,17 @@ def test_two_runs_give_the_same_bits():
 @pytest.mark.parametrize(
     ("preset", "memory", "size"),
     [
-        ("small", "stream", (192, 192, 192)),
-        pytest.param("base", "stream", (192, 192, 192), marks=pytest.mark.slow),
+        ("base", "stream", (192, 192, 192)),
         pytest.param("base", "raw", (192, 192, 192), marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.usefixtures("small_preset")
 def test_memory_is_no_more_than_with_aten(preset, memory, size):
     """On fake tensors, which no kernel reads."""
     found = []
     for algorithm in ("triton", "aten"):
         with effseg.algorithm(algorithm):
             network = EffSegNet(1, 15, preset, memory=memory)
-            found.append(peak_training_memory(network, (1, 1, *size)))
+            found.append(peak_training_memory(network, (1, 1, *size), device="cuda"))
     ours, aten = found
     assert ours.peak <= aten.peak
     assert ours.split["saved"] <= aten.split["saved"]
