@@ -56,7 +56,7 @@ def _work(folder, rank, size, function, arguments):
             "gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=60)
         )
         found = ("found", function(*arguments))
-    except Exception:
+    except Exception:  # whatever it is, the parent raises it: this process has nobody to tell
         found = ("error", traceback.format_exc())
     torch.save(found, Path(folder, f"{rank}.new"))
     os.rename(Path(folder, f"{rank}.new"), Path(folder, str(rank)))

@@ -1,10 +1,11 @@
-"""The tensors that a network holds, registered or not."""
+"""What torch does not tell of tensors: those that a network holds, and who holds their memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,3 +27,9 @@ def _inside(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _inside(item)
+
+
+def storage_use_count(tensor: Tensor) -> int:
+    """How many tensors and other holders the memory of a tensor has."""
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count

@@ -98,7 +98,7 @@ class Layer(NamedTuple):
         return self.tail.weight.device
 
     def deferred(self) -> Deferred:
-        """Of the convolution's output, stored."""
+        """The layer's value, made of the convolution's output, which is stored."""
         now, tail = streaming.get(), self.tail
         if now is not None:
             now.stored.add(place(tail.weight))

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from effseg.common.tensors import storage_use_count
 from effseg.expressions.slabs import Abridgement
 from effseg.memory.arithmetic import multiply_accumulates
 from effseg.memory.trace import Trace
@@ -132,7 +133,7 @@ class LiveStorages(TorchDispatchMode):
                 and isinstance(other, torch.Tensor)
                 and target.shape == other.shape
                 and target.dtype == other.dtype
-                and _use_count(target) <= 2 + target._is_view()
+                and storage_use_count(target) <= 2 + target._is_view()
             ):
                 self._mark("aten.add_.Tensor")
                 result: torch.Tensor = aten.add_.Tensor(target, other)
@@ -196,8 +197,3 @@ def _backward_node() -> int | None:
 def _bytes_of(tree: Any) -> int:
     """Of all tensors."""
     return sum(t.nbytes for t in tree_leaves(tree) if isinstance(t, torch.Tensor))
-
-
-def _use_count(tensor: torch.Tensor) -> int:
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return count

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from effseg.common.settings import Function
+from effseg.common.tensors import storage_use_count
 from effseg.operators.backward import once_differentiable
 
 
@@ -40,8 +41,7 @@ def is_alone(grad: Tensor | None) -> bool:
 
 
 def _references(grad: Any) -> _References:
-    storage = torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
-    return _References(sys.getrefcount(grad), grad._use_count(), storage)
+    return _References(sys.getrefcount(grad), grad._use_count(), storage_use_count(grad))
 
 
 @lru_cache(maxsize=1)
