@@ -190,7 +190,7 @@ def tail_segmentation_loss(
     layer: (w, norm, slope) with w (C', C, kd, kh, kw), stride 1, and one of torch's norms, whose running
     statistics are updated. Head and options as in `segmentation_loss`.
     Memory kept for backward: what x stores, and the labels as given. The convolution runs twice in forward
-    (statistics; sums) and again in backward, with many classes twice (`effseg.operators.tail`).
+    (statistics; sums) and again in backward, with many classes twice (`effseg.operators.tail_sweeps`).
     Raises `ValueError` as `segmentation_loss` does, and where the layer does not fit x.
     """
     checks.features("x", x)

@@ -95,7 +95,12 @@ def test_modules_and_commands_named_in_the_text_exist():
 
 
 PLACE = re.compile(r"(?:effseg|kernels|benchmarks|tests|\.ci|\.github)/[\w./-]+")
-STAND_INS = {"effseg/operators/NAME.py", "effseg/models/NAME.py", "effseg/conversion/rules/TOPIC.py"}
+STAND_INS = {
+    "effseg/operators/NAME.py",
+    "NAME_sweeps.py",
+    "effseg/models/NAME.py",
+    "effseg/conversion/rules/TOPIC.py",
+}
 """Names in the recipes for contributors that stand for others."""
 
 

@@ -65,7 +65,7 @@ def test_where_there_is_no_room_none_is_made(monkeypatch):
 def test_room_is_made_for_what_is_stored_next(monkeypatch):
     """32 channels at half the resolution, in bf16."""
     asked = []
-    for module in ("operators.conv3d", "operators.tail", "models.effsegnet"):
+    for module in ("operators.conv3d", "operators.tail_sweeps", "models.effsegnet"):
         monkeypatch.setattr(
             import_module(f"effseg.{module}"), "make_room", lambda _, *sizes: asked.append(sizes)
         )
