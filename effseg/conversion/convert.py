@@ -202,7 +202,7 @@ def convert(
         than 75 % of the bytes that it saves for backward keeps its own `forward`, because that does not
         pay; `.conversion_report` says so. Everything else is as promised: such a network is converted in
         name, has no memory modes, predicts nothing for "auto", and returns ordinary logits. False converts
-        it all the same.
+        it all the same, and so does a `memory_budget`, which a network left alone could not keep.
 
     What was taken over, what was left and why, and what a step keeps and peaks at before and after is in
     `.conversion_report`, printable. Values, gradients and buffers equal the original's but for rounding,
@@ -230,7 +230,7 @@ def convert(
             f"be taken over; strict=False returns it all the same\n{report}"
         )
     settings = Settings(memory, memory_budget, lazy_logits)
-    if leave_alone and report.kept is not None and report.kept.share > MOST_KEPT:
+    if leave_alone and memory_budget is None and report.kept is not None and report.kept.share > MOST_KEPT:
         return _marked(converted, Converted, settings, dataclasses.replace(report, left_alone=True))
     lasts: frozenset[str] = frozenset()
     if memory == "stream" or (memory == "auto" and lazy_logits and report.problem is None):

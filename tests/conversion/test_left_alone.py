@@ -79,6 +79,14 @@ def test_a_network_left_alone_is_a_converted_one(memory, mednext):
     assert effseg.convert(converted, shape=image.shape).conversion_report.left_alone
 
 
+def test_a_budget_is_never_left_alone(mednext):
+    network, image = mednext
+    converted = effseg.convert(network, memory="auto", memory_budget="1KB", shape=image.shape).train()
+    assert not converted.conversion_report.left_alone
+    with pytest.raises(effseg.InputError, match="the budget is"):
+        converted(image)
+
+
 def test_buffers_stay_shared_after_to():
     network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), *[nn.Tanh()] * 8)
     converted = effseg.convert(network)
