@@ -21,6 +21,7 @@ from effseg.algorithms.interface import Sums
 from effseg.expressions.base import Deferred, Normalisation
 from effseg.expressions.layers import Plain, convolved, plain, raw, residual, upsample_add
 from effseg.losses import LossOptions
+from effseg.offload.memory import HostMemory
 from effseg.operators import checks
 from effseg.operators.checks import convolution_window
 from effseg.operators.normalisation import Norm, merging, track
@@ -96,6 +97,20 @@ def convolve(
     checks.convolution(weight, bias, x.shape[1])
     window = convolution_window(weight.shape[2:], stride)
     return operators.conv3d(x, weight, bias, window, statistics, slab_elements, consumes=consumes)
+
+
+def convolve_to_host(
+    x: Deferred,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    host: HostMemory,
+    slab_elements: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`operators.conv3d_to_host`."""
+    checks.features("x", x)
+    checks.convolution(weight, None, x.shape[1])
+    window = convolution_window(weight.shape[2:], stride)
+    return operators.conv3d_to_host(x, weight, window, host, slab_elements)
 
 
 def materialise(x: Deferred, *, slab_elements: int | None = None) -> Tensor:

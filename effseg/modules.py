@@ -16,6 +16,7 @@ from effseg import functional, operators
 from effseg.common.settings import Captured, Repeated
 from effseg.expressions.base import Deferred, Normalisation
 from effseg.expressions.layers import convolved, plain, raw, residual
+from effseg.offload.memory import HostMemory
 from effseg.operators.level import Parameters, Unit
 from effseg.operators.normalisation import (
     frozen_running_statistics,
@@ -79,10 +80,28 @@ class ConvNormAct3d(nn.Module):
         assert var is not None
         return y, normalisation(self.norm, mean, var, d * h * w), d
 
-    def deferred(self, x: Tensor | Deferred, slab_elements: int | None = None) -> Deferred:
-        """leaky_relu(norm(conv(x))) as an expression over the stored conv(x)."""
+    def deferred(
+        self, x: Tensor | Deferred, slab_elements: int | None = None, host: HostMemory | None = None
+    ) -> Deferred:
+        """leaky_relu(norm(conv(x))) as an expression over the stored conv(x). host: where that is stored (of an
+        expression, without a bias), None: on its device."""
+        if host is not None:
+            y, norm, held = self.held(x, host, slab_elements)
+            return raw(y, norm, self.negative_slope, held=held)
         y, norm, rows = self.normalised(x, slab_elements)
         return raw(y, norm, self.negative_slope, rows)
+
+    def held(
+        self, x: Tensor | Deferred, host: HostMemory, slab_elements: int | None = None
+    ) -> tuple[Tensor, Normalisation, Tensor]:
+        """What stands for the raw output, what normalises it, and the raw output in the host's memory."""
+        self._refuse_hooks()
+        assert isinstance(x, Deferred)
+        assert self.conv.bias is None
+        y, mean, var, held = functional.convolve_to_host(
+            x, self.conv.weight, self.conv.stride, host, slab_elements
+        )
+        return y, normalisation(self.norm, mean, var, math.prod(y.shape[2:])), held
 
     def streamed_layer(self, x: Deferred, slab_elements: int | None = None) -> Deferred:
         """The same without a gradient, storing nothing: a sweep for the statistics, and the output is made
@@ -133,9 +152,15 @@ class ResidualBlock3d(nn.Module):
         self.last = ConvNormAct3d(channels, channels, norm=norm, negative_slope=1.0)
         self.negative_slope = negative_slope
 
-    def deferred(self, x: Deferred, slab_elements: int | None = None) -> Deferred:
-        """The block's output as an expression over x and its two stored raw outputs."""
-        inner = self.unit.deferred(x, slab_elements)
+    def deferred(
+        self, x: Deferred, slab_elements: int | None = None, host: HostMemory | None = None
+    ) -> Deferred:
+        """The block's output as an expression over x and its two stored raw outputs. host: where those are
+        stored, None: on their device."""
+        inner = self.unit.deferred(x, slab_elements, host)
+        if host is not None:
+            y, norm, held = self.last.held(inner, host, slab_elements)
+            return residual(x, y, norm, self.negative_slope, held)
         y, norm, _ = self.last.normalised(inner, slab_elements)
         return residual(x, y, norm, self.negative_slope)
 

@@ -123,8 +123,8 @@ class _Sum:
 class Pullback:
     """Makes an expression's rows with a graph and pulls gradients back to the stored tensors.
 
-    `needed` says which tensors want a gradient; slabs are visited in ascending order within a sample. memory:
-    of a gradient that nobody needs after its rows have been pulled, for the first tensor of its shape;
+    `needed` says which tensors want a gradient; slabs of `thickness` rows are visited in ascending order within a
+    sample. memory: of a gradient that nobody needs after its rows have been pulled, for the first tensor of its shape;
     window: of a convolution whose output rows the sweep walks over, without one it walks over the
     expression's. Where the volume is split, rows are those of the whole volume.
     """
@@ -135,13 +135,14 @@ class Pullback:
         spec: Spec,
         tensors: Sequence[Tensor],
         needed: Sequence[bool],
+        thickness: int,
         memory: Tensor | None = None,
         window: Window | None = None,
     ) -> None:
         self.ops, self.spec, self.tensors, self.needed = ops, spec, tensors, needed
         self.split = current()
         shared = [None] * len(tensors) if self.split is None else halos(self.split, spec, window)
-        self.low = readable(spec, tensors, window)
+        self.low = readable(spec, tensors, window, thickness)
         self.any = any(needed)
         uses = spec.uses(0, spec.shape[2])
         self.centres = [i for i, use in enumerate(uses) if use.centre and needed[i]]

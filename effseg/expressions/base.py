@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from effseg.common.formats import CHANNELS_LAST
-from effseg.expressions.slabs import Window
+from effseg.common.settings import Function
+from effseg.expressions.slabs import Window, slabs_and_those_before
+from effseg.offload.slabs import Incoming, Wanted
 from effseg.parallel.halo import Halo, Shard, fetch
 from effseg.parallel.partition import Split, current
 
@@ -22,7 +24,8 @@ Rows = tuple[int, int]
 class Use:
     """Which part of a stored tensor a slab needs: some rows of one sample, one sample, or all of it.
 
-    of: how many rows the tensor has, in all processes that share its volume; stands: it has no values.
+    of: how many rows the tensor has, in all processes that share its volume; stands: it has no values; held:
+    it lies in the host's memory.
     centre: of a normalisation, whose scale and beta follow; its gradient is -scale times that of beta.
     """
 
@@ -31,9 +34,10 @@ class Use:
     centre: bool = False
     of: int = 0
     stands: bool = False
+    held: bool = False
 
-    def cut(self, tensor: Tensor | Shard, sample: int) -> Tensor:
-        if isinstance(tensor, Shard):
+    def cut(self, tensor: Tensor | Shard | Incoming, sample: int) -> Tensor:
+        if isinstance(tensor, Shard | Incoming):
             assert self.rows is not None
             return tensor.cut(self.rows, sample)
         if self.rows is not None:
@@ -101,8 +105,9 @@ def in_compute_type(spec: Spec, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [_low(t, spec.dtype) if use == SHARED else t for use, t in zip(uses, tensors, strict=True)]
 
 
-Stored = Tensor | Shard
-"""A tensor as slabs are cut from it: with the rows that other processes hold, where its volume is split."""
+Stored = Tensor | Shard | Incoming
+"""A tensor as slabs are cut from it: with the rows that other processes hold, where its volume is split; slab by
+slab from the host's memory, where it lies there."""
 
 
 def made_by(spec: Spec, window: Window | None) -> int:
@@ -133,14 +138,19 @@ def halos(split: Split, spec: Spec, window: Window | None) -> list[Halo | None]:
     return [None if use.rows is None else halo(i, use.of) for i, use in enumerate(everything)]
 
 
-def readable(spec: Spec, tensors: Sequence[Tensor], window: Window | None) -> list[Stored]:
+def readable(
+    spec: Spec, tensors: Sequence[Tensor], window: Window | None, thickness: int
+) -> list[Stored]:
     """The tensors as a sweep's slabs take them: `in_compute_type`, and where the volume is split with the
-    rows of other processes, which begin to come. window: of a convolution whose output rows the sweep makes.
+    rows of other processes, which begin to come, as do those from the host's memory. window: of a convolution
+    whose output rows the sweep makes; thickness: rows of a slab.
     """
     low, split = in_compute_type(spec, tensors), current()
+    everything = spec.uses(0, spec.shape[2])
+    if any(use.held for use in everything):
+        return _from_host(spec, low, window, thickness)
     if split is None:
         return list(low)
-    everything = spec.uses(0, spec.shape[2])
     found: list[Stored] = [
         t if halo is None else Shard(t, halo, use.stands)
         for t, halo, use in zip(low, halos(split, spec, window), everything, strict=True)
@@ -149,9 +159,60 @@ def readable(spec: Spec, tensors: Sequence[Tensor], window: Window | None) -> li
     return found
 
 
+def incoming(held: Tensor, thickness: int, device: torch.device) -> Incoming:
+    """A tensor in the host's memory, for a sweep over its own slabs."""
+    plan = [
+        Wanted(sample, lo, hi, lo, alike)
+        for sample, lo, hi, _, alike in slabs_and_those_before(held.shape[0], held.shape[2], thickness)
+    ]
+    return Incoming(held, plan, device)
+
+
+def _from_host(
+    spec: Spec, tensors: Sequence[Tensor], window: Window | None, thickness: int
+) -> list[Stored]:
+    """The same where some of them lie in the host's memory, of a volume that is not split."""
+
+    def uses(lo: int, hi: int) -> list[Use]:
+        if window is not None:
+            lo, hi, _ = window.input_rows(lo, hi, spec.shape[2])
+        return spec.uses(lo, hi)
+
+    held = [i for i, use in enumerate(spec.uses(0, spec.shape[2])) if use.held]
+    plans: dict[int, list[Wanted]] = {i: [] for i in held}
+    for sample, lo, hi, before, alike in slabs_and_those_before(
+        spec.shape[0], made_by(spec, window), thickness
+    ):
+        now, then = uses(lo, hi), None if before is None else uses(*before)
+        for i, plan in plans.items():
+            rows, had = now[i].rows, None if then is None else then[i].rows
+            assert rows is not None
+            new = rows[0] if had is None else min(max(had[1], rows[0]), rows[1])
+            plan.append(Wanted(sample, *rows, new, alike))
+    device = tensors[0].device
+    return [Incoming(t, plans[i], device) if i in plans else t for i, t in enumerate(tensors)]
+
+
 def _low(weight: Tensor, dtype: torch.dtype) -> Tensor:
     layout = CHANNELS_LAST if weight.dim() == 5 else torch.preserve_format
     return weight.detach().to(dtype, memory_format=layout)
+
+
+class Standing(Function):
+    """The value, with the gradient of what stands for it. Saved: nothing."""
+
+    @staticmethod
+    def forward(ctx, standing, value):  # type: ignore[no-untyped-def]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad, None
+
+
+def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor without memory, for the gradient of what lies elsewhere, or nowhere."""
+    return torch.empty((), dtype=dtype, device=device).expand(tuple(shape))
 
 
 class Deferred(NamedTuple):

@@ -29,8 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effseg.common.settings import Function
-from effseg.expressions.base import SHARED, Deferred, Operations, Rows, Spec, Use, expect
+from effseg.expressions.base import SHARED, Deferred, Operations, Rows, Spec, Standing, Use, expect
 
 Triple = tuple[int, int, int]
 POOLINGS = ("max", "average")
@@ -194,19 +193,7 @@ class Shared(Spec):
 
     def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         standing, *inner = tensors
-        return _Standing.apply(standing, self.inner.rows(ops, lo, hi, inner))
-
-
-class _Standing(Function):
-    """The value, with the gradient of what stands for it. Saved: nothing."""
-
-    @staticmethod
-    def forward(ctx, standing, value):  # type: ignore[no-untyped-def]
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return grad, None
+        return Standing.apply(standing, self.inner.rows(ops, lo, hi, inner))
 
 
 def concatenation(parts: Sequence[Deferred]) -> Deferred:

@@ -16,7 +16,8 @@ kind       value                                                   stored
 
 with norm(y) = (y - mean) * scale + beta per sample and channel. The terms are (mean, scale, beta) and not
 (scale, shift) because the gradient of scale is then the centred sum of dz * (y - mean), which does not
-cancel.
+cancel. A raw output y may lie in the host's memory (`held`): two tensors then take its place, one without memory
+that its gradient comes to, and one there.
 
 A specification (`Spec`) holds no tensor, so that it may live in an autograd context without keeping
 memory alive. `Spec.rows` is ordinary differentiable code over small slabs, in the operations of an
@@ -39,6 +40,7 @@ from effseg.expressions.base import (
     Operations,
     Rows,
     Spec,
+    Standing,
     Use,
     expect,
 )
@@ -58,26 +60,41 @@ class Plain(Spec):
 @dataclass(frozen=True)
 class Raw(Spec):
     slope: float
+    held: bool = False
 
     def uses(self, lo: int, hi: int) -> list[Use]:
-        return [Use((lo, hi), of=self.shape[2]), *TERMS]
+        return [*_raw_uses(lo, hi, self.shape[2], self.held), *TERMS]
 
     def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
-        y, mean, scale, beta = tensors
-        return ops.norm_act(y, mean, scale, beta, self.slope)
+        *stored, mean, scale, beta = tensors
+        return ops.norm_act(_raw_rows(stored), mean, scale, beta, self.slope)
 
 
 @dataclass(frozen=True)
 class Residual(Spec):
     slope: float
     inner: Spec
+    held: bool = False
 
     def uses(self, lo: int, hi: int) -> list[Use]:
-        return [*self.inner.uses(lo, hi), Use((lo, hi), of=self.shape[2]), *TERMS]
+        return [*self.inner.uses(lo, hi), *_raw_uses(lo, hi, self.shape[2], self.held), *TERMS]
 
     def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
-        *inner, y, mean, scale, beta = tensors
-        return ops.norm_act(y, mean, scale, beta, self.slope, addend=self.inner.rows(ops, lo, hi, inner))
+        *others, mean, scale, beta = tensors
+        end = len(others) - 1 - self.held
+        addend = self.inner.rows(ops, lo, hi, others[:end])
+        return ops.norm_act(_raw_rows(others[end:]), mean, scale, beta, self.slope, addend=addend)
+
+
+def _raw_uses(lo: int, hi: int, of: int, held: bool) -> list[Use]:
+    own = Use((lo, hi), of=of, stands=held)
+    return [own, Use((lo, hi), of=of, held=True)] if held else [own]
+
+
+def _raw_rows(stored: Sequence[Tensor]) -> Tensor:
+    """A raw output; or what stands for it, and its rows from the host's memory."""
+    y: Tensor = stored[0] if len(stored) == 1 else Standing.apply(*stored)
+    return y
 
 
 @dataclass(frozen=True)
@@ -140,27 +157,34 @@ def plain(x: Tensor, dtype: torch.dtype | None = None, rows: int | None = None) 
     return Deferred(Plain(_whole("x", x, rows), dtype), (x,))
 
 
-def raw(y: Tensor, norm: Normalisation, slope: float, rows: int | None = None) -> Deferred:
+def raw(
+    y: Tensor, norm: Normalisation, slope: float, rows: int | None = None, held: Tensor | None = None
+) -> Deferred:
     """leaky_relu((y - mean) * scale + beta, slope) of a raw convolution output y (N, C, D, H, W).
 
-    slope: 0 or more; 0 is ReLU, 1 no activation; rows: as for `plain`. Raises `ValueError` for terms that are
-    not (N, C).
+    slope: 0 or more; 0 is ReLU, 1 no activation; rows: as for `plain`; held: y's values in the host's memory,
+    where y only stands for them. Raises `ValueError` for terms that are not (N, C).
     """
     shape = _whole("y", y, rows)
     _check_layer(shape, norm, slope)
-    return Deferred(Raw(shape, y.dtype, slope), (y, *norm))
+    there = () if held is None else (held,)
+    return Deferred(Raw(shape, y.dtype, slope, held is not None), (y, *there, *norm))
 
 
-def residual(inner: Deferred, y: Tensor, norm: Normalisation, slope: float) -> Deferred:
+def residual(
+    inner: Deferred, y: Tensor, norm: Normalisation, slope: float, held: Tensor | None = None
+) -> Deferred:
     """leaky_relu(inner + (y - mean) * scale + beta, slope), inner and y of one shape, (N, C, D, H, W).
 
-    Raises `ValueError` as `raw` does, and where the shapes differ.
+    held: as for `raw`. Raises `ValueError` as `raw` does, and where the shapes differ.
     """
     expect("y", y.dim() == 5, "(N, C, D, H, W)", tuple(y.shape))
     own = own_shape(inner.shape)
     expect("inner", own == tuple(y.shape), tuple(y.shape), own)
     _check_layer(inner.shape, norm, slope)
-    return Deferred(Residual(inner.shape, y.dtype, slope, inner.spec), (*inner.tensors, y, *norm))
+    there = () if held is None else (held,)
+    spec = Residual(inner.shape, y.dtype, slope, inner.spec, held is not None)
+    return Deferred(spec, (*inner.tensors, y, *there, *norm))
 
 
 def convolved(inner: Deferred, weight: Tensor, window: Window, norm: Normalisation, slope: float) -> Deferred:

@@ -42,13 +42,17 @@ SMALL_SLAB_ELEMENTS = 2**20
 # As `slab_elements`: slabs of the same share of every tensor, so that what a step needs grows with the volume
 # and nothing else. Small volumes run faster in fewer slabs.
 SHARE = 0
+# As `slab_elements`: slabs of MIN_ROWS or, if more, of this share of every tensor, where memory is all that
+# counts.
+THIN = -(2**62)
+THIN_FRACTION = 1 / 128
 
 
 def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None, device: torch.device) -> int:
     """Rows in a slab of a tensor of `rows` rows with `row_elements` elements each.
 
     `slab_elements` asks for slabs of about so many elements and may give slabs of a single row; SHARE asks
-    for SLAB_FRACTION of the tensor, but at least MIN_ROWS, and a negative number for that or, if more, so
+    for SLAB_FRACTION of the tensor, but at least MIN_ROWS, THIN for fewer, and another negative number for that or, if more, so
     many elements (`at_least`); None for that or, if more, `thick_slab` on this device. Slabs of one tensor
     are of equal thickness but for the last. Where a volume is split, rows are those of this process.
     """
@@ -56,7 +60,9 @@ def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None, devic
     rows = max(hi - lo, 1)
     if slab_elements is None:
         slab_elements = at_least(thick_slab(rows * row_elements, device))
-    if slab_elements > 0:
+    if slab_elements == THIN:
+        thickness = max(MIN_ROWS, int(rows * THIN_FRACTION))
+    elif slab_elements > 0:
         thickness = max(1, slab_elements // row_elements)
     else:
         small = current() is None or MIN_ROWS * row_elements <= SMALL_SLAB_ELEMENTS
@@ -144,6 +150,22 @@ def slabs(samples: int, rows: int, thickness: int) -> Iterator[Slab]:
             yield Slab(n, lo, hi, slice(lo - first, hi - first))
     if abridgement is not None:
         abridgement.alike = 1
+
+
+def alike() -> int:
+    """How many slabs the one that is being visited stands for."""
+    abridgement = _abridgement.get()
+    return 1 if abridgement is None else abridgement.alike
+
+
+def slabs_and_those_before(
+    samples: int, rows: int, thickness: int
+) -> Iterator[tuple[int, int, int, tuple[int, int] | None, int]]:
+    """Sample, lo and hi of each of `slabs`, rows of the slab before it, visited or not (None of a sample's
+    first), and how many it stands for."""
+    first, _ = own_rows(rows)
+    for sample, lo, hi, _ in slabs(samples, rows, thickness):
+        yield sample, lo, hi, (lo - thickness, lo) if lo > first else None, alike()
 
 
 @dataclass(frozen=True)

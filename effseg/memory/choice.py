@@ -24,15 +24,20 @@ HEADROOM = 0.1
 @dataclass(frozen=True)
 class Settings:
     """memory: raw or stream; recompute_levels: levels from half resolution down that run again in
-    backward; rows: of a slab at the network's finest level, None: as a sweep would choose."""
+    backward; rows: of a slab at the network's finest level, None: as a sweep would choose; offload: the raw
+    outputs of the level of half resolution are in the host's memory."""
 
     memory: str
     recompute_levels: int = 0
     rows: int | None = None
+    offload: bool = False
 
     def __str__(self) -> str:
-        parts = [self.memory]
-        if self.recompute_levels:
+        parts = [self.memory] + ["level 1 offloaded"] * self.offload
+        if self.recompute_levels and self.offload:
+            below = "level 2" if self.recompute_levels == 2 else f"levels 2-{self.recompute_levels}"
+            parts.append(f"{below} recomputed")
+        elif self.recompute_levels:
             parts.append("level 1" if self.recompute_levels == 1 else f"levels 1-{self.recompute_levels}")
             parts[-1] += " recomputed"
         if self.rows:

@@ -24,6 +24,7 @@ from effseg.memory.report import KINDS, LiveTensor, MemoryReport
 from effseg.memory.step import DTYPES, Loss, follows_autocast, label_dtype_for, make_optimizer, training_loss
 from effseg.memory.trace import Reserved
 from effseg.memory.tracker import LiveStorages
+from effseg.offload.slabs import Traffic, counted
 from effseg.parallel.partition import entered, own_shape, pretended
 from effseg.parallel.transport import Pretended
 
@@ -80,8 +81,9 @@ def peak_training_memory(
         tracker.add([image, labels], "batch")
         if augmented:
             augment_batch(tracker, image, labels)
-        _step(network, steps, tracker, image, labels, dtype, loss, loss_options or {})
-    report = _report(network, tracker, tuple(shape), dtype, device)
+        with counted() as traffic:
+            _step(network, steps, tracker, image, labels, dtype, loss, loss_options or {})
+    report = _report(network, tracker, tuple(shape), dtype, device, traffic)
     if split is None:
         return report
     assert isinstance(split.transport, Pretended)
@@ -168,7 +170,12 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def _report(
-    network: nn.Module, tracker: LiveStorages, shape: tuple[int, ...], dtype: str, device: str
+    network: nn.Module,
+    tracker: LiveStorages,
+    shape: tuple[int, ...],
+    dtype: str,
+    device: str,
+    traffic: Traffic,
 ) -> MemoryReport:
     split = dict.fromkeys(KINDS, 0)
     for storage in tracker.at_peak:
@@ -199,4 +206,7 @@ def _report(
         parameters=sum(p.numel() for p in network.parameters()),
         macs=tracker.macs,
         largest=largest,
+        host=tracker.host_peak,
+        to_host=traffic.to_host if tracker.host_peak else 0,
+        to_device=traffic.to_device if tracker.host_peak else 0,
     )

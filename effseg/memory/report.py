@@ -48,7 +48,8 @@ class MemoryReport:
     * W of the image; parameters: how many; macs: multiply-accumulates of convolutions and matrix products in
     the step; largest: the largest tensors at the peak, largest first. processes: that share the volume;
     bytes and macs are then one's, which sends `sent` bytes to others in `messages` tensors, besides what
-    completes the parameters' gradients.
+    completes the parameters' gradients. host: bytes of the host's memory, pinned, in which tensors of a GPU lie;
+    to_host, to_device: bytes that a step copies there and back.
     """
 
     model: str
@@ -71,6 +72,9 @@ class MemoryReport:
     processes: int = 1
     sent: int = 0
     messages: int = 0
+    host: int = 0
+    to_host: int = 0
+    to_device: int = 0
 
     @property
     def bytes_per_voxel(self) -> float:
@@ -94,6 +98,7 @@ class MemoryReport:
             f"{self.dtype}: {format_bytes(self.reserved)} reserved, {format_bytes(self.peak)} in tensors, "
             f"{self.bytes_per_voxel:.0f} B/voxel",
             f"  {self.where}; {after} after the forward pass",
+            *[f"  {line}" for line in self.host_lines()],
             *self.split_lines("  "),
             "  largest:",
         ]
@@ -103,6 +108,15 @@ class MemoryReport:
             for tensor in self.largest[:8]
         ]
         return "\n".join([*lines, f"  {OUTSIDE}"])
+
+    def host_lines(self) -> list[str]:
+        """What lies in the host's memory, one line; none where nothing does."""
+        if not self.host:
+            return []
+        return [
+            f"host: {format_bytes(self.host)} of pinned memory, {self.host / self.voxels:.1f} B/voxel; a step copies "
+            f"{format_bytes(self.to_host)} there and {format_bytes(self.to_device)} back"
+        ]
 
     def split_lines(self, indent: str) -> list[str]:
         """The split, one kind a line."""

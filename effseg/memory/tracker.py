@@ -13,6 +13,7 @@ from effseg.common.tensors import storage_use_count
 from effseg.expressions.slabs import Abridgement
 from effseg.memory.arithmetic import multiply_accumulates
 from effseg.memory.trace import Trace
+from effseg.offload.memory import on_host
 
 aten = torch.ops.aten
 prim = torch.ops.prim
@@ -58,6 +59,8 @@ class LiveStorages(TorchDispatchMode):
     real ends of life. What operators allocate inside it does not see. Counts the multiply-accumulates of
     convolutions and matrix products on the way, for all the slabs that a visited one stands for.
 
+    Memory of the host is counted for itself, in `host_peak`.
+
     trace: births and deaths in order, and with `workspaces` the workspace that is reckoned with for each
     convolution.
     """
@@ -76,6 +79,9 @@ class LiveStorages(TorchDispatchMode):
         self.peak_phase = ""
         self.at_peak: list[Storage] = []
         self.at_phase_end: dict[str, int] = {}
+        self.host_now = 0
+        self.host_peak = 0
+        self._on_host: set[int] = set()
         self._live: dict[int, Storage] = {}
         self._node: int | None = None
         self._pending: str | None = None
@@ -143,7 +149,10 @@ class LiveStorages(TorchDispatchMode):
     def _add(self, tensor: torch.Tensor, kind: str | None, operator: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live:
+        if key in self._live or key in self._on_host:
+            return
+        if on_host.get():
+            self._add_on_host(key, storage)
             return
         entry = Storage(tensor, storage.nbytes(), kind, self.phase, operator)
         self._live[key] = entry
@@ -152,6 +161,16 @@ class LiveStorages(TorchDispatchMode):
             self._record()
         self.now += entry.nbytes
         weakref.finalize(storage, self._free, key).atexit = False
+
+    def _add_on_host(self, key: int, storage: torch.UntypedStorage) -> None:
+        self._on_host.add(key)
+        self.host_now += storage.nbytes()
+        self.host_peak = max(self.host_peak, self.host_now)
+        weakref.finalize(storage, self._free_on_host, key, storage.nbytes()).atexit = False
+
+    def _free_on_host(self, key: int, nbytes: int) -> None:
+        self._on_host.remove(key)
+        self.host_now -= nbytes
 
     def _free(self, key: int) -> None:
         entry = self._live.pop(key)

@@ -17,11 +17,12 @@ from effseg.common.formats import dtype_name
 from effseg.errors import InputError
 from effseg.expressions.base import Deferred
 from effseg.expressions.layers import Residual
-from effseg.expressions.slabs import slabs_of_levels
+from effseg.expressions.slabs import THIN, slabs_of_levels
 from effseg.memory.choice import Choice, Settings, first_that_fits, usable
 from effseg.models.base import SegmentationModel, check_image, check_sizes
 from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, levels_of
 from effseg.models.training_step import TrainingStep
+from effseg.offload.memory import HostMemory
 from effseg.operators import share
 from effseg.operators.normalisation import NORMS
 from effseg.parallel.door import whole_rows
@@ -66,6 +67,11 @@ class EffSegNet(SegmentationModel):
         None: nine tenths of the GPU's memory.
     recompute: number of levels, from half resolution down, that keep only their output and run again in
         backward.
+    offload: keep the raw outputs of the level of half resolution in the host's memory, pinned and used again
+        from step to step, for cards with a fast link to it. Copies run on streams of their own, a slab ahead
+        of their use. The same numbers without further arithmetic; with ``recompute`` (2 or more) the levels
+        below that one run again. With ``auto``: whether it may be chosen. Streams only, and not for ``tiny``,
+        torch.compile or a volume that processes share. On a CPU everything stays where it is.
     auxiliary: also train heads on the decoder's levels at strides 2 and 4, against every second and fourth
         label, weighted 1/2 and 1/4; they serve the loss alone.
     thick_axis: 0, 1 or 2 (D, H, W): the axis along which voxels are much longer than along the others. The
@@ -94,6 +100,7 @@ class EffSegNet(SegmentationModel):
         recompute: int = 0,
         auxiliary: bool = False,
         thick_axis: int | None = None,
+        offload: bool = False,
     ) -> None:
         check_sizes(in_channels, num_classes)
         for option, value, known in (
@@ -109,17 +116,22 @@ class EffSegNet(SegmentationModel):
             raise InputError(f"recompute: expected {expected}, got {recompute}")
         if memory_budget is not None and memory != "auto":
             raise InputError(f"memory_budget: expected None with memory={memory!r}, got {memory_budget!r}")
+        if offload:
+            _check_offload(preset, memory, recompute)
         super().__init__(
             f"effseg-{preset}",
             dict(
                 in_channels=in_channels, num_classes=num_classes, preset=preset, norm=norm, memory=memory,
                 memory_budget=memory_budget, recompute=recompute, auxiliary=auxiliary, thick_axis=thick_axis,
+                offload=offload,
             ),
         )  # fmt: skip
         self.architecture = PRESETS[preset]
         self.active_memory = memory
         self._configured_for: tuple[Any, ...] = ()
         self.recompute_levels = recompute
+        self.offloads = offload and memory != "auto"
+        self.host = HostMemory()  # without a buffer until something is offloaded
         self.slab_elements: int | None = None  # of a training step's slabs: see `effseg.expressions.slabs`
         widths, stem_stride = self.architecture.widths, self.architecture.stem_stride
         if num_classes > 2 * widths[0]:
@@ -207,6 +219,8 @@ class EffSegNet(SegmentationModel):
         if self.slab_elements is not None:
             return self.slab_elements
         elements, stored = self._elements(image)
+        if self.offloads:
+            return THIN
         return slabs_of_levels(elements, stored if self.streams else elements, image.device, self.streams)
 
     def _elements(self, image: Tensor) -> tuple[int, int]:
@@ -220,6 +234,7 @@ class EffSegNet(SegmentationModel):
         """Run training steps with these settings, in slabs of about so many elements."""
         self.active_memory = settings.memory
         self.recompute_levels = settings.recompute_levels
+        self.offloads = settings.offload
         self.slab_elements = slab_elements
 
     def configure(
@@ -247,7 +262,7 @@ class EffSegNet(SegmentationModel):
         )  # fmt: skip
         least = smallest(usable(budget, device), device)
         with entered(None):
-            choice = first_that_fits(step, step.candidates(), least)
+            choice = first_that_fits(step, step.candidates(offload=self.arguments["offload"]), least)
         self.use(choice.settings, choice.slab_elements)
         return choice
 
@@ -264,7 +279,7 @@ class EffSegNet(SegmentationModel):
         process's part; processes that share one agree on what follows."""
         check_image(image, self.arguments["in_channels"])
         settings = (
-            self.name, self.arguments, self.active_memory, self.recompute_levels, self.training,
+            self.name, self.arguments, self.active_memory, self.recompute_levels, self.offloads, self.training,
             torch.is_grad_enabled(), sorted((options or {}).keys()),
         )  # fmt: skip
         dtype = functional.compute_dtype(image.device, self.head.weight)
@@ -272,14 +287,18 @@ class EffSegNet(SegmentationModel):
 
     def _trunk(self, image: Deferred, streamed: bool, slab: int | None) -> Trunk:
         """Everything but the last decoder level; streamed: the first layer is not stored."""
+        if self.offloads and (current() is not None or torch.compiler.is_compiling()):
+            found = "a volume that processes share" if current() is not None else "torch.compile"
+            raise InputError(f"offload: expected one process for a volume and no torch.compile, got {found}")
         levels: list[Deferred] = []
         for i, level in enumerate(self.encoder):
             assert isinstance(level, EncoderLevel)
             if i == 0 and streamed:
                 levels.append(level.enter.streamed(image, slab))
             else:
-                recompute = 0 < i <= self.recompute_levels
-                found = level.deferred(levels[-1] if levels else image, slab, recompute)
+                host = self.host if self.offloads and i == 1 else None
+                recompute = host is None and 0 < i <= self.recompute_levels
+                found = level.deferred(levels[-1] if levels else image, slab, recompute, host)
                 # Read by the next level and by the decoder, but for the last one.
                 shared = isinstance(found.spec, Residual) and i + 1 < len(self.encoder)
                 levels.append(share(found, slab) if shared else found)
@@ -320,3 +339,13 @@ class EffSegNet(SegmentationModel):
             coarse = every(d, labels[..., ::h, ::w], image.shape[2])
             losses.append(functional.segmentation_loss(x, coarse, head.weight, head.bias, **options))
         return losses
+
+
+def _check_offload(preset: str, memory: str, recompute: int) -> None:
+    """Raise InputError where nothing would be offloaded."""
+    if PRESETS[preset].stem_stride != 1:
+        raise InputError(f"offload: expected False for preset {preset}, which has one level less, got True")
+    if memory == "raw":
+        raise InputError("offload: expected memory='stream' or 'auto', got memory='raw'")
+    if recompute == 1:
+        raise InputError("recompute: expected 0, or 2 and more, with offload, which keeps level 1; got 1")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from effseg import functional
 from effseg.expressions.base import Deferred
 from effseg.modules import ConvNormAct3d, ResidualBlock3d, recomputed
+from effseg.offload.memory import HostMemory
 
 Triple = tuple[int, int, int]
 
@@ -79,14 +80,21 @@ class EncoderLevel(nn.Module):
         self.enter = ConvNormAct3d(in_channels, channels, kernel_size, stride, norm=norm)
         self.blocks = nn.ModuleList(ResidualBlock3d(channels, norm) for _ in range(blocks))
 
-    def deferred(self, x: Tensor | Deferred, slab_elements: int | None, recompute: bool = False) -> Deferred:
+    def deferred(
+        self,
+        x: Tensor | Deferred,
+        slab_elements: int | None,
+        recompute: bool = False,
+        host: HostMemory | None = None,
+    ) -> Deferred:
+        """host: where raw outputs are stored, None: on their device."""
         blocks = [cast(ResidualBlock3d, block) for block in self.blocks]
         if recompute and blocks and isinstance(x, Deferred) and not torch.compiler.is_compiling():
             h = recomputed(self.enter, blocks.pop(0), x, slab_elements)
         else:
-            h = self.enter.deferred(x, slab_elements)
+            h = self.enter.deferred(x, slab_elements, host)
         for block in blocks:
-            h = block.recomputed(h, slab_elements) if recompute else block.deferred(h, slab_elements)
+            h = block.recomputed(h, slab_elements) if recompute else block.deferred(h, slab_elements, host)
         return h
 
 

@@ -18,6 +18,8 @@ from effseg.models.levels import PRESETS
 
 RECOMPUTE_LEVELS = (1, 2)  # a block of level 3 would save half a byte per voxel
 THIN_SLABS = (4, 2, 1)  # rows
+CHOSEN = ("memory", "memory_budget", "recompute", "offload")
+"""Arguments that a choice decides."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class TrainingStep:
         cls, network: Callable[..., Any], arguments: dict[str, Any], shape: Sequence[int], *rest: Any
     ) -> TrainingStep:
         """Without what a choice decides."""
-        kept = {k: v for k, v in arguments.items() if k not in ("memory", "memory_budget", "recompute")}
+        kept = {k: v for k, v in arguments.items() if k not in CHOSEN}
         return cls(network, json.dumps(kept, sort_keys=True), tuple(shape), *rest)
 
     def at(self, volume: tuple[int, ...]) -> TrainingStep:
@@ -62,8 +64,8 @@ class TrainingStep:
     def slab_elements(self, settings: Settings) -> int | None:
         return None if settings.rows is None else settings.rows * self._finest()[1]
 
-    def candidates(self, memory: str = "auto") -> list[Settings]:
-        """What can be chosen with this `memory`, least arithmetic first."""
+    def candidates(self, memory: str = "auto", offload: bool = False) -> list[Settings]:
+        """What can be chosen with this `memory`, least arithmetic first; offload: with what offloads, too."""
         streams = PRESETS[self.preset].stem_stride == 1
         lean = "stream" if streams else "raw"
         most = RECOMPUTE_LEVELS[-1]
@@ -74,8 +76,11 @@ class TrainingStep:
         found = [Settings("raw", 0, thick)] * (on_gpu and thick > usual) + [Settings("raw")]
         if streams:
             found += [Settings(lean, 0, thick)] * (thick > usual) + [Settings(lean)]
+        offloads = offload and streams and self.processes == 1
+        found += [Settings(lean, offload=True)] * offloads
         found += [Settings(lean, levels) for levels in RECOMPUTE_LEVELS]
-        found += [Settings(lean, most, rows) for rows in THIN_SLABS if rows < usual]
+        found += [Settings(lean, most, offload=True)] * offloads
+        found += [Settings(lean, most, rows, offloads) for rows in THIN_SLABS if rows < usual]
         if memory == "raw":
             return [
                 settings for settings in found if settings.memory == "raw" and not settings.recompute_levels

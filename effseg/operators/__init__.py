@@ -3,7 +3,7 @@ what users call. `operator.py` makes of that a node of autograd and an operator 
 is in `effseg.algorithms`, validation in `effseg.functional`.
 """
 
-from effseg.operators.conv3d import conv3d
+from effseg.operators.conv3d import conv3d, conv3d_to_host
 from effseg.operators.head import head_sums, segment
 from effseg.operators.level import level
 from effseg.operators.materialise import materialise
@@ -15,6 +15,7 @@ from effseg.operators.tail import Tail, layer_statistics, tail_sums
 __all__ = [
     "Tail",
     "conv3d",
+    "conv3d_to_host",
     "head_sums",
     "layer_statistics",
     "level",

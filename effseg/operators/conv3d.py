@@ -13,8 +13,10 @@ from effseg.algorithms.interface import Algorithm, StatisticsGradient
 from effseg.algorithms.pullback import Pullback, added, rows
 from effseg.common.device import make_room
 from effseg.common.formats import CHANNELS_LAST, accumulation_dtype
-from effseg.expressions.base import Deferred, Spec, readable
-from effseg.expressions.slabs import Window, rows_per_slab, slabs
+from effseg.expressions.base import Deferred, Spec, incoming, readable, stand_in
+from effseg.expressions.slabs import Window, alike, rows_per_slab, slabs
+from effseg.offload.memory import HostMemory
+from effseg.offload.slabs import Outgoing
 from effseg.operators.moments import Moments
 from effseg.operators.operator import Operator
 from effseg.parallel.partition import current, own_shape
@@ -24,7 +26,8 @@ Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Static(NamedTuple):
-    """trains, consumes: see `conv3d_forward`, `conv3d`; known: what a forward pass gave that is run again."""
+    """trains, consumes: see `conv3d_forward`, `conv3d`; known: what a forward pass gave that is run again; host:
+    where y is kept, None: on its device."""
 
     spec: Spec
     window: Window
@@ -33,6 +36,7 @@ class Static(NamedTuple):
     trains: bool = False
     consumes: bool = False
     known: Outputs | None = None
+    host: HostMemory | None = None
 
 
 def conv3d(
@@ -57,11 +61,23 @@ def conv3d(
     return (y, moments[0], moments[1]) if statistics else (y, None, None)
 
 
+def conv3d_to_host(
+    x: Deferred, weight: Tensor, window: Window, host: HostMemory, slab_elements: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, mean and variance of `conv3d`, and y's values in the host's memory, which y only stands for: for `raw`
+    and `residual`. Not for torch.compile, nor for a volume that is split."""
+    static = Static(x.spec, window, True, slab_elements, torch.is_grad_enabled(), True, None, host)
+    y, mean, var, held = _operator(weight.device, x.dtype, static, (weight, None, *x.tensors))
+    return y, mean, var, held
+
+
 def _forward(
     ops: Algorithm, static: Static, tensors: Sequence[Tensor]
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """y, or y, mean, var."""
+    """y, or y, mean, var, or what stands for y, mean, var, and y in the host's memory."""
     weight, bias, *inner = tensors
+    if static.host is not None:
+        return _forward_to_host(ops, static, static.host, weight, inner), ()
     found: Outputs = static.known or conv3d_forward(
         ops, static.spec, inner, weight, bias, static.window, static.statistics, static.slab_elements,
         static.trains,
@@ -70,9 +86,24 @@ def _forward(
     return [t.data for t in found if t is not None], ()
 
 
+def _forward_to_host(
+    ops: Algorithm, static: Static, host: HostMemory, weight: Tensor, inner: Sequence[Tensor]
+) -> list[Tensor]:
+    shape, dtype = output_shape(static.spec, weight, static.window), static.spec.dtype
+    held = host.take(shape, dtype, weight.device)
+    _, mean, var = conv3d_forward(
+        ops, static.spec, inner, weight, None, static.window, True, static.slab_elements, held=held
+    )
+    assert mean is not None
+    assert var is not None
+    return [stand_in(shape, dtype, weight.device), mean, var, held]
+
+
 def _own(outputs: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
     """y and its mean. The layer that follows keeps the same y, so the count stays one raw output per
     convolution; without statistics y is not needed."""
+    if len(outputs) == 4:
+        return outputs[3], outputs[1]
     return (outputs[0], outputs[1]) if len(outputs) == 3 else (None, None)
 
 
@@ -88,12 +119,9 @@ def _backward(
     (y, mean), (weight, _, *inner) = own, tensors
     need_weight, need_bias, *rest = needed
     grad_y, grad_mean, grad_var = (*grads, None, None)[:3]
-    if y is None:
-        y = grad_y  # of its shape
-    assert y is not None
     grad_weight, grad_bias, found = conv3d_backward(
         ops, static.spec, inner, rest, weight, static.window, y, mean, grad_y, grad_mean, grad_var,
-        need_weight, need_bias, static.slab_elements, alone or static.consumes,
+        need_weight, need_bias, static.slab_elements, alone or static.consumes, static.host is not None,
     )  # fmt: skip
     return [grad_weight, grad_bias, *found]
 
@@ -113,6 +141,7 @@ _operator = Operator(
     _backward,
     _fake,
     outputs=lambda static: 3 if static.statistics else 1,
+    constants=(3,),
     own=_own,
     reuses=True,
 )
@@ -148,22 +177,25 @@ def conv3d_forward(
     statistics: bool,
     slab_elements: int | None,
     trains: bool = False,
+    held: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = conv(expression, weight) + bias in the expression's type, and the mean and biased variance (N, Co)
-    of the stored y. trains: y is kept for a backward pass, so that more tensors of its size will follow."""
-    if _is_fused(ops, spec, weight, window):
+    of the stored y. trains: y is kept for a backward pass, so that more tensors of its size will follow; held:
+    memory of the host that y comes to lie in."""
+    if held is None and _is_fused(ops, spec, weight, window):
         assert ops.fused is not None
         return ops.fused.forward(spec, tensors, weight, bias, window, statistics)
     shape = output_shape(spec, weight, window)
     n, co, d, *_ = own = own_shape(shape)
     rows_of_slab = thickness(spec, shape, window, slab_elements, weight.device)
-    y = None  # the only slab's
-    if n > 1 or rows_of_slab < d or d == 0:
+    y = held  # None: the only slab's
+    if y is None and (n > 1 or rows_of_slab < d or d == 0):
         y = torch.empty(own, dtype=spec.dtype, device=weight.device, memory_format=CHANNELS_LAST)
     weight = weight.to(spec.dtype, memory_format=CHANNELS_LAST)
     bias = None if bias is None else bias.to(spec.dtype)
-    stored = readable(spec, tensors, window)
+    stored = readable(spec, tensors, window, rows_of_slab)
     moments = Moments(ops, (n, co), spec.dtype, weight.device)
+    leaving = None if held is None else Outgoing(held, weight.device)
     if trains and y is not None:
         make_room(y.device, y.nbytes)
     for sample, lo, hi, here in slabs(n, shape[2], rows_of_slab):
@@ -171,11 +203,15 @@ def conv3d_forward(
         part = ops.convolution(rows(ops, spec, stored, sample, first, last), weight, bias, window, pad)
         if statistics:
             moments.add(sample, part)
-        if y is None:
+        if leaving is not None:
+            leaving.put(sample, here, part, alike())
+        elif y is None:
             y = part.contiguous(memory_format=CHANNELS_LAST)
         else:
             y[sample : sample + 1, :, here] = part
         del part
+    if leaving is not None:
+        leaving.end()
     assert y is not None
     return (y, *moments.merge(shape)) if statistics else (y, None, None)
 
@@ -187,7 +223,7 @@ def conv3d_backward(
     needed: Sequence[bool],
     weight: Tensor,
     window: Window,
-    y: Tensor,
+    y: Tensor | None,
     mean: Tensor | None,
     grad_y: Tensor | None,
     grad_mean: Tensor | None,
@@ -196,9 +232,11 @@ def conv3d_backward(
     need_bias: bool,
     slab_elements: int | None,
     consumes: bool = False,
+    held: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Gradients of weight, bias and the expression's tensors. consumes: grad_y is nobody else's, and one of
-    them may come to lie in its memory.
+    """Gradients of weight, bias and the expression's tensors. y: None where its statistics have no gradient;
+    consumes: grad_y is nobody else's, and one of them may come to lie in its memory; held: y lies in the
+    host's memory.
 
     What reaches y through its statistics over M voxels is affine in y, so it is folded in as it is read:
     g = grad_y + grad_mean / M + 2 grad_var (y - mean) / M.
@@ -208,8 +246,10 @@ def conv3d_backward(
     rows_of_slab = thickness(spec, shape, window, slab_elements, weight.device)
     in_step = window.stride[0] == 1 and spec.shape[2] == shape[2]  # a row of one is a row of the other
     memory = grad_y if consumes and in_step else None
-    if _is_fused(ops, spec, weight, window) and not need_bias:
+    if _is_fused(ops, spec, weight, window) and not need_bias and not held:
         assert ops.fused is not None
+        y = grad_y if y is None else y  # of its shape
+        assert y is not None
         grad_weight, grads = ops.fused.backward(
             spec,
             tensors,
@@ -227,7 +267,11 @@ def conv3d_backward(
     accumulate = accumulation_dtype(weight.dtype)
     grad_weight = grad_bias = None
     low = weight.to(spec.dtype, memory_format=CHANNELS_LAST)
-    pullback = Pullback(ops, spec, tensors, needed, memory, window)
+    pullback = Pullback(ops, spec, tensors, needed, rows_of_slab, memory, window)
+    coming = None
+    if held and folded is not None:
+        assert y is not None
+        coming = incoming(y, rows_of_slab, weight.device)
     for sample, lo, hi, here in slabs(shape[0], shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, spec.shape[2])
         a = pullback.rows(sample, first, last)
@@ -236,7 +280,8 @@ def conv3d_backward(
             assert direct is not None
             grad = direct
         else:
-            part = y[sample : sample + 1, :, here]
+            assert y is not None
+            part = y[sample : sample + 1, :, here] if coming is None else coming.cut((lo, hi), sample)
             grad = ops.fold(direct, part, *(t[sample] for t in folded))
         del direct
         grad_a, grad_w = ops.convolution_backward(grad, a, low, window, pad, pullback.any, need_weight)

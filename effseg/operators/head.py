@@ -126,9 +126,10 @@ def head_sums_forward(
 ) -> Sums:
     """The sums of softmax(head(expression)) against labels (N, D, H, W)."""
     n, d = spec.shape[0], spec.shape[2]
-    stored = readable(spec, tensors, None)
+    per_slab = thickness(spec, slab_elements, labels.device)
+    stored = readable(spec, tensors, None, per_slab)
     sums = Sums.zeros(n, head.classes, tensors[0].device)
-    for sample, lo, hi, here in slabs(n, d, thickness(spec, slab_elements, labels.device)):
+    for sample, lo, hi, here in slabs(n, d, per_slab):
         head.add_sums(sums, sample, rows(ops, spec, stored, sample, lo, hi), labels[sample, here])
     return over_processes(sums)
 
@@ -156,8 +157,8 @@ def head_sums_backward(
     slab_elements: int | None,
 ) -> list[Tensor | None]:
     """Gradients of the expression's tensors from those of the sums; the head's add up in `head`."""
-    pullback, grads = Pullback(ops, spec, tensors, needed), each_its_part(grads)
-    per_slab = thickness(spec, slab_elements, labels.device)
+    per_slab, grads = thickness(spec, slab_elements, labels.device), each_its_part(grads)
+    pullback = Pullback(ops, spec, tensors, needed, per_slab)
     for sample, lo, hi, here in slabs(spec.shape[0], spec.shape[2], per_slab):
         a = pullback.rows(sample, lo, hi)
         g = head.pull(grads, sample, a, labels[sample, here])
@@ -184,8 +185,10 @@ def head_segment(
 ) -> Tensor:
     """argmax over classes, (N, D, H, W) uint8, or int16 for more than 256 classes."""
     n, _, d, h, w = own_shape(spec.shape)
-    stored, device = readable(spec, tensors, None), tensors[0].device
+    device = tensors[0].device
+    per_slab = thickness(spec, slab_elements, device)
+    stored = readable(spec, tensors, None, per_slab)
     out = torch.empty(n, d, h, w, dtype=label_dtype(head.classes), device=device)
-    for sample, lo, hi, here in slabs(n, spec.shape[2], thickness(spec, slab_elements, device)):
+    for sample, lo, hi, here in slabs(n, spec.shape[2], per_slab):
         out[sample, here] = head.segment(rows(ops, spec, stored, sample, lo, hi))
     return out

@@ -239,7 +239,8 @@ def _sum_backward(
 ) -> Normalisation:
     """Turns the gradient of act(a0 + norm(y2)) into that of the sum, in place; the gradients of the norm."""
     grad_scale, grad_beta = torch.zeros_like(norm.scale), torch.zeros_like(norm.scale)
-    stored = readable(a0.spec, a0.tensors, None)
+    per_slab = thickness(a0.spec, slab_elements, a0.device)
+    stored = readable(a0.spec, a0.tensors, None, per_slab)
     for slab in _slabs(a0, slab_elements):
         one = slab.one
         mean, scale, beta = (t[one] for t in norm)

@@ -66,8 +66,9 @@ def materialise_forward(
     device = tensors[0].device
     shape = own_shape(spec.shape)
     y = torch.empty(shape, dtype=spec.dtype, device=device, memory_format=CHANNELS_LAST)
-    stored = readable(spec, tensors, None)
-    for sample, lo, hi, here in slabs(spec.shape[0], spec.shape[2], thickness(spec, slab_elements, device)):
+    per_slab = thickness(spec, slab_elements, device)
+    stored = readable(spec, tensors, None, per_slab)
+    for sample, lo, hi, here in slabs(spec.shape[0], spec.shape[2], per_slab):
         y[sample : sample + 1, :, here] = rows(ops, spec, stored, sample, lo, hi)
     return y
 
@@ -82,8 +83,8 @@ def materialise_backward(
     memory: Tensor | None = None,
 ) -> list[Tensor | None]:
     """memory: grad, if it is nobody else's: see `Pullback`."""
-    pullback = Pullback(ops, spec, tensors, needed, memory)
     per_slab = thickness(spec, slab_elements, tensors[0].device)
+    pullback = Pullback(ops, spec, tensors, needed, per_slab, memory)
     for sample, lo, hi, here in slabs(spec.shape[0], spec.shape[2], per_slab):
         pullback.rows(sample, lo, hi)
         pullback.pull(grad[sample : sample + 1, :, here], read=here.stop)

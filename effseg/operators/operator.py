@@ -93,7 +93,7 @@ class Operator:
             own = self._own(outputs, besides)
             ctx.owns = len(own)
             ctx.save_for_backward(*own, *tensors)
-            ctx.mark_non_differentiable(*(outputs[i] for i in self._constants))
+            ctx.mark_non_differentiable(*(outputs[i] for i in self._constants if i < len(outputs)))
             return tuple(outputs)
 
         @once_differentiable

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from effseg.algorithms.interface import Algorithm
-from effseg.expressions.base import Deferred
+from effseg.expressions.base import Deferred, stand_in
 from effseg.expressions.joins import Shared
 from effseg.operators.materialise import Static, pulled_back
 from effseg.operators.operator import Operator
@@ -31,8 +31,7 @@ def _forward(
 ) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
     """A tensor of the expression's shape without memory, for gradients to come to; they are pulled back
     once."""
-    value = torch.empty((), dtype=static.spec.dtype, device=tensors[0].device)
-    return (value.expand(own_shape(static.spec.shape)),), ()
+    return (stand_in(own_shape(static.spec.shape), static.spec.dtype, tensors[0].device),), ()
 
 
 _operator = Operator("share", Static, _forward, pulled_back, zeros=True, reuses=True)

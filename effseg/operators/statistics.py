@@ -37,7 +37,7 @@ def _forward(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
     spec, device = static.spec, tensors[0].device
     moments = Moments(ops, (spec.shape[0], spec.shape[1]), spec.dtype, device)
-    stored = readable(spec, tensors, None)
+    stored = readable(spec, tensors, None, thickness(spec, static.slab_elements, device))
     for sample, lo, hi, _ in _slabs(static, device):
         part = rows(ops, spec, stored, sample, lo, hi)
         moments.add(sample, part.contiguous(memory_format=CHANNELS_LAST))
@@ -56,7 +56,8 @@ def _backward(
     terms = through_statistics(static.spec.shape, mean, *grads)
     if terms is None:
         return [None] * len(tensors)
-    pullback = Pullback(ops, static.spec, tensors, needed)
+    per_slab = thickness(static.spec, static.slab_elements, mean.device)
+    pullback = Pullback(ops, static.spec, tensors, needed, per_slab)
     for sample, lo, hi, _ in _slabs(static, mean.device):
         part = pullback.rows(sample, lo, hi)
         pullback.pull(ops.fold(None, part, *(t[sample] for t in terms)))

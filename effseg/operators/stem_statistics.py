@@ -97,7 +97,6 @@ def stem_statistics_forward(
     n, channels, accumulate = image.shape[0], weight.shape[0], accumulation_dtype(dtype)
     out = static.output(image)
     spec = Plain((n, image.shape[1], static.rows, *image.shape[3:]), dtype)
-    stored = readable(spec, (image,), window)
     low = weight.to(dtype, memory_format=CHANNELS_LAST)
     shaped = weight.new_empty(channels + 1, *weight.shape[1:], dtype=accumulate)
     moments = Moments(ops, (n, channels), dtype, image.device)
@@ -105,6 +104,7 @@ def stem_statistics_forward(
     # Centring on the first slab's mean keeps Q small; the rest of the way to the mean is made at the end.
     reference: dict[int, Tensor] = {}
     rows_of_slab = rows_per_slab(out[0], channels * out[1] * out[2], static.slab_elements, image.device)
+    stored = readable(spec, (image,), window, rows_of_slab)
     for sample, lo, hi, _ in slabs(n, out[0], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, static.rows)
         x = rows(ops, spec, stored, sample, first, last)

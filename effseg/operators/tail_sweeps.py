@@ -66,15 +66,15 @@ class Layer:
 
     @cached_property
     def stored(self) -> list[Stored]:
-        return readable(self.spec, self.tensors, self.window)
+        return readable(self.spec, self.tensors, self.window, self.thickness())
 
     @cached_property
     def stored_addend(self) -> list[Stored]:
         assert self.addend is not None
-        return readable(self.addend.spec, self.addend.tensors, None)
+        return readable(self.addend.spec, self.addend.tensors, None, self.thickness())
 
     def slabs(self) -> Iterator[Slab]:
-        return slabs(self.shape[0], self.shape[2], self._thickness())
+        return slabs(self.shape[0], self.shape[2], self.thickness())
 
     def make_room(self, head: Head) -> None:
         """For the slabs of all sweeps, and for the gradient of the largest tensor on a coarser grid: the
@@ -82,14 +82,15 @@ class Layer:
         tensors = (t for t in self.tensors if t.dim() == 5 and t.shape[2:] != self.spec.shape[2:])
         gradient = max((t.untyped_storage().nbytes() for t in tensors), default=0)
         _, c, _, h, w = self.shape
-        voxels = self._thickness() * h * w
+        voxels = self.thickness() * h * w
         slab = c * voxels * self.dtype.itemsize
         forward = FORWARD_SLABS * slab
         if collects(self, head):
             forward += NormSums.nbytes(self.weight, head.classes, voxels)
         make_room(self.weight.device, gradient, max(BACKWARD_SLABS * slab, forward - gradient))
 
-    def _thickness(self) -> int:
+    def thickness(self) -> int:
+        """Rows of a slab."""
         return thickness(self.spec, self.shape, self.window, self.slab_elements, self.weight.device)
 
     def input_rows(self, lo: int, hi: int) -> tuple[int, int, tuple[int, int]]:
@@ -171,10 +172,11 @@ def tail_sums_backward(
     ops, spec, window = layer.ops, layer.spec, layer.window
     low = layer.low
     grad_weight = None
-    pullback = Pullback(ops, spec, layer.tensors, needed[: len(layer.tensors)], window=window)
+    per_slab = layer.thickness()
+    pullback = Pullback(ops, spec, layer.tensors, needed[: len(layer.tensors)], per_slab, window=window)
     added_on = None
     if layer.addend is not None:
-        added_on = Pullback(ops, *layer.addend, needed[len(layer.tensors) :])
+        added_on = Pullback(ops, *layer.addend, needed[len(layer.tensors) :], per_slab)
     for sample, lo, hi, here in layer.slabs():
         first, last, pad = layer.input_rows(lo, hi)
         a = pullback.rows(sample, first, last)

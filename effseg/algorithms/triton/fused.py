@@ -40,7 +40,7 @@ class Fused:
         A march activates a voxel 9 times (6 in wgrad), the other loops once for each of up to 27 taps: there,
         and where the tensor is wide and so small, the slab is activated first.
         """
-        if not isinstance(spec, (Plain, Raw)):
+        if not isinstance(spec, (Plain, Raw)) or (isinstance(spec, Raw) and spec.held):
             return False
         passes = (choices.forward, choices.dgrad, choices.wgrad)
         low, prologue = weight.to(spec.dtype), isinstance(spec, Raw)
