@@ -1,8 +1,9 @@
 """The link between a device and its host: copies on side streams, ordered by events.
 
 What a device is asked for runs in order on its current stream. A copy runs beside that, after a `Mark` of that
-stream, and gives a mark of its own, for which the current stream waits before it touches what was copied.
-Streams of both directions, so that a full-duplex link carries both at a time.
+stream, and gives a mark of its own, for which the current stream waits before it touches what was copied. A
+sweep ends with such a wait, so that copies of the next one come after its own, whichever way they go. A stream for
+each direction, so that a full-duplex link carries both at a time.
 """
 
 from __future__ import annotations
@@ -32,12 +33,6 @@ class Link(Protocol):
     def join(self, mark: Mark) -> None:
         """Let the host go on after `mark`."""
 
-    def begin_sending(self) -> None:
-        """Sends from now on come after the fetches until now: they may overwrite what those read."""
-
-    def begin_fetching(self) -> None:
-        """Fetches from now on come after the sends until now, which they read."""
-
     def send(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
         """Copy from the device to the host's memory."""
 
@@ -55,12 +50,6 @@ class Immediate:
         pass
 
     def join(self, mark: Mark) -> None:
-        pass
-
-    def begin_sending(self) -> None:
-        pass
-
-    def begin_fetching(self) -> None:
         pass
 
     def send(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
@@ -85,12 +74,6 @@ class CudaLink:
 
     def join(self, mark: Mark) -> None:
         mark.synchronize()
-
-    def begin_sending(self) -> None:
-        self.out.wait_stream(self.back)
-
-    def begin_fetching(self) -> None:
-        self.back.wait_stream(self.out)
 
     def send(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
         return _copied(self.out, target, source, after)

@@ -55,8 +55,6 @@ class Outgoing:
         self.held = held
         self.link = None if kind_of(device) == "cpu" else link_of(device)
         self.leaving: tuple[Tensor, Mark] | None = None
-        if self.link is not None:
-            self.link.begin_sending()
 
     def put(self, sample: int, here: slice, part: Tensor, alike: int = 1) -> None:
         """part: (1, C, d, H, W), rows `here` of the sample, which nobody changes any more."""
@@ -99,7 +97,6 @@ class Incoming:
             torch.empty(shape, dtype=held.dtype, device=device, memory_format=CHANNELS_LAST)
             for _ in range(min(2, len(plan)))
         ]
-        self.link.begin_fetching()
         self._fetch(0)
 
     def cut(self, rows: tuple[int, int], sample: int) -> Tensor:
