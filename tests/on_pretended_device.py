@@ -30,6 +30,8 @@ from effseg.kernels import heuristics, launch
 from effseg.losses import dice_cross_entropy
 from effseg.models import effsegnet
 from effseg.models.levels import Architecture
+from effseg.offload.link import Immediate, link
+from effseg.offload.slabs import Traffic
 from effseg.parallel.partition import Split
 from effseg.parallel.transport import Pretended
 
@@ -111,6 +113,37 @@ def test_a_step_of_effsegnet(options: dict[str, Any], dtype: str, algorithm: str
     if options["memory"] == "auto":
         network._configure(image)  # predicts, on fake tensors of the CPU
     step(network, lambda: network.loss(image, labels), dtype, algorithm)
+
+
+class Watched(Immediate):
+    """Copies between the device and the CPU, and in which threads they were asked for. None is made, which
+    `Watch` would take for an operator of two devices."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, str]] = []
+        self.fetched: list[tuple[str, str]] = []
+        self.threads: set[threading.Thread] = set()
+
+    def send(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> None:
+        self.sent.append((source.device.type, target.device.type))
+        assert target.is_contiguous()
+
+    def fetch(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> None:
+        self.fetched.append((source.device.type, target.device.type))
+        self.threads.add(threading.current_thread())
+        assert target.is_contiguous()
+
+
+@pytest.mark.parametrize(("dtype", "algorithm"), [("bf16", "aten"), ("fp16", "triton")])
+def test_slabs_come_back_to_the_device(dtype: str, algorithm: str) -> None:
+    network = on_device(effseg.EffSegNet(1, 3, preset="small", memory="stream", offload=True))
+    image, labels = batch(size=(9, 7, 12))
+    moved = Watched()
+    with link.set(moved):
+        step(network, lambda: network.loss(image, labels), dtype, algorithm)
+    assert set(moved.sent) == {(DEVICE, "cpu")}
+    assert set(moved.fetched) == {("cpu", DEVICE)}
+    assert len(moved.threads) == 2, "forward's thread, and the device's of backward"
 
 
 @pytest.mark.slow
@@ -219,6 +252,8 @@ VALUES: dict[str, Callable[[], Any]] = {
     "effseg_answer": lambda: lambda problem: heuristics.heuristic(problem),
     "effseg_pretended_device": lambda: "cuda",
     "effseg_recording": lambda: launch._Recording("sm_90", []),
+    "effseg_link": Immediate,
+    "effseg_traffic": Traffic,
     "effseg_split": lambda: Split(Pretended(0, 1, SIZE[0])),
     "effseg_streaming": lambda: Streaming(frozenset()),
 }

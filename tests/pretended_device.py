@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 import effseg
 from effseg.common.settings import Function, Setting
+from effseg.offload.memory import on_host
 
 M = TypeVar("M", bound=nn.Module)
 DEVICE = "gpu"
@@ -78,7 +79,8 @@ def _new_tensor(self: torch.Tensor, data: float, dtype: torch.dtype | None = Non
 
 
 class Watch(TorchDispatchMode):
-    """Every operator of a step: none may get or give a tensor of some size that is not on the device.
+    """Every operator of a step: none may get or give a tensor of some size that is not on the device, but for
+    views of memory of the host.
 
     expected: values of settings that operators in the backward of effseg's own nodes should see; lost: names
     of those that one did not see; nodes: of which nodes operators were seen; threads: in which.
@@ -90,9 +92,15 @@ class Watch(TorchDispatchMode):
         self.lost: set[str] = set()
         self.nodes: set[str] = set()
         self.threads: set[threading.Thread] = set()
+        self.host: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        made = [t.untyped_storage()._cdata for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if on_host.get():
+            self.host.update(made)
+        if made and self.host.issuperset(made):
+            return out
         for tensor in tree_leaves((args, kwargs, out)):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != DEVICE and tensor.numel() > SMALL:
                 raise AssertionError(f"{func}: {tuple(tensor.shape)} on {tensor.device}")

@@ -36,7 +36,7 @@ LAYERS = [
     ["effseg.evaluation"],
     ["effseg.data"],
     ["effseg.expressions"],
-    ["effseg.parallel"],
+    ["effseg.parallel", "effseg.offload"],
     ["effseg.common"],
     ["effseg.errors", "effseg.version"],
 ]

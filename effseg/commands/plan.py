@@ -70,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus", type=int, default=1, help="that share a volume; the figures are those of one (default: 1)"
     )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="also look at modes that keep the half-resolution level in the host's memory, pinned",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -78,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     if args.network is not None:
         if args.gpus != 1:
             raise InputError(f"--gpus: expected 1 with --network, got {args.gpus}")
+        if args.offload:
+            raise InputError("--offload: expected --volume, got --network")
         found = _plan_network(args, memory)
         print(json.dumps(found.to_dict(), indent=2) if args.json else found)
         return 0 if found.fits else 1
@@ -93,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         optimizer=args.optimizer or "adamw",
         memory=args.memory,
         gpus=args.gpus,
+        offload=args.offload,
     )
     answer = plan(request, memory, args.headroom)
     print(json.dumps(answer.to_dict(), indent=2) if args.json else _text(answer))
@@ -147,6 +155,7 @@ def _text(answer: Plan) -> str:
             f"{format_bytes(report.sent)} a step in {report.messages} tensors and the parameters' gradients"
         )
     lines += ["", _line(report), *report.split_lines("    "), f"    {report.where}"]
+    lines += [f"    {line}" for line in report.host_lines()]
     if request.model != BASELINE:
         share = report.reserved / answer.baseline.reserved
         alone = "" if request.gpus == 1 else ", which cannot be shared"
@@ -176,10 +185,11 @@ def _mode(mode: Mode) -> str:
 
 def _row(mode: Mode) -> str:
     report = mode.report
+    host = f"  host {format_bytes(report.host)}" if report.host else ""
     return (
         f"{mode.settings!s:<44} {format_bytes(report.reserved):>11} reserved  "
         f"{report.bytes_per_voxel:7.1f} B/voxel in tensors  "
-        f"arithmetic {mode.arithmetic:.2f}"
+        f"arithmetic {mode.arithmetic:.2f}{host}"
     )
 
 

@@ -144,6 +144,12 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         "--recompute", type=int, default=0, metavar="LEVELS", help="levels to run again in backward"
     )
     group.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep the half-resolution level in the host's memory, pinned, with memory stream or, where it is "
+        "needed, auto: for cards with a fast link",
+    )
+    group.add_argument(
         "--class-weights",
         choices=("sqrt", "none"),
         default="sqrt",

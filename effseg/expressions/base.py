@@ -138,9 +138,7 @@ def halos(split: Split, spec: Spec, window: Window | None) -> list[Halo | None]:
     return [None if use.rows is None else halo(i, use.of) for i, use in enumerate(everything)]
 
 
-def readable(
-    spec: Spec, tensors: Sequence[Tensor], window: Window | None, thickness: int
-) -> list[Stored]:
+def readable(spec: Spec, tensors: Sequence[Tensor], window: Window | None, thickness: int) -> list[Stored]:
     """The tensors as a sweep's slabs take them: `in_compute_type`, and where the volume is split with the
     rows of other processes, which begin to come, as do those from the host's memory. window: of a convolution
     whose output rows the sweep makes; thickness: rows of a slab.
@@ -168,9 +166,7 @@ def incoming(held: Tensor, thickness: int, device: torch.device) -> Incoming:
     return Incoming(held, plan, device)
 
 
-def _from_host(
-    spec: Spec, tensors: Sequence[Tensor], window: Window | None, thickness: int
-) -> list[Stored]:
+def _from_host(spec: Spec, tensors: Sequence[Tensor], window: Window | None, thickness: int) -> list[Stored]:
     """The same where some of them lie in the host's memory, of a volume that is not split."""
 
     def uses(lo: int, hi: int) -> list[Use]:

@@ -28,7 +28,8 @@ MEMORY = ("auto", "raw", "stream")
 @dataclass(frozen=True)
 class Request:
     """One kind of training step. volume: (X, Y, Z) in voxels; classes: background included; memory: one of
-    MEMORY, for networks that have modes; gpus: that share a volume, of which each has its process."""
+    MEMORY, for networks that have modes; gpus: that share a volume, of which each has its process; offload:
+    whether level 1 may lie in the host's memory."""
 
     volume: Volume
     classes: int
@@ -39,6 +40,7 @@ class Request:
     optimizer: str = "adamw"
     memory: str = "auto"
     gpus: int = 1
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Mode:
         return {
             "memory": self.settings and self.settings.memory,
             "recompute_levels": self.settings.recompute_levels if self.settings else 0,
+            "offload": self.settings is not None and self.settings.offload,
             "slab_elements": self.slab_elements,
             "peak": self.report.peak,
             "allocated": self.report.allocated,
@@ -63,6 +66,9 @@ class Mode:
             "reserved_expandable": self.report.reserved_expandable,
             "sent": self.report.sent,
             "messages": self.report.messages,
+            "host": self.report.host,
+            "to_host": self.report.to_host,
+            "to_device": self.report.to_device,
             "bytes_per_voxel": self.report.bytes_per_voxel,
             "arithmetic": self.arithmetic,
         }
@@ -133,6 +139,8 @@ def plan(request: Request, gpu_memory: int, headroom: float = HEADROOM) -> Plan:
         raise InputError(
             f"gpus: expected {request.volume[0]} or fewer, a row of voxels for each, got {request.gpus}"
         )
+    if request.offload:
+        _check_offload(request)
     usable = int(gpu_memory * (1 - headroom))
     mode, modes, leanest = _modes(request, usable)
     x, y, _ = request.volume
@@ -149,6 +157,17 @@ def plan(request: Request, gpu_memory: int, headroom: float = HEADROOM) -> Plan:
     )
 
 
+def _check_offload(request: Request) -> None:
+    """Raise InputError where nothing can be offloaded."""
+    preset = request.model.removeprefix("effseg-")
+    if preset not in PRESETS or PRESETS[preset].stem_stride != 1:
+        raise InputError(f"offload: expected an EffSegNet with a full-resolution level, got {request.model}")
+    if request.memory == "raw":
+        raise InputError("offload: expected memory stream or auto, got raw")
+    if request.gpus > 1:
+        raise InputError(f"offload: expected 1 GPU for a volume, got {request.gpus}")
+
+
 def choose(
     name: str,
     in_channels: int,
@@ -158,11 +177,13 @@ def choose(
     budget: int,
     optimizer: str = "adamw",
     device: str = "cuda",
+    offload: bool = False,
 ) -> Choice:
     """The settings with the least arithmetic whose predicted reservation is within `budget` bytes.
 
     name: of an EffSegNet, as in ``effseg-base``; shape: the image's (N, C, D, H, W); dtype: bf16 or fp32;
-    device: cpu or cuda, where the step will run. Raises InputError where nothing fits, with what would.
+    device: cpu or cuda, where the step will run; offload: whether level 1 may lie in the host's memory. Raises
+    InputError where nothing fits, with what would.
     """
     preset = name.removeprefix("effseg-")
     if preset not in PRESETS:
@@ -170,7 +191,7 @@ def choose(
         raise InputError(f"model: expected one of {known}, got {name!r}")
     arguments = {"in_channels": in_channels, "num_classes": num_classes, "preset": preset}
     step = TrainingStep.of(EffSegNet, arguments, shape, dtype, optimizer, device)
-    return first_that_fits(step, step.candidates(), budget)
+    return first_that_fits(step, step.candidates(offload=offload), budget)
 
 
 def total_gpu_memory() -> int:
@@ -189,10 +210,10 @@ def _modes(request: Request, usable: int) -> tuple[Mode, tuple[Mode, ...], Setti
     if step is None:
         only = Mode(None, None, _stock(request, request.volume, request.model), 1.0)
         return only, (only,), None
-    allowed = step.candidates(request.memory)
+    allowed = step.candidates(request.memory, request.offload)
     modes: list[Mode] = []
     chosen: Mode | None = None
-    for settings in step.candidates():
+    for settings in step.candidates(offload=request.offload):
         if settings.rows is not None and (chosen is not None or settings not in allowed):
             continue
         report = predict(step, settings)

@@ -32,6 +32,7 @@ class TrainingConfig:
     norm: "instance", "batch" or "group" for effseg models (the 3D U-Net always has batch norm).
     memory: "raw", "stream" or "auto" for effseg models, see `EffSegNet`; auto is raw on a CPU without budget.
     memory_budget: for "auto", such as "24GB"; None: the GPU's. recompute: levels, for raw and stream.
+    offload: whether the level of half resolution is kept in the host's memory; with auto, whether it may be.
     labels: which labels to learn: a group of labels.json, ``GROUP:organ,organ`` or ``organ,organ``.
     cases: which cases to use, e.g. ``"case001-case016,case020"``; None: all labelled ones.
     validation: which cases validate, in the same language; they are looked for among all labelled cases
@@ -76,6 +77,7 @@ class TrainingConfig:
     memory: Literal["raw", "stream", "auto"] = "auto"
     memory_budget: str | None = None
     recompute: int = 0
+    offload: bool = False
     labels: str | None = None
     cases: str | None = None
     validation: str | None = None
@@ -148,6 +150,14 @@ class TrainingConfig:
         _demand(self, "norm", self.norm == "instance" or not baseline, "a choice for effseg models only")
         chosen = self.memory != "auto" or self.recompute or self.memory_budget is not None
         _demand(self, "memory", not (baseline and chosen), "a choice for effseg models only")
+        level = (
+            not baseline and self.model != "effseg-tiny" and self.memory != "raw" and self.split_volume == 1
+        )
+        good = not self.offload or level
+        _demand(
+            self, "offload", good, "False but for memory stream or auto, an effseg model but tiny, no split"
+        )
+        _demand(self, "recompute", not self.offload or self.recompute != 1, "0, or 2 and more, with offload")
         inside = self.init is not None and self.output.absolute() in (self.init / "x").absolute().parents
         _demand(self, "init", not inside, f"weights outside of the output {self.output}")
         whole = self.split_volume == 1 or not (baseline or self.patch_size)

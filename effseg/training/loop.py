@@ -343,7 +343,7 @@ def _network(config: TrainingConfig, data: TrainingData, device: torch.device) -
         return build_model(config.model, channels, classes)
     memory = config.memory
     if memory == "auto" and config.memory_budget is None and device.type == "cpu":
-        memory = "raw"  # a CPU's memory is not one program's
+        memory = "stream" if config.offload else "raw"  # a CPU's memory is not one program's
     return EffSegNet(
         channels,
         classes,
@@ -352,4 +352,5 @@ def _network(config: TrainingConfig, data: TrainingData, device: torch.device) -
         memory=memory,
         memory_budget=config.memory_budget,
         recompute=config.recompute,
+        offload=config.offload,
     )

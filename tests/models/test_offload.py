@@ -223,7 +223,9 @@ def test_memory_is_used_again() -> None:
     assert copy.deepcopy(model).host.nbytes == 0
 
 
-def predicted(shape: tuple[int, ...], preset: str, dtype: str = "fp32", classes: int = 3, **options: Any) -> Any:
+def predicted(
+    shape: tuple[int, ...], preset: str, dtype: str = "fp32", classes: int = 3, **options: Any
+) -> Any:
     device = options.pop("device", "cuda")
     given = {"memory": "stream", "offload": True, **options}
     return peak_training_memory(
