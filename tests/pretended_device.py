@@ -96,10 +96,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = [t.untyped_storage()._cdata for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         if on_host.get():
-            self.host.update(made)
-        if made and self.host.issuperset(made):
+            self.host.update(_memory(out))
+        if self.host.issuperset(_memory((args, kwargs, out))):
             return out
         for tensor in tree_leaves((args, kwargs, out)):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != DEVICE and tensor.numel() > SMALL:
@@ -111,6 +110,11 @@ class Watch(TorchDispatchMode):
                 self.nodes.add(node.name())
                 self.lost.update(s.name for s, value in self.expected.items() if s.get() is not value)
         return out
+
+
+def _memory(tree: Any) -> list[int]:
+    """That of all tensors, by its address in torch."""
+    return [t.untyped_storage()._cdata for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 def _in_effseg() -> bool:

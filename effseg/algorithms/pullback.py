@@ -123,10 +123,10 @@ class _Sum:
 class Pullback:
     """Makes an expression's rows with a graph and pulls gradients back to the stored tensors.
 
-    `needed` says which tensors want a gradient; slabs of `thickness` rows are visited in ascending order within a
-    sample. memory: of a gradient that nobody needs after its rows have been pulled, for the first tensor of its shape;
-    window: of a convolution whose output rows the sweep walks over, without one it walks over the
-    expression's. Where the volume is split, rows are those of the whole volume.
+    `needed` says which tensors want a gradient; slabs of `thickness` rows are visited in ascending order
+    within a sample. memory: of a gradient that nobody needs after its rows have been pulled, for the first
+    tensor of its shape; window: of a convolution whose output rows the sweep walks over, without one it walks
+    over the expression's. Where the volume is split, rows are those of the whole volume.
     """
 
     def __init__(

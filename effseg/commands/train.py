@@ -146,8 +146,8 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--offload",
         action="store_true",
-        help="keep the half-resolution level in the host's memory, pinned, with memory stream or, where it is "
-        "needed, auto: for cards with a fast link",
+        help="keep the half-resolution level in the host's memory, pinned, with memory stream or, where that "
+        "is needed, auto: for cards with a fast link",
     )
     group.add_argument(
         "--class-weights",

@@ -106,8 +106,8 @@ def in_compute_type(spec: Spec, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 Stored = Tensor | Shard | Incoming
-"""A tensor as slabs are cut from it: with the rows that other processes hold, where its volume is split; slab by
-slab from the host's memory, where it lies there."""
+"""A tensor as slabs are cut from it: with the rows that other processes hold, where its volume is split; from
+the host's memory, where it lies there."""
 
 
 def made_by(spec: Spec, window: Window | None) -> int:

@@ -16,8 +16,8 @@ kind       value                                                   stored
 
 with norm(y) = (y - mean) * scale + beta per sample and channel. The terms are (mean, scale, beta) and not
 (scale, shift) because the gradient of scale is then the centred sum of dz * (y - mean), which does not
-cancel. A raw output y may lie in the host's memory (`held`): two tensors then take its place, one without memory
-that its gradient comes to, and one there.
+cancel. A raw output y may lie in the host's memory (`held`): two tensors then take its place, one without
+memory that its gradient comes to, and one there.
 
 A specification (`Spec`) holds no tensor, so that it may live in an autograd context without keeping
 memory alive. `Spec.rows` is ordinary differentiable code over small slabs, in the operations of an

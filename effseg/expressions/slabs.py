@@ -52,9 +52,9 @@ def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None, devic
     """Rows in a slab of a tensor of `rows` rows with `row_elements` elements each.
 
     `slab_elements` asks for slabs of about so many elements and may give slabs of a single row; SHARE asks
-    for SLAB_FRACTION of the tensor, but at least MIN_ROWS, THIN for fewer, and another negative number for that or, if more, so
-    many elements (`at_least`); None for that or, if more, `thick_slab` on this device. Slabs of one tensor
-    are of equal thickness but for the last. Where a volume is split, rows are those of this process.
+    for SLAB_FRACTION of the tensor, but at least MIN_ROWS, THIN for less, and another negative number for
+    SHARE's or, if more, so many elements (`at_least`); None for SHARE's or, if more, `thick_slab` on this
+    device. Slabs of one tensor are of equal thickness but for the last. Where a volume is split, rows are those of this process.
     """
     lo, hi = own_rows(rows)
     rows = max(hi - lo, 1)

@@ -48,8 +48,8 @@ class MemoryReport:
     * W of the image; parameters: how many; macs: multiply-accumulates of convolutions and matrix products in
     the step; largest: the largest tensors at the peak, largest first. processes: that share the volume;
     bytes and macs are then one's, which sends `sent` bytes to others in `messages` tensors, besides what
-    completes the parameters' gradients. host: bytes of the host's memory, pinned, in which tensors of a GPU lie;
-    to_host, to_device: bytes that a step copies there and back.
+    completes the parameters' gradients. host: bytes of the host's memory, pinned, in which tensors of a GPU
+    lie; to_host, to_device: bytes that a step copies there and back.
     """
 
     model: str
@@ -114,8 +114,8 @@ class MemoryReport:
         if not self.host:
             return []
         return [
-            f"host: {format_bytes(self.host)} of pinned memory, {self.host / self.voxels:.1f} B/voxel; a step copies "
-            f"{format_bytes(self.to_host)} there and {format_bytes(self.to_device)} back"
+            f"host: {format_bytes(self.host)} of pinned memory, {self.host / self.voxels:.1f} B/voxel; a step "
+            f"copies {format_bytes(self.to_host)} there and {format_bytes(self.to_device)} back"
         ]
 
     def split_lines(self, indent: str) -> list[str]:

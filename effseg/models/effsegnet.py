@@ -279,7 +279,7 @@ class EffSegNet(SegmentationModel):
         process's part; processes that share one agree on what follows."""
         check_image(image, self.arguments["in_channels"])
         settings = (
-            self.name, self.arguments, self.active_memory, self.recompute_levels, self.offloads, self.training,
+            self.name, self.arguments, self.active_memory, self.recompute_levels, self.training,
             torch.is_grad_enabled(), sorted((options or {}).keys()),
         )  # fmt: skip
         dtype = functional.compute_dtype(image.device, self.head.weight)
@@ -288,8 +288,8 @@ class EffSegNet(SegmentationModel):
     def _trunk(self, image: Deferred, streamed: bool, slab: int | None) -> Trunk:
         """Everything but the last decoder level; streamed: the first layer is not stored."""
         if self.offloads and (current() is not None or torch.compiler.is_compiling()):
-            found = "a volume that processes share" if current() is not None else "torch.compile"
-            raise InputError(f"offload: expected one process for a volume and no torch.compile, got {found}")
+            which = "a volume that processes share" if current() is not None else "torch.compile"
+            raise InputError(f"offload: expected one process for a volume and no torch.compile, got {which}")
         levels: list[Deferred] = []
         for i, level in enumerate(self.encoder):
             assert isinstance(level, EncoderLevel)

@@ -1,14 +1,14 @@
 """The link between a device and its host: copies on side streams, ordered by events.
 
-What a device is asked for runs in order on its current stream. A copy runs beside that, after a `Mark` of that
-stream, and gives a mark of its own, for which the current stream waits before it touches what was copied. A
-sweep ends with such a wait, so that copies of the next one come after its own, whichever way they go. A stream for
-each direction, so that a full-duplex link carries both at a time.
+What a device is asked for runs in order on its current stream. A copy runs beside that, after a `Mark` of
+that stream, and gives a mark of its own, for which the current stream waits before it touches what was
+copied. A sweep ends with such a wait, so that copies of the next one come after its own, whichever way they
+go. A stream for each direction, so that a full-duplex link carries both at a time.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -105,6 +105,6 @@ def link_of(device: torch.device) -> Link:
     return _cuda_link(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_link(index: int) -> Link:
     return CudaLink(torch.device("cuda", index))

@@ -47,8 +47,8 @@ class Wanted(NamedTuple):
 
 
 class Outgoing:
-    """A tensor that a sweep makes slab by slab, on its way into the host's memory. While a slab is copied, the
-    next one is made."""
+    """A tensor that a sweep makes slab by slab, on its way into the host's memory. While a slab is copied,
+    the next one is made."""
 
     def __init__(self, held: Tensor, device: torch.device) -> None:
         """held: (N, C, D, H, W), channels last, the memory."""
@@ -80,8 +80,8 @@ class Outgoing:
 
 
 class Incoming:
-    """A tensor in the host's memory, as a sweep cuts slabs from it: two of them are on the device, one that is
-    used and the next, which is being copied. Rows that both have are copied once."""
+    """A tensor in the host's memory, as a sweep cuts slabs from it: two of them are on the device, one that
+    is used and the next, which is being copied. Rows that both have are copied once."""
 
     def __init__(self, held: Tensor, plan: Sequence[Wanted], device: torch.device) -> None:
         """held: (N, C, D, H, W), channels last; plan: what will be cut, in order, once or again and again."""

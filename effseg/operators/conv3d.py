@@ -26,8 +26,8 @@ Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Static(NamedTuple):
-    """trains, consumes: see `conv3d_forward`, `conv3d`; known: what a forward pass gave that is run again; host:
-    where y is kept, None: on its device."""
+    """trains, consumes: see `conv3d_forward`, `conv3d`; known: what a forward pass gave that is run again;
+    host: where y is kept, None: on its device."""
 
     spec: Spec
     window: Window
@@ -64,8 +64,8 @@ def conv3d(
 def conv3d_to_host(
     x: Deferred, weight: Tensor, window: Window, host: HostMemory, slab_elements: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, mean and variance of `conv3d`, and y's values in the host's memory, which y only stands for: for `raw`
-    and `residual`. Not for torch.compile, nor for a volume that is split."""
+    """y, mean and variance of `conv3d`, and y's values in the host's memory, which y only stands for: for
+    `raw` and `residual`. Not for torch.compile, nor for a volume that is split."""
     static = Static(x.spec, window, True, slab_elements, torch.is_grad_enabled(), True, None, host)
     y, mean, var, held = _operator(weight.device, x.dtype, static, (weight, None, *x.tensors))
     return y, mean, var, held
@@ -180,8 +180,8 @@ def conv3d_forward(
     held: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = conv(expression, weight) + bias in the expression's type, and the mean and biased variance (N, Co)
-    of the stored y. trains: y is kept for a backward pass, so that more tensors of its size will follow; held:
-    memory of the host that y comes to lie in."""
+    of the stored y. trains: y is kept for a backward pass, so that more tensors of its size will follow;
+    held: memory of the host that y comes to lie in."""
     if held is None and _is_fused(ops, spec, weight, window):
         assert ops.fused is not None
         return ops.fused.forward(spec, tensors, weight, bias, window, statistics)

@@ -182,8 +182,8 @@ def choose(
     """The settings with the least arithmetic whose predicted reservation is within `budget` bytes.
 
     name: of an EffSegNet, as in ``effseg-base``; shape: the image's (N, C, D, H, W); dtype: bf16 or fp32;
-    device: cpu or cuda, where the step will run; offload: whether level 1 may lie in the host's memory. Raises
-    InputError where nothing fits, with what would.
+    device: cpu or cuda, where the step will run; offload: whether level 1 may lie in the host's memory.
+    Raises InputError where nothing fits, with what would.
     """
     preset = name.removeprefix("effseg-")
     if preset not in PRESETS:

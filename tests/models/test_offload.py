@@ -305,7 +305,7 @@ def test_what_cannot_be_offloaded(options: dict[str, Any], message: str) -> None
 
 def test_a_volume_that_processes_share() -> None:
     model = network()
-    with entered(pretended(SMALL[2], 2)), pytest.raises(InputError, match="offload: .* got a volume that"):
+    with entered(pretended(SMALL[2], 2)), pytest.raises(InputError, match=r"offload: .* got a volume that"):
         model.loss(torch.zeros(1, 1, 18, 7, 6), torch.zeros(1, 18, 7, 6, dtype=torch.uint8))
 
 

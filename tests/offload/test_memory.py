@@ -46,12 +46,12 @@ class Runtime:
     def __init__(self, code: int = 0) -> None:
         self.code, self.pinned = code, dict[int, int]()
 
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         if not self.code:
             self.pinned[address] = nbytes
         return self.code
 
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+    def cudaHostUnregister(self, address: int) -> int:
         del self.pinned[address]
         return 0
 

@@ -24,9 +24,9 @@ SHAPE = (2, 3, 11, 4, 5)
 @pytest.fixture(params=["cpu", "immediate", "late"])
 def way(request: pytest.FixtureRequest) -> Any:
     """How slabs move: not at all, when they are asked for, as late as the streams allow."""
-    with pretending("cpu" if request.param == "cpu" else "cuda"):
-        with link.set(LateLink() if request.param == "late" else None):
-            yield request.param
+    chosen = LateLink() if request.param == "late" else None
+    with pretending("cpu" if request.param == "cpu" else "cuda"), link.set(chosen):
+        yield request.param
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_rows_that_two_slabs_read_are_copied_once(way: str, thickness: int, wind
         stored = readable(x.spec, x.tensors, window, thickness)
         for sample, lo, hi, _ in slabs(SHAPE[0], rows, thickness):
             if window is not None:
-                lo, hi, _ = window.input_rows(lo, hi, SHAPE[2])  # noqa: PLW2901
+                lo, hi, _ = window.input_rows(lo, hi, SHAPE[2])
             assert torch.equal(x.spec.uses(lo, hi)[1].cut(stored[1], sample)[0], values[sample, :, lo:hi])
     assert traffic.to_device == values.nbytes
     assert traffic.to_host == 0
