@@ -83,8 +83,8 @@ class ConvNormAct3d(nn.Module):
     def deferred(
         self, x: Tensor | Deferred, slab_elements: int | None = None, host: HostMemory | None = None
     ) -> Deferred:
-        """leaky_relu(norm(conv(x))) as an expression over the stored conv(x). host: where that is stored (x an
-        expression, no bias), None: on its device."""
+        """leaky_relu(norm(conv(x))) as an expression over the stored conv(x). host: where that is stored (x
+        an expression, no bias), None: on its device."""
         if host is not None:
             y, norm, held = self.held(x, host, slab_elements)
             return raw(y, norm, self.negative_slope, held=held)

@@ -54,7 +54,8 @@ def rows_per_slab(rows: int, row_elements: int, slab_elements: int | None, devic
     `slab_elements` asks for slabs of about so many elements and may give slabs of a single row; SHARE asks
     for SLAB_FRACTION of the tensor, but at least MIN_ROWS, THIN for less, and another negative number for
     SHARE's or, if more, so many elements (`at_least`); None for SHARE's or, if more, `thick_slab` on this
-    device. Slabs of one tensor are of equal thickness but for the last. Where a volume is split, rows are those of this process.
+    device. Slabs of one tensor are of equal thickness but for the last. Where a volume is split, rows are
+    those of this process.
     """
     lo, hi = own_rows(rows)
     rows = max(hi - lo, 1)

@@ -114,8 +114,8 @@ class MemoryReport:
         if not self.host:
             return []
         return [
-            f"host: {format_bytes(self.host)} of pinned memory, {self.host / self.voxels:.1f} B/voxel; a step "
-            f"copies {format_bytes(self.to_host)} there and {format_bytes(self.to_device)} back"
+            f"host: {format_bytes(self.host)} of pinned memory, {self.host / self.voxels:.1f} B/voxel; "
+            f"a step copies {format_bytes(self.to_host)} there and {format_bytes(self.to_device)} back"
         ]
 
     def split_lines(self, indent: str) -> list[str]:
