@@ -287,9 +287,10 @@ class EffSegNet(SegmentationModel):
 
     def _trunk(self, image: Deferred, streamed: bool, slab: int | None) -> Trunk:
         """Everything but the last decoder level; streamed: the first layer is not stored."""
-        if self.offloads and (current() is not None or torch.compiler.is_compiling()):
-            which = "a volume that processes share" if current() is not None else "torch.compile"
-            raise InputError(f"offload: expected one process for a volume and no torch.compile, got {which}")
+        if self.offloads and torch.compiler.is_compiling():
+            _refuse_offload("torch.compile")
+        if self.offloads and current() is not None:
+            _refuse_offload("a volume that processes share")
         levels: list[Deferred] = []
         for i, level in enumerate(self.encoder):
             assert isinstance(level, EncoderLevel)
@@ -339,6 +340,12 @@ class EffSegNet(SegmentationModel):
             coarse = every(d, labels[..., ::h, ::w], image.shape[2])
             losses.append(functional.segmentation_loss(x, coarse, head.weight, head.bias, **options))
         return losses
+
+
+@torch.compiler.disable
+def _refuse_offload(found: str) -> None:
+    """Where torch.compile leaves the graph for what it cannot trace, it comes to this."""
+    raise InputError(f"offload: expected one process for a volume and no torch.compile, got {found}")
 
 
 def _check_offload(preset: str, memory: str, recompute: int) -> None:

@@ -52,9 +52,9 @@ class Outgoing:
 
     def __init__(self, held: Tensor, device: torch.device) -> None:
         """held: (N, C, D, H, W), channels last, the memory."""
+        self.leaving: tuple[Tensor, Mark] | None = None
         self.held = held
         self.link = None if kind_of(device) == "cpu" else link_of(device)
-        self.leaving: tuple[Tensor, Mark] | None = None
 
     def put(self, sample: int, here: slice, part: Tensor, alike: int = 1) -> None:
         """part: (1, C, d, H, W), rows `here` of the sample, which nobody changes any more."""
@@ -85,10 +85,10 @@ class Incoming:
 
     def __init__(self, held: Tensor, plan: Sequence[Wanted], device: torch.device) -> None:
         """held: (N, C, D, H, W), channels last; plan: what will be cut, in order, once or again and again."""
+        self.coming: dict[int, Mark] = {}
         self.held, self.plan, self.position = held, plan, -1
         self.link = None if kind_of(device) == "cpu" else link_of(device)
         self.ring: list[Tensor] = []
-        self.coming: dict[int, Mark] = {}
         if self.link is None or not plan:
             return
         _, c, _, h, w = held.shape
@@ -144,7 +144,7 @@ class Incoming:
         self.coming[i] = self.link.fetch(_flat(target), _flat(source), self.link.mark())
 
     def __del__(self) -> None:
-        for mark in getattr(self, "coming", {}).values():  # an exception ended the sweep
+        for mark in self.coming.values():  # an exception ended the sweep
             if self.link is not None:
                 self.link.join(mark)
 

@@ -309,6 +309,13 @@ def test_a_volume_that_processes_share() -> None:
         model.loss(torch.zeros(1, 1, 18, 7, 6), torch.zeros(1, 18, 7, 6, dtype=torch.uint8))
 
 
+def test_compiled() -> None:
+    model = network()
+    image, labels = batch(SMALL, dtype=torch.float32)
+    with pytest.raises(InputError, match=r"offload: .* got torch\.compile"):
+        torch.compile(model.loss, backend="eager")(image, labels)
+
+
 @pytest.mark.slow
 def test_auto_offloads_where_asked_to() -> None:
     shape = (1, 1, 128, 128, 128)
