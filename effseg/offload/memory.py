@@ -89,8 +89,8 @@ def _pinned(nbytes: int, device: torch.device) -> Tensor:
         raise InputError(f"offload: expected {nbytes} bytes of memory on the host, got {error}") from error
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     runtime: Any = torch.cuda.cudart()
-    code = int(runtime.cudaHostRegister(memory.data_ptr(), nbytes, 0))
-    if code:
+    code = runtime.cudaHostRegister(memory.data_ptr(), nbytes, 0)
+    if code != runtime.cudaError.success:
         raise InputError(
             f"offload: expected {nbytes} bytes of the host's memory that CUDA can pin, got CUDA error {code} "
             "(see ulimit -l, and the memory that the host has)"

@@ -43,6 +43,8 @@ def test_a_copy_has_no_memory() -> None:
 class Runtime:
     """CUDA's, as far as it pins memory."""
 
+    cudaError = SimpleNamespace(success=0)
+
     def __init__(self, code: int = 0) -> None:
         self.code, self.pinned = code, dict[int, int]()
 
