@@ -35,7 +35,7 @@ def test_decoded_is_what_was_encoded(value):
 def test_text_names_content_and_no_size():
     """Compiled code may be cached: what it holds must mean the same in another process."""
     text, numbers = encode("aten", RAW, None)
-    assert (text, numbers) == ("('aten',Raw((_,_,_,_,_,),bfloat16,0.01),None,)", list(SHAPE))
+    assert (text, numbers) == ("('aten',Raw((_,_,_,_,_,),bfloat16,0.01,False),None,)", list(SHAPE))
 
 
 @pytest.mark.parametrize("text", ["__import__('os')", "nn", "Tensor(_)", "[_]", "_.real"])

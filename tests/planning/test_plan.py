@@ -150,6 +150,25 @@ def test_command_keeps_to_the_mode_asked_for(capsys):
     assert "\nstream, level 1 recomputed " in out
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_search")
+def test_command_shows_what_lies_on_the_host(capsys, small_network):
+    command = ["plan", "--volume", "64x32x32", "--classes", "4", "--memory", "stream", "--offload"]
+    command += ["--model", small_network, "--gpu-memory"]
+    assert cli.main([*command, "1MB", "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    on_host = [mode for mode in answer["modes"] if mode["offload"]]
+    level = 3 * 16 * 32 * 16 * 16 * 2
+    assert {(mode["host"], mode["to_host"]) for mode in on_host} == {(level, level)}
+    assert {mode["host"] for mode in answer["modes"] if not mode["offload"]} == {0}
+    assert answer["mode"]["offload"]
+    assert cli.main([*command, "1MB"]) == 1
+    out = capsys.readouterr().out
+    assert "host: 0.75 MiB of pinned memory, 12.0 B/voxel; a step copies 0.75 MiB there" in out
+    assert "\nstream, level 1 offloaded " in out
+    assert "\nstream, level 1 offloaded, level 2 recomputed " in out
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -163,6 +182,19 @@ def test_command_keeps_to_the_mode_asked_for(capsys):
         (["--channels", "0"], "expected"),
         (["--model", "unet4d"], "invalid choice: 'unet4d'"),
         (["--memory", "none"], "invalid choice: 'none'"),
+        (["--offload"], "offload: expected an EffSegNet with a full-resolution level, got unet3d"),
+        (
+            ["--offload", "--model", "effseg-tiny"],
+            "offload: expected an EffSegNet with a full-resolution level",
+        ),
+        (
+            ["--offload", "--model", "effseg-base", "--memory", "raw"],
+            "offload: expected memory stream or auto",
+        ),
+        (
+            ["--offload", "--model", "effseg-base", "--gpus", "2"],
+            "offload: expected 1 GPU for a volume, got 2",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(capsys, change, line):

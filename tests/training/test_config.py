@@ -89,3 +89,18 @@ def test_where_volumes_are_augmented():
     assert not make(augment=False, augment_on="device").augments_on(gpu)
     with pytest.raises(InputError, match="augment_on = auto, but now it is cpu"):
         make(augment_on="cpu").check_continues(make())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"memory": "raw"}, "offload"),
+        ({"model": "unet3d"}, "offload"),
+        ({"model": "effseg-tiny"}, "offload"),
+        ({"split_volume": 2}, "offload"),
+        ({"memory": "stream", "recompute": 1}, "recompute"),
+    ],
+)
+def test_what_cannot_be_offloaded_is_named(tmp_path, options, name):
+    with pytest.raises(InputError, match=f"^{name}: expected"):
+        TrainingConfig(data=tmp_path / "data", output=tmp_path / "out", offload=True, **options)
