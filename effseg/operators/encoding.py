@@ -1,6 +1,7 @@
 """What is no tensor, as an operator's arguments: text for the structure, whole numbers beside it.
 
-    Raw((2, 16, 8, 8, 8), torch.float32, 0.01, False)  <->  "Raw((_,_,_,_,_,),float32,0.01,False)", [2, 16, 8, 8, 8]
+    Raw((2, 16, 8, 8, 8), torch.float32, 0.01, False)  <->  "Raw((_,_,_,_,_,),float32,0.01,False)", [2, 16,
+    8, 8, 8]
 
 Sizes may be symbols, so that one compiled function serves volumes of many sizes; text would tie it to one.
 The text names content and refers to nothing in this process: compiled code may be cached and run in another.
