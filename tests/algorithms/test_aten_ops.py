@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_exact, assert_no_worse_than_torch, assert_rounded, relative_error, slack
 
-from effseg.algorithms.aten import ops
+from effseg.algorithms.aten import convolution, ops
 from effseg.expressions.slabs import Window
 
 LAST = torch.channels_last_3d
@@ -67,29 +67,37 @@ def _interpolate(x):
     return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
 
 
-@pytest.mark.parametrize(
-    "window", [Window((3, 3, 3)), Window((3, 3, 3), (2, 2, 1)), Window((1, 3, 3))], ids=str
-)
-@pytest.mark.parametrize("pad", [(1, 1), (1, 0), (0, 0)])
-def test_gradients_of_a_slab_of_few_rows(window, pad):
-    """Few rows of wide float32 planes reach oneDNN with the rows last."""
-    torch.manual_seed(0)
-    x = features(1, 16, 3, 40, 40, dtype=torch.float32).to(memory_format=torch.channels_last_3d)
-    weight = torch.randn(24, 16, *window.kernel)
-    results = []
-    for dtype, sign in (
-        (torch.float32, torch.positive),
-        (torch.float64, torch.positive),
-        (torch.float64, torch.abs),
-    ):
-        leaves = [sign(t.to(dtype)).requires_grad_() for t in (x, weight)]
-        y = ops.convolution(*leaves, None, window, pad)
-        assert y.shape[3:].numel() * 16 > ops.ONEDNN_ELEMENTS or window.stride[1] > 1
-        torch.manual_seed(1)
-        grad = sign(torch.randn(y.shape).to(dtype))
-        results.append((y, *torch.autograd.grad(y, leaves, grad)))
-    for got, exact, size in zip(*results, strict=True):
-        assert_rounded(got, exact, slack(size.detach()))
+WINDOWS = [
+    Window((3, 3, 3)), Window((1, 3, 3)), Window((3, 1, 5)), Window((1, 1, 1)), Window((3, 3, 3), (2, 2, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("size", [(3, 40, 40), (8, 5, 9)], ids=str)
+@pytest.mark.parametrize("chunk", [convolution.CHUNK_ELEMENTS, 3000])
+def test_gradients_of_a_small_slab(window, size, chunk, monkeypatch):
+    """Float32 slabs that ATen would keep from oneDNN; wgrad all at once, and a few rows at a time."""
+    monkeypatch.setattr(convolution, "CHUNK_ELEMENTS", chunk)
+    reach = window.kernel[0] // 2
+    for pad in {(reach, reach), (reach, 0), (0, 0)}:
+        torch.manual_seed(0)
+        x = features(1, 16, *size, dtype=torch.float32).contiguous(memory_format=LAST)
+        assert convolution._avoids_onednn(x)
+        weight = torch.randn(24, 16, *window.kernel)
+        results = []
+        for dtype, sign in (
+            (torch.float32, torch.positive),
+            (torch.float64, torch.positive),
+            (torch.float64, torch.abs),
+        ):
+            leaves = [sign(t.to(dtype)).requires_grad_() for t in (x, weight)]
+            y = ops.convolution(*leaves, None, window, pad)
+            torch.manual_seed(1)
+            grad = sign(torch.randn(y.shape).to(dtype))
+            results.append((y, *torch.autograd.grad(y, leaves, grad)))
+        for got, exact, bound in zip(*results, strict=True):
+            assert got.shape == exact.shape
+            assert_rounded(got, exact, slack(bound.detach()))
 
 
 @pytest.mark.parametrize("slope", [0.01, 0.0, 1.0, 0.3])

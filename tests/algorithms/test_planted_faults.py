@@ -8,7 +8,7 @@ from tolerances import relative_error
 
 import effseg
 from effseg import functional
-from effseg.algorithms.aten import ops as aten
+from effseg.algorithms.aten import convolution
 from effseg.algorithms.triton import fused
 from effseg.algorithms.triton import ops as triton
 from effseg.expressions.slabs import Window
@@ -32,7 +32,7 @@ def test_in_a_kernel(fault, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["raw", "residual", "up_add"])
 def test_in_a_convolution_of_aten(kind, monkeypatch):
-    monkeypatch.setattr(aten, "_convolve", faults.before(aten._convolve, 1, faults.tap))
+    monkeypatch.setattr(convolution, "_convolve", faults.before(convolution._convolve, 1, faults.tap))
     with pytest.raises(AssertionError, match="from exact, rounding"):
         assert_convolved(torch.float32, kind, 16, (3, 5, 6), out_channels=16)
 
