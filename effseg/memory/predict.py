@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from effseg.memory.fakes import QuickFakes
 from torch.autograd.graph import _engine_run_backward
 
 from effseg.common.device import DEVICE_KINDS, pretending
@@ -66,7 +66,7 @@ def peak_training_memory(
     check_step(shape, dtype, device)
     split = pretended(shape[2], processes)
     gc.collect()  # cycles of earlier steps would be freed in the middle of this one
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = QuickFakes()
     with fakes, quiet_fakes(), abridged() as abridgement, pretending(device), entered(split):
         network = fake_copy(model)
         tracker = LiveStorages(abridgement, workspaces=device == "cuda")

@@ -97,6 +97,11 @@ class LiveStorages(TorchDispatchMode):
                 storage.kind = storage.kind or "saved"
         self.phase = phase
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here, and what torch would wrap around each call takes as long as it."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
