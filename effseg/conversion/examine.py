@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from effseg.conversion.boundary import Noticing
@@ -20,6 +19,7 @@ from effseg.conversion.report import ConversionReport, Kept, ModuleReport, one_l
 from effseg.conversion.saved import saving
 from effseg.conversion.watch import watching
 from effseg.expressions.slabs import abridged
+from effseg.memory.fakes import QuickFakes
 from effseg.memory.predict import fake_copy, quiet_fakes
 
 EDGES = (64, 32, 128, 96)
@@ -59,7 +59,7 @@ def examine(
 def on_fakes(model: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[nn.Module, Tensor]]:
     """A copy of the network in training, and an image."""
     with (
-        FakeTensorMode(allow_non_fake_inputs=True),
+        QuickFakes(),
         abridged(),
         torch.no_grad(),
         quiet_fakes(),

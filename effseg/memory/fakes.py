@@ -6,16 +6,15 @@ tens of thousands. Here an operator that has met tensors like these before is an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-_CPU = torch.device("cpu")
+_CPU, _META = torch.device("cpu"), torch.device("meta")
 
 
 class _Fresh(NamedTuple):
@@ -30,7 +29,23 @@ class _Unknown(Exception):
     """An argument that says too little, or a result that depends on more than its arguments' shapes."""
 
 
+aten = torch.ops.aten
+
+VIEWS = frozenset({
+    aten._unsafe_view.default, aten.alias.default, aten.as_strided.default, aten.detach.default,
+    aten.expand.default, aten.permute.default, aten.select.int, aten.slice.Tensor, aten.split.Tensor,
+    aten.squeeze.dim, aten.t.default, aten.transpose.int, aten.unbind.int, aten.unsqueeze.default,
+    aten.view.default,
+})  # fmt: skip
+_PLAIN = frozenset({
+    aten._log_softmax.default, aten._to_copy.default, aten.add.Tensor, aten.addmm.default,
+    aten.cat.default, aten.clone.default,
+    aten.constant_pad_nd.default, aten.leaky_relu_backward.default, aten.mm.default, aten.mul.Tensor,
+    aten.native_batch_norm.default, aten.native_batch_norm_backward.default, aten.slice_backward.default,
+    aten.stack.default, aten.sub.Tensor, aten.sum.dim_IntList,
+})  # fmt: skip
 _SAME = "the first argument"
+_NONE = "nothing"
 _VIEW = "views of arguments"
 _HASHED = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -52,32 +67,61 @@ class QuickFakes(FakeTensorMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        found = self.quick(func, args, kwargs)
+        if found is not NotImplemented:
+            return found
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self._remember(func, args, kwargs, out)
+        return out
+
+    def quick(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the operator returns, NotImplemented where torch must be asked."""
+        if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
+            return args[0].fake_device
+        if func in VIEWS and self._owns(args[0]):
+            return self._direct(func, args, kwargs)
         try:
-            key = (func, torch.get_default_dtype(), self._key(args), self._key(tuple(kwargs.items())))
+            key = self._key_of(func, args, kwargs)
         except _Unknown:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        known = self._known.get(key)
-        if known is None:
-            out = super().__torch_dispatch__(func, types, args, kwargs)
-            try:
-                self._known[key] = self._described(func, out, args, kwargs)
-            except _Unknown:
-                self._known[key] = _Unknown
+            return NotImplemented
+        known = self._known.get(key, _Unknown)
+        if known is _Unknown and func in _PLAIN and "device" not in kwargs:
+            out = self._direct(func, args, kwargs)
+            self._known[key] = self._memory(out)
             return out
         if known is _Unknown:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return NotImplemented
         if known is _SAME:
             return args[0]
-        if known is _VIEW:
-            with in_kernel_invocation_manager(self):
+        return self._direct(func, args, kwargs) if known is _VIEW else self._made(known)
+
+    def _direct(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What the operator returns for tensors on the meta device."""
+        with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
+            self.in_kernel_invocation = True
+            torch._C._set_meta_in_tls_dispatch_include(True)
+            try:
                 found = func(*args, **kwargs)
-            return self._wrapped(found) if isinstance(found, Tensor) else [*map(self._wrapped, found)]
-        return self._made(known)
+            finally:
+                self.in_kernel_invocation = False
+        if isinstance(found, Tensor):
+            return self._wrapped(found)
+        return [None if t is None else self._wrapped(t) for t in found]
+
+    def _remember(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        with suppress(_Unknown):
+            self._known[self._key_of(func, args, kwargs)] = self._described(func, out, args, kwargs)
+
+    def _owns(self, tensor: Any) -> bool:
+        return type(tensor) is FakeTensor and tensor.constant is None and tensor.fake_mode is self
+
+    def _key_of(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return func, torch.get_default_dtype(), self._key(args), self._key(tuple(kwargs.items()))
 
     def _key(self, value: Any) -> Any:
         kind = type(value)
         if kind is FakeTensor:
-            if value.constant is not None or value.fake_mode is not self:
+            if not self._owns(value):
                 raise _Unknown
             return value.shape, value.stride(), value.dtype
         if kind is tuple or kind is list:
@@ -106,17 +150,17 @@ class QuickFakes(FakeTensorMode):
         if isinstance(out, tuple | list):
             return (list if type(out) is list else tuple)(map(self._memory, out))
         if out is None:
-            return (None,)
+            return _NONE
         if type(out) is not FakeTensor or out.constant is not None or out.device != _CPU:
             raise _Unknown
         return _Fresh(out.shape, out.stride(), out.dtype)
 
     def _made(self, known: Any) -> Any:
         if type(known) is _Fresh:
-            return self._wrapped(
-                torch.ops.aten.empty_strided.default(known.shape, known.stride, dtype=known.dtype, device="meta")
-            )
-        return None if known == (None,) else type(known)(map(self._made, known))
+            with torch._C._DisableTorchDispatch():
+                shape, stride, dtype = known
+                return self._wrapped(aten.empty_strided.default(shape, stride, dtype=dtype, device=_META))
+        return None if known is _NONE else type(known)(map(self._made, known))
 
     def _wrapped(self, elem: Tensor) -> Tensor:
         """As FakeTensor's own constructor does, without its checks."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from effseg.memory.fakes import QuickFakes
 from torch.autograd.graph import _engine_run_backward
 
 from effseg.common.device import DEVICE_KINDS, pretending
@@ -20,6 +19,7 @@ from effseg.errors import InputError
 from effseg.expressions.slabs import abridged
 from effseg.memory.augmentation import augment_batch
 from effseg.memory.autocast import CudaAutocast
+from effseg.memory.fakes import QuickFakes
 from effseg.memory.report import KINDS, LiveTensor, MemoryReport
 from effseg.memory.step import DTYPES, Loss, follows_autocast, label_dtype_for, make_optimizer, training_loss
 from effseg.memory.trace import Reserved
@@ -69,7 +69,7 @@ def peak_training_memory(
     fakes = QuickFakes()
     with fakes, quiet_fakes(), abridged() as abridgement, pretending(device), entered(split):
         network = fake_copy(model)
-        tracker = LiveStorages(abridgement, workspaces=device == "cuda")
+        tracker = LiveStorages(abridgement, workspaces=device == "cuda", fakes=fakes)
         steps = make_optimizer(optimizer, network.parameters())
         _make_state(steps, network)
         tracker.add([*network.parameters(), *network.buffers()], "parameters")
