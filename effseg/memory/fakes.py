@@ -6,13 +6,16 @@ tens of thousands. Here an operator that has met tensors like these before is an
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from effseg.errors import InputError
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 
@@ -29,6 +32,7 @@ class _Unknown(Exception):
     """An argument that says too little, or a result that depends on more than its arguments' shapes."""
 
 
+T = TypeVar("T")
 aten = torch.ops.aten
 
 VIEWS = frozenset({
@@ -41,7 +45,7 @@ _PLAIN = frozenset({
     aten._log_softmax.default, aten._to_copy.default, aten.add.Tensor, aten.addmm.default,
     aten.cat.default, aten.clone.default,
     aten.constant_pad_nd.default, aten.leaky_relu_backward.default, aten.mm.default, aten.mul.Tensor,
-    aten.native_batch_norm.default, aten.native_batch_norm_backward.default, aten.slice_backward.default,
+    aten.slice_backward.default,
     aten.stack.default, aten.sub.Tensor, aten.sum.dim_IntList,
 })  # fmt: skip
 _SAME = "the first argument"
@@ -50,12 +54,20 @@ _VIEW = "views of arguments"
 _HASHED = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
+MOST_KNOWN = 2**16
+_known: dict[Any, Any] = {}  # by all modes: a key says all that a result depends on
+
+
 class QuickFakes(FakeTensorMode):
-    """A FakeTensorMode on the CPU with the same answers: asked for each operator and kind of arguments once."""
+    """A FakeTensorMode on the CPU with the same answers, for each operator and kind of arguments found once.
+
+    C++ takes the tensors' device for "meta", so that it need not ask Python each time; Python sees the CPU.
+    """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self._known: dict[Any, Any] = {}
+        if len(_known) > MOST_KNOWN:
+            _known.clear()
         self._attributes = vars(FakeTensor(self, torch.empty(0, device="meta"), device=_CPU))
 
     @classmethod
@@ -64,15 +76,20 @@ class QuickFakes(FakeTensorMode):
         return False
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == _META:
+            kwargs["device"] = _CPU
         found = self.quick(func, args, kwargs)
         if found is not NotImplemented:
             return found
         out = super().__torch_dispatch__(func, types, args, kwargs)
         self._remember(func, args, kwargs, out)
-        return out
+        given = {id(t) for t in tree_leaves((args, kwargs))}
+        return tree_map_only(
+            FakeTensor, lambda t: t if t.constant is not None or id(t) in given else self._wrapped(t), out
+        )
 
     def quick(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What the operator returns, NotImplemented where torch must be asked."""
@@ -80,14 +97,18 @@ class QuickFakes(FakeTensorMode):
             return args[0].fake_device
         if func in VIEWS and self._owns(args[0]):
             return self._direct(func, args, kwargs)
+        if func is aten._to_copy.default and "device" in kwargs and self._owns(args[0]):
+            kwargs = {key: value for key, value in kwargs.items() if key != "device"}
+            if kwargs.get("dtype") in (None, args[0].dtype) and kwargs.get("memory_format") is None:
+                return self._direct(aten.alias.default, args, {})  # it is there
         try:
             key = self._key_of(func, args, kwargs)
         except _Unknown:
             return NotImplemented
-        known = self._known.get(key, _Unknown)
+        known = _known.get(key, _Unknown)
         if known is _Unknown and func in _PLAIN and "device" not in kwargs:
             out = self._direct(func, args, kwargs)
-            self._known[key] = self._memory(out)
+            _known[key] = self._memory(out)
             return out
         if known is _Unknown:
             return NotImplemented
@@ -110,7 +131,7 @@ class QuickFakes(FakeTensorMode):
 
     def _remember(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         with suppress(_Unknown):
-            self._known[self._key_of(func, args, kwargs)] = self._described(func, out, args, kwargs)
+            _known[self._key_of(func, args, kwargs)] = self._described(func, out, args, kwargs)
 
     def _owns(self, tensor: Any) -> bool:
         return type(tensor) is FakeTensor and tensor.constant is None and tensor.fake_mode is self
@@ -164,8 +185,17 @@ class QuickFakes(FakeTensorMode):
 
     def _wrapped(self, elem: Tensor) -> Tensor:
         """As FakeTensor's own constructor does, without its checks."""
-        fake = Tensor._make_subclass(
-            FakeTensor, elem, False, dispatch_device=True, device_for_backend_keys=_CPU
-        )
+        fake = Tensor._make_subclass(FakeTensor, elem, False, device_for_backend_keys=_CPU)
         fake.__dict__.update(self._attributes)
         return fake
+
+
+def on_fakes(work: Callable[[FakeTensorMode], T]) -> T:
+    """What `work` returns for quick fakes, or for torch's own where it cannot do with these, which C++ takes
+    for tensors of another device than constants. Raises what it raises for the latter."""
+    try:
+        return work(QuickFakes())
+    except InputError:
+        raise
+    except Exception:  # a network may refuse them in any way
+        return work(FakeTensorMode(allow_non_fake_inputs=True))
