@@ -55,7 +55,7 @@ def test_labels_are_nnunets(tmp_path, kind):
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     model, scans, previous = made(tmp_path)
     predictor = Predictor(model, device="cpu")
-    with pytest.raises(InputError, match="by 3d_lowres, the first stage .*got none"):
+    with pytest.raises(InputError, match=r"by 3d_lowres, the first stage .*got none"):
         predictor.predict_folder(scans, tmp_path / "ours")
     with pytest.raises(InputError, match="expected the previous stage's labels, found no file"):
         predictor.predict_folder(scans, tmp_path / "ours", previous=tmp_path)
