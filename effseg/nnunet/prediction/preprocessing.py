@@ -1,5 +1,7 @@
 """A scan as nnU-Net's networks expect it, with no more than a few copies of it in memory."""
 
+import gzip
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,25 +23,41 @@ Properties = dict[str, Any]
 
 def read(reader: Any, files: Sequence[Path]) -> tuple[np.ndarray, Properties]:
     """(C, z, y, x) float32 and nnU-Net's properties of the scan. Raises InputError naming the scan."""
-    try:
-        image, properties = reader.read_images([str(file) for file in files])
-    except (RuntimeError, AssertionError, OSError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise InputError(f"{files[0]}: cannot be read by {type(reader).__name__}: {reason}") from error
-    return image, properties
+    found: tuple[np.ndarray, Properties] = _read(reader.read_images, [str(file) for file in files], files)
+    return found
 
 
 def read_labels(reader: Any, file: Path) -> np.ndarray:
     """(z, y, x) of a label map. Raises InputError naming it."""
     if not file.is_file():
         raise InputError(f"{file}: expected the previous stage's labels, found no file")
-    try:
-        labels, _ = reader.read_seg(str(file))
-    except (RuntimeError, AssertionError, OSError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise InputError(f"{file}: cannot be read by {type(reader).__name__}: {reason}") from error
+    labels, _ = _read(reader.read_seg, str(file), [file])
     found: np.ndarray = labels[0]
     return found
+
+
+def _read(function: Any, argument: Any, files: Sequence[Path]) -> Any:
+    """What a method of nnU-Net's readers returns."""
+    for file in files:
+        _check_whole(file)
+    try:
+        return function(argument)
+    except (RuntimeError, AssertionError, OSError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())[-200:]
+        reader = type(function.__self__).__name__
+        raise InputError(f"{files[0]}: cannot be read by {reader}: {reason}") from error
+
+
+def _check_whole(file: Path) -> None:
+    """SimpleITK takes what is missing of a truncated .gz file for zeros."""
+    if file.suffix != ".gz":
+        return
+    try:
+        with gzip.open(file) as stream:
+            while stream.read(2**22):
+                pass
+    except (EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{file}: damaged or truncated: {error}") from None
 
 
 def prepare(
