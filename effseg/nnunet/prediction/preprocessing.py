@@ -53,7 +53,7 @@ def _check_whole(file: Path) -> None:
     if file.suffix != ".gz":
         return
     try:
-        with gzip.open(file) as stream:
+        with gzip.open(file, "rb") as stream:
             while stream.read(2**22):
                 pass
     except (EOFError, OSError, zlib.error) as error:
