@@ -100,11 +100,14 @@ def write_model(
     (folder / "dataset.json").write_text(json.dumps(dataset))
     manager = PlansManager(copy.deepcopy(plans))
     patch = plans["configurations"][name]["patch_size"]
+    previous = 3 * ("previous_stage" in plans["configurations"][name])
     build = recursive_find_trainer_class_by_name(trainer).build_network_architecture
     for fold in folds:
         torch.manual_seed(fold)
-        network = build(manager, manager.get_configuration(name), 1, classes, enable_deep_supervision=False)
-        _train(network, patch, classes == 3, fold, steps)
+        network = build(
+            manager, manager.get_configuration(name), 1 + previous, classes, enable_deep_supervision=False
+        )
+        _train(network, patch, classes == 3, fold, steps, previous)
         (folder / f"fold_{fold}").mkdir()
         torch.save(
             {
@@ -120,7 +123,12 @@ def write_model(
     return folder
 
 
-def _train(network, patch, regional, seed, steps):
+def shifted(labels):
+    """As a previous stage may have got them wrong."""
+    return np.roll(labels, 2, -1)
+
+
+def _train(network, patch, regional, seed, steps, previous=0):
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
     size = [max(8, extent) for extent in patch]
     for step in range(steps):
@@ -129,6 +137,9 @@ def _train(network, patch, regional, seed, steps):
         target = torch.from_numpy(labels)[None]
         if len(size) == 2:
             x, target = x[0].movedim(1, 0), target[0]
+        if previous:
+            stage = torch.from_numpy(shifted(labels))[None]
+            x = torch.cat([x, *(stage[None] == label for label in (1, 2, 3))], 1)
         logits = network(x)
         if regional:
             wanted = torch.stack([target > level for level in range(3)], 1).float()
@@ -140,7 +151,9 @@ def _train(network, patch, regional, seed, steps):
         optimizer.step()
 
 
-def nnunets_labels(model, scans, output, folds=(0,), mirror=True, save_probabilities=False, exact=False):
+def nnunets_labels(
+    model, scans, output, folds=(0,), mirror=True, save_probabilities=False, exact=False, previous=None
+):
     """Labels that nnU-Net's own predictor writes, by name; exact: with its sums of logits in float32."""
     import nnunetv2.inference.predict_from_raw_data as theirs
 
@@ -152,7 +165,7 @@ def nnunets_labels(model, scans, output, folds=(0,), mirror=True, save_probabili
     half = torch.half
     torch.half = torch.float if exact else half
     try:
-        predictor.predict_from_files_sequential(str(scans), str(output), save_probabilities)
+        predictor.predict_from_files_sequential(str(scans), str(output), save_probabilities, True, previous)
     finally:
         torch.half = half
     return {path.name: read_labels(path) for path in sorted(output.glob("*.nii.gz"))}

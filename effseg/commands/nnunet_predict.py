@@ -8,20 +8,18 @@ from typing import Any
 from effseg.common.arguments import Parser
 from effseg.errors import InputError
 
-DESCRIPTION = """Segment scans with a trained nnU-Net v2 model, 2d, 3d_fullres or 3d_lowres, as
-nnUNetv2_predict does, but with the logits of no more planes in memory than a window is thick. Weights are
-read without executing anything in the checkpoint. The model is a folder, -m, or named as for
-nnUNetv2_predict: -d, -c, -p, -tr. Models of trainers from elsewhere, of whole volumes, and cascades
-(-prev_stage_predictions), where named by -d, are left to nnU-Net's own predictor and its arguments."""
+DESCRIPTION = """Segment scans with a trained nnU-Net v2 model, 2d, 3d_fullres, 3d_lowres or the second
+stage of a cascade, as nnUNetv2_predict does, but with the logits of no more planes in memory than a
+window is thick. Weights are read without executing anything in the checkpoint. The model is a folder, -m,
+or named as for nnUNetv2_predict: -d, -c, -p, -tr. Models of trainers from elsewhere and of whole volumes,
+where named by -d, are left to nnU-Net's own predictor and its arguments."""
 
 
 def takes(arguments: Sequence[str]) -> bool:
     """Whether these are for `predict` below: a folder, help, or a model of which it knows the trainer."""
     if {"-h", "--help"} & set(arguments) or names_folder(arguments):
         return True
-    given = _given(arguments, "-tr", "-prev_stage_predictions")
-    if given.prev_stage_predictions is not None:
-        return False
+    given = _given(arguments, "-tr")
     from effseg.nnunet.prediction.trainers import knows
 
     return knows(given.tr)
@@ -35,8 +33,6 @@ def names_folder(arguments: Sequence[str]) -> bool:
 def predict(arguments: Sequence[str]) -> None:
     """Raises InputError for arguments, models and scans that cannot be used."""
     args = _parser().parse_args(arguments)
-    if args.prev_stage_predictions is not None:
-        raise InputError("-prev_stage_predictions: expected none with -m: cascades are left to nnU-Net")
     folder = _model_folder(args)
     from effseg.nnunet.prediction.predictor import Predictor
 
@@ -62,6 +58,7 @@ def predict(arguments: Sequence[str]) -> None:
             parts=args.num_parts,
             ahead=not args.npp == args.nps == 0,
             tell=progress,
+            previous=args.prev_stage_predictions,
         )
     for path in written:
         print(path)
@@ -122,7 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--disable_progress_bar", action="store_true", help="no progress bar")
     add("-npp", type=int, default=1, metavar="N", help="0, with -nps 0: read and write between scans")
     add("-nps", type=int, default=1, metavar="N", help="see -npp")
-    add("-prev_stage_predictions", metavar="FOLDER", help="with -d: left to nnU-Net")
+    add(
+        "-prev_stage_predictions",
+        type=Path,
+        metavar="FOLDER",
+        help="of a cascade's second stage: labels of the same scans by the first one",
+    )
     add("--verbose", action="store_true", help="accepted, without effect")
     return parser
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from effseg.conversion.report import ConversionReport, Kept, ModuleReport, one_l
 from effseg.conversion.saved import saving
 from effseg.conversion.watch import watching
 from effseg.expressions.slabs import abridged
+from effseg.memory.fakes import on_fakes
 from effseg.memory.predict import fake_copy, quiet_fakes
 
 EDGES = (64, 32, 128, 96)
@@ -43,8 +45,9 @@ def examine(
         size = shapes.pop(0)
         tried.add(size)
         watcher = _Watcher()
+
         try:
-            modules, kept = _looked_at(model, size, watcher, prepare)
+            modules, kept = on_fakes(partial(_looked_at, model, size, watcher, prepare))
             return ConversionReport(kind, modules, size, kept=kept)
         except Exception as error:  # a network may refuse a size in any way
             problem = problem or one_line(error)
@@ -56,10 +59,12 @@ def examine(
 
 
 @contextmanager
-def on_fakes(model: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[nn.Module, Tensor]]:
+def trial(
+    fakes: FakeTensorMode, model: nn.Module, shape: tuple[int, ...]
+) -> Iterator[tuple[nn.Module, Tensor]]:
     """A copy of the network in training, and an image."""
     with (
-        FakeTensorMode(allow_non_fake_inputs=True),
+        fakes,
         abridged(),
         torch.no_grad(),
         quiet_fakes(),
@@ -75,8 +80,10 @@ def _looked_at(
     shape: tuple[int, ...],
     watcher: _Watcher,
     prepare: Callable[[nn.Module], None] | None,
+    fakes: FakeTensorMode,
 ) -> tuple[tuple[ModuleReport, ...], Kept]:
-    with on_fakes(model, shape) as (network, image), torch.enable_grad():
+    watcher.begin()
+    with trial(fakes, model, shape) as (network, image), torch.enable_grad():
         names = {module: name for name, module in network.named_modules()}
         others = [image, *network.parameters(), *network.buffers()]
         with watcher.first_convolution(), saving() as before:
@@ -115,6 +122,10 @@ class _Watcher:
     """
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was met."""
         self.stack: list[nn.Module] = []
         self.entries: dict[nn.Module, _Entry] = {}
         self.channels_missing = 0

@@ -6,14 +6,16 @@ from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effseg.conversion.boundary import Noticing, mapped
-from effseg.conversion.examine import on_fakes
+from effseg.conversion.examine import trial
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.report import ConversionReport
 from effseg.conversion.streamed import Logits, Place, Streaming, place, streaming
 from effseg.conversion.values import Convolution
 from effseg.errors import InputError
+from effseg.memory.fakes import on_fakes
 
 LACKS = (
     'memory: "stream" expects logits that are a 1x1x1 convolution of an activated, normalised 3D convolution '
@@ -30,16 +32,23 @@ def last_convolutions(model: nn.Module, report: ConversionReport, required: bool
         if required:
             raise InputError(f'memory: "stream" expects a network that can be examined, got {report}')
         return frozenset()
+    shape = report.shape
+    return on_fakes(lambda fakes: _lasts(fakes, model, shape, report.model, required))
+
+
+def _lasts(
+    fakes: FakeTensorMode, model: nn.Module, shape: tuple[int, ...], name: str, required: bool
+) -> frozenset[str]:
     outputs: list[Tensor] = []
-    trial = Streaming(None)
-    with on_fakes(model, report.shape) as (network, image), streaming.set(trial), Noticing():
+    plan = Streaming(None)
+    with trial(fakes, model, shape) as (network, image), streaming.set(plan), Noticing():
         mapped(lambda x: _note(x, outputs), network(LazyTensor(image)))
-        read_once = {weight for weight, count in Counter(trial.heads).items() if count == 1} - trial.stored
+        read_once = {weight for weight, count in Counter(plan.heads).items() if count == 1} - plan.stored
         lasts = {weight for x in outputs if (weight := _last(x)) in read_once}
         names = frozenset(name for name, p in network.named_parameters() if place(p) in lasts)
         if required and not names:
-            got = ", ".join(_described(x, trial) for x in outputs) or "none"
-            raise InputError(LACKS.format(report.model, got))
+            got = ", ".join(_described(x, plan) for x in outputs) or "none"
+            raise InputError(LACKS.format(name, got))
     return names
 
 
@@ -53,11 +62,11 @@ def _last(output: Tensor) -> Place | None:
     return place(value.layer.tail.weight) if isinstance(value, Logits) else None
 
 
-def _described(output: Tensor, trial: Streaming) -> str:
+def _described(output: Tensor, plan: Streaming) -> str:
     value = output.value if isinstance(output, LazyTensor) else None
     if isinstance(value, Logits):
         weight = place(value.layer.tail.weight)
-        alone = trial.heads.count(weight) == 1 and weight not in trial.stored
+        alone = plan.heads.count(weight) == 1 and weight not in plan.stored
         what = "whose weight is none of its parameters" if alone else "that others read"
         return f"a 1x1x1 convolution of a layer {what}"
     if isinstance(value, Convolution) and value.is_head:

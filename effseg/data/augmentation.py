@@ -18,7 +18,7 @@ from torch.nn.functional import affine_grid, grid_sample
 
 from effseg.data import device_augmentation
 from effseg.data.device_augmentation import Changes, normalised
-from effseg.data.mirroring import Pairs, RandomMirrorD
+from effseg.data.mirroring import Pairs, exchange
 from effseg.data.preprocessing import AIR
 
 Spacing = tuple[float, float, float]
@@ -130,3 +130,25 @@ class RandomPoseD(Randomizable, MapTransform):
 
 def _plain(tensor: Any) -> torch.Tensor:
     return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
+
+
+class RandomMirrorD(Randomizable, MapTransform):
+    """Mirrors every second volume along its first axis, left to right in RAS+, and exchanges `pairs`.
+
+    "image": (C, D, H, W), "labels": (1, D, H, W) of any integer type; other classes stay as they are.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        MapTransform.__init__(self, ("image", "labels"))
+        self.pairs = pairs
+
+    def randomize(self, data: object = None) -> bool:
+        """Whether this volume is mirrored."""
+        return bool(self.R.random() < 0.5)
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        if not self.randomize():
+            return dict(data)
+        image, labels = (data[key].flip(1) for key in ("image", "labels"))
+        exchange(labels[0], self.pairs)
+        return {**data, "image": image, "labels": labels}

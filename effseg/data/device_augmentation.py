@@ -7,12 +7,11 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.transforms.utils import create_scale, create_translate
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
@@ -69,12 +68,17 @@ def change(image: Tensor, labels: Tensor, changes: Changes, seed: int) -> tuple[
 def normalised(matrix: np.ndarray, shape: Size, slab: Size, start: int) -> np.ndarray:
     """`matrix` for rows from `start` on of the result, in grid_sample's coordinates (W, H, D in -1..1)."""
     to_source, to_slab = (
-        create_translate(3, [1 / extent - 1 for extent in size])
-        @ create_scale(3, [2 / extent for extent in size])
+        _moving([1 / extent - 1 for extent in size]) @ np.diag([*(2 / extent for extent in size), 1.0])
         for size in (shape, slab)
     )
-    theta = to_source @ matrix @ create_translate(3, [start, 0, 0]) @ np.linalg.inv(to_slab)
+    theta = to_source @ matrix @ _moving([start, 0, 0]) @ np.linalg.inv(to_slab)
     return theta[[2, 1, 0]][:, [2, 1, 0, 3]]
+
+
+def _moving(by: Sequence[float]) -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[:3, 3] = by
+    return matrix
 
 
 def _move_labels(labels: Tensor, changes: Changes, image: Tensor) -> Tensor:

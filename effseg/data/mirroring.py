@@ -1,12 +1,11 @@
 """Which classes change places when a volume is mirrored left to right: told, never read out of names."""
 
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.transforms import MapTransform, Randomizable
 
 from effseg.data.description import DATASET_JSON, MIRROR_PAIRS, description_file, read_json, same_text
 from effseg.errors import InputError
@@ -76,28 +75,6 @@ def _parsed(given: str) -> Any:
         except ValueError as error:
             raise InputError(f"{MIRROR_PAIRS}: not readable as JSON: {error}") from error
     return [[name.strip() for name in pair.split(":")] for pair in text.split(",")]
-
-
-class RandomMirrorD(Randomizable, MapTransform):
-    """Mirrors every second volume along its first axis, left to right in RAS+, and exchanges `pairs`.
-
-    "image": (C, D, H, W), "labels": (1, D, H, W) of any integer type; other classes stay as they are.
-    """
-
-    def __init__(self, pairs: Pairs) -> None:
-        MapTransform.__init__(self, ("image", "labels"))
-        self.pairs = pairs
-
-    def randomize(self, data: object = None) -> bool:
-        """Whether this volume is mirrored."""
-        return bool(self.R.random() < 0.5)
-
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        if not self.randomize():
-            return dict(data)
-        image, labels = (data[key].flip(1) for key in ("image", "labels"))
-        exchange(labels[0], self.pairs)
-        return {**data, "image": image, "labels": labels}
 
 
 def exchange(parts: Iterable[torch.Tensor], pairs: Pairs) -> None:

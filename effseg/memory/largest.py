@@ -7,6 +7,7 @@ from effseg.errors import InputError
 from effseg.memory.report import MemoryReport
 
 STEP = 8  # voxels: how finely the largest sizes are told
+BEYOND = 1.05  # of what fits; nearby predictions are closer to a line than this
 
 Volume = tuple[int, int, int]
 
@@ -16,15 +17,21 @@ def largest(
     known: MemoryReport,
     usable: int,
     volume: Callable[[int], Volume],
+    other: MemoryReport | None = None,
 ) -> int:
-    """The largest multiple of STEP whose volume fits, 0 where none does; known: the step at some volume.
+    """The largest multiple of STEP whose volume fits, 0 where none does; known, other: the step at some
+    volumes.
 
-    Both it and the next size, which does not fit, were predicted themselves. What is reserved is a fixed part
-    plus bytes per voxel that hardly change with the size, so guesses along a straight line close in at once.
+    It was predicted itself, and so was the next size, which does not fit, but where it is BEYOND what fits by
+    a straight line through two predictions. What is reserved is a fixed part plus bytes per voxel that hardly
+    change with the size, so guesses along such lines close in at once.
     """
     batch = known.shape[0]
     fixed = float(known.split["parameters"] + known.split["optimizer"])
     slope = (known.reserved - fixed) / known.voxels
+    if other is not None and other.voxels > known.voxels and other.reserved > known.reserved:
+        slope = (other.reserved - known.reserved) / (other.voxels - known.voxels)
+        fixed = known.reserved - slope * known.voxels
     last = known
     fitting, too_large = 0, 0
     while too_large != fitting + STEP:
@@ -43,6 +50,8 @@ def largest(
             least = report.reserved / report.voxels / 4
             slope = max((report.reserved - last.reserved) / (report.voxels - last.voxels), least)
         fixed, last = report.reserved - slope * report.voxels, report
+        if size == fitting and fixed + slope * batch * prod(volume(size + STEP)) > BEYOND * usable:
+            return fitting
     return fitting
 
 

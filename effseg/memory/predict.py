@@ -18,8 +18,8 @@ from effseg.common.formats import dtype_name
 from effseg.common.tensors import unregistered
 from effseg.errors import InputError
 from effseg.expressions.slabs import abridged
-from effseg.memory.augmentation import augment_batch
 from effseg.memory.autocast import CudaAutocast
+from effseg.memory.fakes import QuickFakes, on_fakes
 from effseg.memory.report import KINDS, LiveTensor, MemoryReport
 from effseg.memory.step import DTYPES, Loss, follows_autocast, label_dtype_for, make_optimizer, training_loss
 from effseg.memory.trace import Reserved
@@ -65,12 +65,34 @@ def peak_training_memory(
     is as large as what it reads and writes, 256 MiB at most. Raises InputError for unknown options.
     """
     check_step(shape, dtype, device)
+
+    def predict(fakes: FakeTensorMode) -> MemoryReport:
+        return _predicted(fakes, model, shape, dtype, loss, loss_options or {}, optimizer, image_dtype,
+                          label_dtype, device, augmented, processes)  # fmt: skip
+
+    return on_fakes(predict)
+
+
+def _predicted(
+    fakes: FakeTensorMode,
+    model: nn.Module | Callable[[], nn.Module],
+    shape: Sequence[int],
+    dtype: str,
+    loss: Loss | None,
+    loss_options: dict[str, Any],
+    optimizer: str,
+    image_dtype: torch.dtype,
+    label_dtype: torch.dtype | None,
+    device: str,
+    augmented: bool,
+    processes: int,
+) -> MemoryReport:
     split = pretended(shape[2], processes)
     gc.collect()  # cycles of earlier steps would be freed in the middle of this one
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    quick = fakes if isinstance(fakes, QuickFakes) else None
     with fakes, quiet_fakes(), abridged() as abridgement, pretending(device), entered(split):
         network = fake_copy(model)
-        tracker = LiveStorages(abridgement, workspaces=device == "cuda")
+        tracker = LiveStorages(abridgement, workspaces=device == "cuda", fakes=quick)
         steps = make_optimizer(optimizer, network.parameters())
         _make_state(steps, network)
         tracker.add([*network.parameters(), *network.buffers()], "parameters")
@@ -80,9 +102,11 @@ def peak_training_memory(
         labels = torch.empty((n, *size), dtype=label_dtype_for(network, label_dtype))
         tracker.add([image, labels], "batch")
         if augmented:
+            from effseg.memory.augmentation import augment_batch  # and what it needs, which takes a second
+
             augment_batch(tracker, image, labels)
         with counted() as traffic:
-            _step(network, steps, tracker, image, labels, dtype, loss, loss_options or {})
+            _step(network, steps, tracker, image, labels, dtype, loss, loss_options)
     report = _report(network, tracker, tuple(shape), dtype, device, traffic)
     if split is None:
         return report

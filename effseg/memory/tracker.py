@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from effseg.common.tensors import storage_use_count
 from effseg.expressions.slabs import Abridgement
 from effseg.memory.arithmetic import multiply_accumulates
+from effseg.memory.fakes import VIEWS, QuickFakes
 from effseg.memory.trace import Trace
 from effseg.offload.memory import on_host
 
@@ -63,10 +65,18 @@ class LiveStorages(TorchDispatchMode):
 
     trace: births and deaths in order, and with `workspaces` the workspace that is reckoned with for each
     convolution.
+
+    fakes: the mode beneath, where there is one, which is then asked without torch's way down to it.
     """
 
-    def __init__(self, abridgement: Abridgement | None = None, workspaces: bool = False) -> None:
+    def __init__(
+        self,
+        abridgement: Abridgement | None = None,
+        workspaces: bool = False,
+        fakes: QuickFakes | None = None,
+    ) -> None:
         super().__init__()
+        self._fakes = fakes
         self.trace = Trace()
         self.workspaces = workspaces
         self.abridgement = abridgement or Abridgement()
@@ -103,6 +113,11 @@ class LiveStorages(TorchDispatchMode):
                 storage.kind = storage.kind or "saved"
         self.phase = phase
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here, and what torch would wrap around each call takes as long as it."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -110,15 +125,18 @@ class LiveStorages(TorchDispatchMode):
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         self._settle()
         self._enter_node()
-        name = str(func)
-        if name == "aten.add.Tensor" and self.phase == "backward" and not torch.is_grad_enabled():
+        kwargs = kwargs or {}
+        if func in VIEWS:  # nothing is made, and so nothing is looked at
+            return self._call(func, args, kwargs)
+        name = _name(func)
+        if func is aten.add.Tensor and self.phase == "backward" and not torch.is_grad_enabled():
             inside = self._accumulated(args)
             if inside is not None:
                 return inside
             self._pending = name  # count the sum only once its dead inputs are gone
-        out = func(*args, **(kwargs or {}))
+        out = self._call(func, args, kwargs)
         self.macs += multiply_accumulates(func, args, out) * self.abridgement.alike
-        for tensor in tree_leaves(out):
+        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor, None, name)
         if self.workspaces and func in CONVOLUTIONS:
@@ -126,6 +144,10 @@ class LiveStorages(TorchDispatchMode):
         if self._pending is None:
             self._mark(name)
         return out
+
+    def _call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        found = NotImplemented if self._fakes is None else self._fakes.quick(func, args, kwargs)
+        return func(*args, **kwargs) if found is NotImplemented else found
 
     def _accumulated(self, args: Any) -> torch.Tensor | None:
         """The sum of two gradients made in place, where the autograd engine would do so.
@@ -205,6 +227,11 @@ class LiveStorages(TorchDispatchMode):
             node = torch._C._current_autograd_node()
             self.peak_node = "" if node is None else node.name()
             self.at_peak = list(self._live.values())
+
+
+@cache
+def _name(func: Any) -> str:
+    return str(func)
 
 
 def _backward_node() -> int | None:

@@ -141,7 +141,9 @@ def plan_network(
             continue
         predict = _prediction(model, network.channels, dtype, optimizer, partial(tell, memory))
         patch = predict(network.patch, batch)
-        modes.append(NetworkMode(memory, patch, predict(whole, 1), _largest(network, predict, patch, usable)))
+        volume = predict(whole, 1)
+        size = _largest(network, predict, patch, volume, usable)
+        modes.append(NetworkMode(memory, patch, volume, size))
     return NetworkPlan(network, batch, whole, gpu_memory, usable, tuple(modes))
 
 
@@ -170,7 +172,9 @@ def _prediction(
     return predict
 
 
-def _largest(network: PlannedNetwork, predict: Predict, known: MemoryReport, usable: int) -> Size | None:
+def _largest(
+    network: PlannedNetwork, predict: Predict, known: MemoryReport, other: MemoryReport, usable: int
+) -> Size | None:
     """Of patches that grow as a whole, each axis in steps of what the network takes."""
     longest = max(network.patch)
 
@@ -181,7 +185,7 @@ def _largest(network: PlannedNetwork, predict: Predict, known: MemoryReport, usa
         )
         return d, h, w
 
-    edge = largest(lambda size: predict(size, known.shape[0]), known, usable, scaled)
+    edge = largest(lambda size: predict(size, known.shape[0]), known, usable, scaled, other)
     return scaled(edge) if edge else None
 
 

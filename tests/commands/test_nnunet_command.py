@@ -107,7 +107,7 @@ def test_known_trainers_models_by_name(called, predicted):
     assert not called
 
 
-@pytest.mark.parametrize("others", [["-tr", "Mine"], ["-prev_stage_predictions", "c"]])
+@pytest.mark.parametrize("others", [["-tr", "Mine"]])
 def test_what_is_left_to_nnunet(called, predicted, monkeypatch, others):
     monkeypatch.setitem(sys.modules, nnunet.PREDICTION, SimpleNamespace(nnUNetPredictor=None))
     monkeypatch.setitem(sys.modules, "effseg.nnunet.predictor", SimpleNamespace(Predictor=None))
@@ -121,7 +121,6 @@ def test_what_is_left_to_nnunet(called, predicted, monkeypatch, others):
     [
         ([], "-m: expected a model's folder, or -d and -c"),
         (["-m", "a", "-d", "1"], "-d: expected none with -m"),
-        (["-m", "a", "-prev_stage_predictions", "b"], "-prev_stage_predictions: expected none"),
         (["-m", "a", "-f", "first"], "-f: expected numbers or all, got 'first'"),
         (["-m", "a", "--unknown"], "unrecognized arguments: --unknown"),
         (["-m", "a", "-step_size", "x"], "-step_size: invalid float value: 'x'"),

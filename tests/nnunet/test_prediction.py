@@ -318,7 +318,6 @@ REFUSED = {
     "whole volumes": (
         {"checkpoint": lambda saved: saved.update(trainer_name="nnUNetTrainerEffSegFull")}, "whole volumes",
     ),
-    "cascade": ({"plans": of_configuration(previous_stage="3d_lowres")}, "cascade"),
     "preprocessor": ({"plans": of_configuration(preprocessor_name="Mine")}, "preprocessor_name"),
     "resampling": ({"plans": of_configuration(resampling_fn_probabilities="mine")}, "resampling_fn_prob"),
     "order": (

@@ -39,6 +39,13 @@ class Model:
         """Number of the networks' output channels: labels, or regions without the background."""
         return int(self.labels.num_segmentation_heads)
 
+    @property
+    def previous(self) -> tuple[int, ...]:
+        """Of a cascade's second stage the labels of the first one that it is shown, else none."""
+        if self.configuration.previous_stage_name is None:
+            return ()
+        return tuple(int(label) for label in self.labels.foreground_labels)
+
 
 def load_model(
     folder: Path, folds: Folds | None, checkpoint: str, device: torch.device, converted: bool = True
@@ -64,6 +71,8 @@ def load_model(
         labels = plans.get_label_manager(dataset)
         _check(configuration)
         channels = len(dataset.get("modality") or dataset["channel_names"])
+        if configuration.previous_stage_name is not None:
+            channels += len(labels.foreground_labels)
         network = build_network(
             first.trainer, plans, configuration, channels, int(labels.num_segmentation_heads)
         )
@@ -98,10 +107,6 @@ def _folds(folder: Path, folds: Folds | None, checkpoint: str) -> Folds:
 
 def _check(configuration: Any) -> None:
     entries = configuration.configuration
-    if configuration.previous_stage_name is not None:
-        raise InputError(
-            "a cascade's second stage, which takes a channel for every class: use nnUNetv2_predict"
-        )
     if entries["preprocessor_name"] != PREPROCESSOR:
         raise InputError(f"preprocessor_name: expected {PREPROCESSOR}, got {entries['preprocessor_name']!r}")
     check_resampling(configuration)

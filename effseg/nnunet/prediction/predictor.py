@@ -18,7 +18,7 @@ from effseg.errors import InputError
 from effseg.nnunet.prediction.cases import Scan, list_scans, unfinished
 from effseg.nnunet.prediction.export import LabelVolume, grid_axes
 from effseg.nnunet.prediction.folder import Folds, load_model
-from effseg.nnunet.prediction.preprocessing import Properties, prepare, read
+from effseg.nnunet.prediction.preprocessing import Properties, prepare, read, read_labels
 from effseg.nnunet.prediction.probabilities import ProbabilityFile
 from effseg.nnunet.prediction.slabs import Ensemble, Slabs
 from effseg.nnunet.prediction.windows import Windows, padded
@@ -32,8 +32,9 @@ Tell = Callable[[str, int, int], None]
 class Predictor:
     """A trained nnU-Net model, loaded once, for any number of scans.
 
-    model: folder TRAINER__PLANS__CONFIGURATION of nnU-Net v2 (3d_fullres, 3d_lowres, 2d), of one of nnU-Net's
-        trainers or nnUNetTrainerEffSeg; its weights are read without executing anything in them.
+    model: folder TRAINER__PLANS__CONFIGURATION of nnU-Net v2 (3d_fullres, 3d_lowres, 2d, or the second stage
+        of a cascade, which needs the labels of the first one), of one of nnU-Net's trainers or
+        nnUNetTrainerEffSeg; its weights are read without executing anything in them.
     folds: numbers or "all", whose logits are averaged; by default every numbered fold there is.
     checkpoint: name of the file of weights in the folds' folders.
     device: "auto", "cpu", "cuda" or "cuda:N".
@@ -77,25 +78,38 @@ class Predictor:
         networks: list[Any] = self.model.networks
         if compiled:
             networks = [torch.compile(one) for one in networks]
-        self.ensemble = Ensemble(networks, self.model.mirror_axes if mirror else (), _dtype(dtype, on_gpu))
+        axes = self.model.mirror_axes if mirror else ()
+        self.ensemble = Ensemble(networks, axes, _dtype(dtype, on_gpu), self.model.previous)
         self.reader = self.model.plans.image_reader_writer_class()
 
-    def __call__(self, image: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    def __call__(
+        self, image: np.ndarray, spacing: Sequence[float], previous: np.ndarray | None = None
+    ) -> np.ndarray:
         """Labels (z, y, x), uint8 or uint16, of a scan (C, z, y, x) with its spacing along z, y, x in mm.
 
-        Axes as nnU-Net's readers give them: for a NIfTI file the reverse of nibabel's.
+        Axes as nnU-Net's readers give them: for a NIfTI file the reverse of nibabel's. previous: labels
+        (z, y, x) that the previous stage of a cascade has given.
         """
         found = np.array(image, np.float32)
         if found.ndim != 4 or len(spacing) != 3 or not all(step > 0 for step in spacing):
             raise InputError(
                 f"image: expected (C, z, y, x) and three spacings, got {found.shape} and {spacing}"
             )
-        data, properties = self._prepare(found, {"spacing": [float(step) for step in spacing]})
+        self._check_previous(previous is not None)
+        data, properties = self._prepare(found, {"spacing": [float(step) for step in spacing]}, previous)
         return self.segment(data, properties)
 
-    def predict_file(self, files: Sequence[str | Path], probabilities: Path | None = None) -> np.ndarray:
-        """Labels (z, y, x) of one scan, a file a channel; with `probabilities` also NAME.npz there."""
-        data, properties = self.read([Path(file) for file in files])
+    def predict_file(
+        self,
+        files: Sequence[str | Path],
+        probabilities: Path | None = None,
+        previous: str | Path | None = None,
+    ) -> np.ndarray:
+        """Labels (z, y, x) of one scan, a file a channel; with `probabilities` also NAME.npz there; previous:
+        file of the labels that the previous stage of a cascade has given."""
+        data, properties = self.read(
+            [Path(file) for file in files], None if previous is None else Path(previous)
+        )
         return self.segment(data, properties, probabilities)
 
     def predict_folder(
@@ -109,28 +123,36 @@ class Predictor:
         parts: int = 1,
         ahead: bool = True,
         tell: Tell | None = None,
+        previous: str | Path | None = None,
     ) -> list[Path]:
         """Segment every scan NAME_0000 of a folder to NAME in another, and return the files written.
 
         save_probabilities: NAME.npz and NAME.pkl too, as nnU-Net has them. resume: leave what is there.
         part, parts: only every `parts`-th scan, from number `part` on. ahead: read the next scan and write
-        the last one meanwhile. tell: called with a scan's name, windows done, and windows in all.
+        the last one meanwhile. previous: folder of the labels NAME that the previous stage of a cascade has
+        given. tell: called with a scan's name, windows done, and windows in all.
         A scan that cannot be used does not stop the others: they are written, and then InputError names it.
         """
         source, output = Path(source), Path(output)
         if not 0 <= part < parts:
             raise InputError(f"part_id: expected 0 to {parts - 1}, got {part}")
+        self._check_previous(previous is not None)
         ending = self.model.dataset["file_ending"]
         channels = len(self.model.configuration.normalization_schemes)
         scans = list_scans(source, output, ending, channels)[part::parts]
         if resume:
             scans = unfinished(scans, ending, save_probabilities)
         self._describe(output)
+
+        def read(scan: Scan) -> tuple[Tensor, Properties]:
+            labels = None if previous is None else Path(previous) / (scan.name + ending)
+            return self.read(scan.files, labels)
+
         written: list[Path] = []
         failures: list[str] = []
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
             pending: Future[Path] | None = None
-            for scan, prepared in _ahead(scans, self.read, reading, ahead):
+            for scan, prepared in _ahead(scans, read, reading, ahead):
                 try:
                     data, properties = prepared.pop().result()
                     npz = scan.target.with_name(scan.name + ".npz") if save_probabilities else None
@@ -154,16 +176,31 @@ class Predictor:
             )
         return written
 
-    def read(self, files: Sequence[Path]) -> tuple[Tensor, Properties]:
-        """A scan as the network expects it, (C, D, H, W) float32 on the CPU, and nnU-Net's properties."""
+    def read(self, files: Sequence[Path], previous: Path | None = None) -> tuple[Tensor, Properties]:
+        """A scan as the network expects it, (C, D, H, W) float32 on the CPU, and nnU-Net's properties; with
+        `previous`, a file, the labels in it are another channel."""
+        self._check_previous(previous is not None)
         image, properties = read(self.reader, files)
+        labels = None if previous is None else read_labels(self.reader, previous)
         try:
-            return self._prepare(image, properties)
+            return self._prepare(image, properties, labels)
         except InputError as error:
             raise InputError(f"{files[0]}: {error}") from None
 
-    def _prepare(self, image: np.ndarray, properties: Properties) -> tuple[Tensor, Properties]:
-        return prepare(image, properties, self.model.plans, self.model.configuration)
+    def _prepare(
+        self, image: np.ndarray, properties: Properties, previous: np.ndarray | None
+    ) -> tuple[Tensor, Properties]:
+        return prepare(image, properties, self.model.plans, self.model.configuration, previous)
+
+    def _check_previous(self, given: bool) -> None:
+        stage = self.model.configuration.previous_stage_name
+        if given and stage is None:
+            raise InputError("previous stage: expected no labels, the model is no second stage of a cascade")
+        if not given and stage is not None:
+            raise InputError(
+                f"previous stage: expected labels of the scans by {stage}, the first stage of this cascade "
+                f"(-prev_stage_predictions FOLDER), got none"
+            )
 
     @torch.inference_mode()
     def segment(
@@ -229,18 +266,18 @@ class Predictor:
 
 
 def _ahead(
-    scans: Sequence[Scan], function: Callable[[Sequence[Path]], Any], pool: ThreadPoolExecutor, ahead: bool
+    scans: Sequence[Scan], function: Callable[[Scan], Any], pool: ThreadPoolExecutor, ahead: bool
 ) -> Iterator[tuple[Scan, list[Future[Any]]]]:
-    """Every scan with function(scan.files), in a list for the caller to empty, so that nothing else holds it.
+    """Every scan with function(scan), in a list for the caller to empty, so that nothing else holds it.
 
     Meanwhile the next one, and no more, is begun in the pool.
     """
     begun: list[Future[Any]] = []
     for index, scan in enumerate(scans):
-        current = begun or [pool.submit(function, scan.files)]
+        current = begun or [pool.submit(function, scan)]
         wait(current)
         later = scans[index + 1 : index + 2] if ahead else ()
-        begun = [pool.submit(function, one.files) for one in later]
+        begun = [pool.submit(function, one) for one in later]
         yield scan, current
 
 

@@ -1,5 +1,7 @@
 """A scan as nnU-Net's networks expect it, with no more than a few copies of it in memory."""
 
+import gzip
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,23 +23,62 @@ Properties = dict[str, Any]
 
 def read(reader: Any, files: Sequence[Path]) -> tuple[np.ndarray, Properties]:
     """(C, z, y, x) float32 and nnU-Net's properties of the scan. Raises InputError naming the scan."""
+    found: tuple[np.ndarray, Properties] = _read(reader.read_images, [str(file) for file in files], files)
+    return found
+
+
+def read_labels(reader: Any, file: Path) -> np.ndarray:
+    """(z, y, x) of a label map. Raises InputError naming it."""
+    if not file.is_file():
+        raise InputError(f"{file}: expected the previous stage's labels, found no file")
+    labels, _ = _read(reader.read_seg, str(file), [file])
+    found: np.ndarray = labels[0]
+    return found
+
+
+def _read(function: Any, argument: Any, files: Sequence[Path]) -> Any:
+    """What a method of nnU-Net's readers returns."""
+    for file in files:
+        _check_whole(file)
     try:
-        image, properties = reader.read_images([str(file) for file in files])
+        return function(argument)
     except (RuntimeError, AssertionError, OSError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[-200:]
-        raise InputError(f"{files[0]}: cannot be read by {type(reader).__name__}: {reason}") from error
-    return image, properties
+        reader = type(function.__self__).__name__
+        raise InputError(f"{files[0]}: cannot be read by {reader}: {reason}") from error
+
+
+def _check_whole(file: Path) -> None:
+    """SimpleITK takes what is missing of a truncated .gz file for zeros."""
+    if file.suffix != ".gz":
+        return
+    try:
+        with gzip.open(file, "rb") as stream:
+            while stream.read(2**22):
+                pass
+    except (EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{file}: damaged or truncated: {error}") from None
 
 
 def prepare(
-    image: np.ndarray, properties: Properties, plans: Any, configuration: Any
+    image: np.ndarray,
+    properties: Properties,
+    plans: Any,
+    configuration: Any,
+    previous: np.ndarray | None = None,
 ) -> tuple[Tensor, Properties]:
     """Transposed, cropped to what is not 0, normalised and resampled: (C, D, H, W) float32.
 
     image: (C, z, y, x) float32, used up; properties: as of nnU-Net's readers, returned with those that
-    nnU-Net's preprocessing adds. plans, configuration: nnU-Net's managers.
+    nnU-Net's preprocessing adds. plans, configuration: nnU-Net's managers. previous: labels (z, y, x) of a
+    cascade's previous stage, which become the last channel, as numbers.
     Raises InputError for values that are not finite and for schemes that are none of nnU-Net's.
     """
+    if previous is not None and previous.shape != image.shape[1:]:
+        raise InputError(
+            f"previous stage: expected labels of the scan's {_listed(image.shape[1:])} voxels, got "
+            f"{_listed(previous.shape)}"
+        )
     forward = plans.transpose_forward
     image = image.transpose(0, *(axis + 1 for axis in forward))
     spacing = [properties["spacing"][axis] for axis in forward]
@@ -51,8 +92,16 @@ def prepare(
     }
     cropped = np.ascontiguousarray(cropped, np.float32)
     del image
-    _normalise(cropped, plans, configuration)
-    return torch.from_numpy(_resampled(cropped, spacing, configuration)), properties | added
+    labels = None
+    if previous is not None:
+        labels = previous.transpose(forward)[planes, rows, columns].astype(np.int16)
+        labels[(labels == 0) & (_outside(cropped) == OUTSIDE)] = OUTSIDE
+    _normalise(cropped, plans, configuration, labels)
+    found = _resampled(cropped, spacing, configuration)
+    if labels is not None:
+        del cropped
+        found = np.concatenate([found, _resampled_labels(labels, found.shape[1:], spacing, configuration)])
+    return torch.from_numpy(found), properties | added
 
 
 def nonzero_box(image: np.ndarray) -> list[list[int]]:
@@ -70,7 +119,7 @@ def nonzero_box(image: np.ndarray) -> list[list[int]]:
     return [[int(line.argmax()), len(line) - int(line[::-1].argmax())] for line in lines]
 
 
-def _normalise(image: np.ndarray, plans: Any, configuration: Any) -> None:
+def _normalise(image: np.ndarray, plans: Any, configuration: Any, labels: np.ndarray | None) -> None:
     """Channel by channel with nnU-Net's schemes, in place."""
     from nnunetv2.preprocessing.normalization import default_normalization_schemes as schemes
 
@@ -78,7 +127,9 @@ def _normalise(image: np.ndarray, plans: Any, configuration: Any) -> None:
     if len(names) != len(image):
         raise InputError(f"scan: expected {len(names)} channels, got {len(image)}")
     masked = configuration.use_mask_for_norm
-    outside = _outside(image) if any(masked) else None
+    outside = labels
+    if labels is None and any(masked):
+        outside = _outside(image)
     for index, name in enumerate(names):
         scheme = getattr(schemes, name, None)
         if scheme is None:
@@ -124,6 +175,15 @@ def _resampled(image: np.ndarray, spacing: Sequence[float], configuration: Any) 
         int(axis) if separate else None,
         settings.get("order_z", 0),
     )
+
+
+def _resampled_labels(
+    labels: np.ndarray, shape: Sequence[int], spacing: Sequence[float], configuration: Any
+) -> np.ndarray:
+    """(1, D, H, W) float32, by nnU-Net's own rule, which works label by label."""
+    target = with_own_first_axis(configuration.spacing, spacing)
+    found = configuration.resampling_fn_seg(labels[None], shape, spacing, target)
+    return np.asarray(found, np.float32)
 
 
 def with_own_first_axis(spacing: Sequence[float], own: Sequence[float]) -> list[float]:

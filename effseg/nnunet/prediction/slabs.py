@@ -16,12 +16,19 @@ Start = tuple[int, int, int]
 class Ensemble:
     """Mean logits of networks over a window and its mirror images.
 
-    mirror_axes: spatial axes, 0 the first. autocast: a type of 16 bits, or None for float32.
+    mirror_axes: spatial axes, 0 the first. autocast: a type of 16 bits, or None for float32. previous: the
+    labels of a cascade's previous stage: the image's last channel then holds them as numbers, and the
+    networks are shown a channel for each.
     """
 
     def __init__(
-        self, networks: Sequence[nn.Module], mirror_axes: Sequence[int], autocast: torch.dtype | None
+        self,
+        networks: Sequence[nn.Module],
+        mirror_axes: Sequence[int],
+        autocast: torch.dtype | None,
+        previous: Sequence[int] = (),
     ) -> None:
+        self.previous = list(previous)
         self.networks, self.autocast = list(networks), autocast
         axes = [axis + 2 for axis in mirror_axes]
         self.flips = list(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))
@@ -32,6 +39,9 @@ class Ensemble:
         Where a type of 16 bits overflows, the window is computed again in float32. Raises InputError where
         logits are not finite then either.
         """
+        if self.previous:
+            image, labels = image[:, :-1], image[:, -1:]
+            image = torch.cat([image, *(labels == label for label in self.previous)], 1)
         logits = self._mean(image, self.autocast)
         if self.autocast is not None and not _finite(logits):
             logits = self._mean(image, None)
