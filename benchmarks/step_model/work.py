@@ -20,7 +20,7 @@ from effseg.kernels.config import blocks
 from effseg.kernels.launch import Launch
 
 WRITTEN = frozenset(
-    "out_ptr partial_ptr dy_ptr dz_ptr sums_ptr counts_ptr grad_weight_ptr grad_bias_ptr fine_ptr".split()
+    "out_ptr partial_ptr dy_ptr dz_ptr sums_ptr counts_ptr grad_weight_ptr grad_bias_ptr".split()
 )
 BACKWARD = 2
 """`conv3d_epilogue.BACKWARD`."""
@@ -97,10 +97,14 @@ def marched(given: dict[str, Any]) -> int:
 
 def clocks(launch: Launch, code: Code, device: Device) -> tuple[float, float]:
     """(issue, tensor) clocks of the multiprocessor that has most to do: programs are whole."""
-    done: Work = work(launch, code.flops)
-    parts = computed(launch) / 128
-    issue = parts * (code.issue * done.turns + code.around * done.around)
-    tensor = parts * done.flops / device.flops_per_clock
     programs = math.prod(launch.grid)
+    if "BLOCK_P" in launch.options:  # merges partial rows in two loops over them
+        given = arguments(launch)
+        issue, tensor = 2 * programs * blocks(given["parts"], given["BLOCK_P"]) * code.issue, 0.0
+    else:
+        done: Work = work(launch, code.flops)
+        parts = computed(launch) / 128
+        issue = parts * (code.issue * done.turns + code.around * done.around)
+        tensor = parts * done.flops / device.flops_per_clock
     uneven = blocks(programs, device.multiprocessors) / programs
     return issue * uneven, tensor * uneven

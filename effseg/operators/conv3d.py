@@ -168,13 +168,15 @@ def conv3d_forward(
         make_room(y.device, y.nbytes)
     for sample, lo, hi, here in slabs(n, shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, spec.shape[2])
-        part = ops.convolution(rows(ops, spec, stored, sample, first, last), weight, bias, window, pad)
+        a = rows(ops, spec, stored, sample, first, last)
+        if y is None:
+            part = y = ops.convolution(a, weight, bias, window, pad).contiguous(memory_format=CHANNELS_LAST)
+        else:
+            own_rows = y[sample : sample + 1, :, here]
+            part = ops.convolution_into(a, weight, bias, window, pad, own_rows)
+        del a
         if statistics:
             moments.add(sample, part)
-        if y is None:
-            y = part.contiguous(memory_format=CHANNELS_LAST)
-        else:
-            y[sample : sample + 1, :, here] = part
         del part
     assert y is not None
     return (y, *moments.merge(shape)) if statistics else (y, None, None)

@@ -156,6 +156,15 @@ def convolution(
     return _Convolution.apply(x, weight, bias, window, pad)
 
 
+def convolution_into(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int], out: Tensor
+) -> Tensor:
+    """Neither cuDNN nor oneDNN is given where to write, so this copies, and gives what it copied."""
+    part = _convolve(x, weight, bias, window, pad)
+    out.copy_(part)
+    return part
+
+
 # ---------------------------------------------------------------- statistics, normalisation, activation
 def _columns(y: Tensor) -> Tensor:
     """(1, C, d, h, w) as (d * h, w * C, 1): every position along W is a channel; a view of channels-last
