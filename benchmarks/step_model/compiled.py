@@ -32,7 +32,8 @@ def code_of(
     launch: Launch, architecture: str, folder: Path, show: Callable[[str], object] = lambda _: None
 ) -> Code:
     name = launch.kernel.__name__
-    key = f"{triton.__version__} {architecture} {launch.kernel.cache_key} {aot.specialisation(launch, architecture)}"
+    special = aot.specialisation(launch, architecture)
+    key = f"{triton.__version__} {architecture} {launch.kernel.cache_key} {special}"
     path = folder / f"{name}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if path.exists():
         return Code(**json.loads(path.read_text(encoding="utf-8")))

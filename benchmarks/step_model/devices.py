@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """multiprocessors; clock: boost, Hz; bandwidth: of device memory, bytes/s; flops_per_clock: of a
-    multiprocessor's tensor cores, dense, bf16 operands with float32 sums; cache: L2, bytes; architecture: what
-    its kernels are compiled for; source: where the figures are published."""
+    """architecture: what its kernels are compiled for; clock: boost, Hz; bandwidth: of device memory,
+    bytes/s; flops_per_clock: of a multiprocessor's tensor cores, dense, bf16 operands with float32 sums;
+    cache: L2, bytes; source: where the figures are published."""
 
     name: str
     architecture: str

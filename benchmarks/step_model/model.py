@@ -1,12 +1,13 @@
-"""The time of a step, on paper: of everything that it starts the largest of what holds it, and gaps between."""
+"""The time of a step, on paper: of all that it starts the largest of what holds it, and gaps between."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from benchmarks.step_model import work
 from benchmarks.step_model.compiled import Code, code_of
@@ -15,9 +16,7 @@ from benchmarks.step_model.recording import Operator, Step, distinct
 from effseg.kernels.config import blocks
 from effseg.kernels.launch import Launch
 
-LIMITS = ("bytes", "issue", "tensor", "gap")
 EPILOGUES = ("", " statistics", " epilogue")
-PLAIN_NAMES = {"march": "wgrad", "tap": "wgrad tap"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Cost:
 
 @dataclass
 class Kernel:
-    """All launches of a step that share a name. seconds: with gaps; by_limit: its launches' without, by what
-    holds each; floor: what bytes and tensor cores alone would take; sums: of each cost by itself."""
+    """All launches of a step that share a name. seconds: with gaps; floor: what bytes and tensor cores alone
+    would take, without gaps; bytes, issue, tensor, gaps: seconds of each by itself."""
 
     name: str
     launches: int = 0
@@ -63,8 +62,8 @@ class Kernel:
 
     @property
     def limit(self) -> str:
-        return max(("bytes", self.bytes), ("issue", self.issue), ("tensor", self.tensor), ("gap", self.gaps),
-                   key=lambda row: row[1])[0]  # fmt: skip
+        """What holds it: the largest of the four."""
+        return max(("bytes", "issue", "tensor", "gaps"), key=lambda what: float(getattr(self, what)))
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def modelled(
     step: Step,
     device: Device,
     folder: Path,
-    assumed: Assumptions = Assumptions(),
+    assumed: Assumptions,
     show: Callable[[str], object] = lambda _: None,
 ) -> Modelled:
     """folder: where compiled kernels' figures are kept."""
@@ -107,7 +106,7 @@ def costs(
     step: Step, device: Device, folder: Path, assumed: Assumptions, show: Callable[[str], object]
 ) -> Iterator[tuple[str, Cost, int]]:
     """(name, cost of one, how many) of everything that a step starts."""
-    known: dict[Any, tuple[str, Cost]] = {}
+    known: dict[Hashable, tuple[str, Cost]] = {}
     for launch, count in step.launches:
         if min(launch.grid) == 0:
             continue
@@ -122,16 +121,17 @@ def costs(
         yield operator_name(operator), cost_of_operator(operator, device, assumed), count
 
 
-def signature(launch: Launch) -> Any:
-    """Launches that have the same cost the same."""
-    tensors = [
-        (tuple(arg.shape), arg.stride(), arg.dtype, arg.storage_offset()) if hasattr(arg, "stride") else arg
-        for arg in launch.args
-    ]
-    shared = len(
-        distinct([arg for arg in launch.args if hasattr(arg, "stride")])
+def signature(launch: Launch) -> Hashable:
+    """What two launches of the same cost have in common."""
+    tensors = [arg for arg in launch.args if isinstance(arg, Tensor)]
+    return (
+        name_of(launch),
+        launch.grid,
+        tuple((t.shape, t.stride(), t.dtype, t.storage_offset() % 16) for t in tensors),
+        len(distinct(tensors)),
+        tuple(arg for arg in launch.args if not isinstance(arg, Tensor)),
+        str(sorted(launch.options.items())),
     )
-    return launch.kernel.__name__, launch.grid, tuple(tensors), shared, tuple(sorted(map(str, launch.options.items())))
 
 
 def cost_of(launch: Launch, code: Code, device: Device) -> Cost:
@@ -162,7 +162,7 @@ def name_of(launch: Launch) -> str:
     if "CHANNEL_BLOCKS" in given:
         taps = given.get("TAPS", (3, 3, 3))
         strided = math.prod(given.get("STEP", (1,))) > 1 or math.prod(given.get("SPREAD", (1,))) > 1
-        epilogue = EPILOGUES[int(getattr(given["EPILOGUE"], "value", given["EPILOGUE"]))]
+        epilogue = EPILOGUES[work.epilogue_of(given)]
         return (
             f"{kernel} {given['C']}->{given['CHANNELS']} {'x'.join(map(str, taps))}"
             + (" strided" if strided else "") + (" prologue" if given["PROLOGUE"] else "") + epilogue
@@ -176,3 +176,20 @@ def name_of(launch: Launch) -> str:
             + (" prologue" if given["PROLOGUE"] else "") + (" fold" if given["FOLD"] else "")
         )  # fmt: skip
     return f"{kernel} {given['C']}"
+
+
+def break_even(
+    step: Step, seconds: float, device: Device, folder: Path, assumed: Assumptions
+) -> float | None:
+    """The library_share with which a step would take so many seconds on the GPU; None if none would."""
+    low, high = 0.01, 1.0
+
+    def excess(share: float) -> float:
+        return modelled(step, device, folder, replace(assumed, library_share=share)).device - seconds
+
+    if excess(low) < 0 or excess(high) > 0:
+        return None
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return round(high, 3)

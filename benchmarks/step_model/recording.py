@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from effseg.benchmarking.registry import contenders
+from benchmarks.step_model.steps import STEPS
+from effseg.benchmarking.registry import Contender, contenders
 from effseg.common.device import pretending
 from effseg.expressions.slabs import Abridgement, abridged
 from effseg.kernels.choose import answering
@@ -26,27 +27,23 @@ from effseg.kernels.launch import Launch, recording
 from effseg.memory.predict import quiet_fakes
 from effseg.memory.step import label_dtype_for
 
-ROUTES = {
-    "triton": "every operator by this package's kernels",
-    "mixed": "convolutions by cuDNN, everything else by this package's kernels",
-    "aten": "every operator by ATen, convolutions by cuDNN: a GPU that was not tuned",
-}
-STEPS = {
-    "base raw": "effseg-base/raw",
-    "base stream": "effseg-base/stream",
-    "PlainConvUNet raw": "nnunet/raw",
-    "PlainConvUNet stream": "nnunet/stream",
-}
-"""Networks with 15 classes, in bf16, by the name of their contender without an algorithm."""
 CLASSES = 15
-NOT_LAUNCHING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
+NOT_LAUNCHING = (
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "lift_fresh",
+)
 WRITTEN_ONLY = ("copy_", "zero_", "fill_")
 
 
 @dataclass(frozen=True)
 class Operator:
-    """ATen's: bytes: of distinct tensors, read and written; flops: of its products, channels as they are;
-    padded: the same with input and output channels rounded up; shape: of its largest tensor."""
+    """ATen's. shape: of its largest tensor; bytes: of distinct tensors, read and written; flops: of its
+    products; channels: those that come in and go out, (0, 0) without products."""
 
     name: str
     shape: tuple[int, ...]
@@ -91,7 +88,7 @@ class _Watch(TorchDispatchMode):
 
 
 def operator(func: Any, args: Any, kwargs: Any, out: Any) -> Operator:
-    """Every tensor that is an argument is read once, every result and what is changed in place written once."""
+    """Of tensors every argument is read once, every result and what is changed in place written once."""
     name = func._schema.name.removeprefix("aten::")
     changed: list[Any] = []
     for i, argument in enumerate(func._schema.arguments):
@@ -151,10 +148,14 @@ def _chosen(route: str, multiprocessors: int) -> Iterator[None]:
         yield
 
 
+def contender_of(name: str, route: str) -> Contender:
+    return contenders()[f"{STEPS[name]}/{'aten' if route == 'aten' else 'triton'}"]
+
+
 def record(name: str, volume: Triple, route: str, architecture: str, multiprocessors: int) -> Step:
     """Forward, loss, backward and AdamW of one of STEPS, in bf16, by one of ROUTES, with the configurations
     that the heuristics choose."""
-    contender = contenders()[f"{STEPS[name]}/{'aten' if route == 'aten' else 'triton'}"]
+    contender = contender_of(name, route)
     step = Step()
     with ExitStack() as stack:
         for context in (FakeTensorMode(allow_non_fake_inputs=True), quiet_fakes(), pretending("cuda")):

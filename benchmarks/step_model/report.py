@@ -20,18 +20,25 @@ BEGIN, END = "<!-- model: step -->", "<!-- model ends -->"
 SCHEMA = 1
 TOP = 3
 
+COLUMNS = (
+    "step", "volume", "route", "device", "GPU, modelled ms", "host, assumed ms", "launches", "break even",
+    "three that take most: modelled ms, held by",
+)  # fmt: skip
+
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One step by one route on one device."""
+    """One step by one route on one device. break_even: the part of the tensor rate that cuDNN would have to
+    reach for the step to take as long as by kernels; None where none would do, or nothing is cuDNN's."""
 
     step: str
     volume: str
     route: str
     device: str
     modelled: Modelled
+    break_even: float | None = None
 
     def row(self, top: int) -> Row:
         """Times in ms."""
@@ -44,6 +51,7 @@ class Answer:
             "modelled_ms": _ms(found.device),
             "host_ms": _ms(found.host),
             "launches": found.launches,
+            "break_even": self.break_even,
             "kernels": [_kernel(kernel) for kernel in found.kernels[:top]],
         }
 
@@ -94,22 +102,26 @@ def _line(kernel: Row) -> str:
 def markdown(rows: Sequence[Row], assumed: Assumptions) -> str:
     """What stands between BEGIN and END."""
     lines = [
-        f"Nothing here is a measurement. Of every launch of a training step (forward, loss, backward, AdamW; "
-        f"bf16, 15 classes) the largest of bytes / bandwidth, issue clocks and tensor clocks of its machine "
-        f"code at the boost clock, plus {assumed.gap * 1e6:g} us of gap; the host is taken to need "
-        f"{assumed.host * 1e6:g} us for an operator that launches something and {assumed.host_view * 1e6:g} us "
-        f"for one that does not, and cuDNN to reach {assumed.library_share:.0%} of the tensor rate on channels "
-        f"padded to {assumed.library_channels}: assumptions, all. Caches and latencies are not modelled.",
+        "Nothing here is a measurement. Of every launch of a training step (forward, loss, backward, AdamW; "
+        "bf16, 15 classes): the largest of bytes / bandwidth, issue clocks and tensor clocks of its machine "
+        f"code at the boost clock, plus {assumed.gap * 1e6:g} us of gap. The host is taken to need "
+        f"{assumed.host * 1e6:g} us for an operator that launches something and "
+        f"{assumed.host_view * 1e6:g} us for any other; cuDNN to reach {assumed.library_share:.0%} of the "
+        f"tensor rate on channels padded to {assumed.library_channels}. Those are assumptions. Caches and "
+        "latencies are not modelled. Break even: the part of the tensor rate with which cuDNN's route would "
+        "take as long on the GPU as the kernels' (- if none would).",
         "",
-        "| step | volume | route | device | GPU, modelled ms | host, assumed ms | launches | three that take most: ms, held by |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- " * len(COLUMNS) + "|",
     ]
     for row in rows:
         kernels = "; ".join(f"{k['name']} {k['ms']:.1f} {k['limit']}" for k in row["kernels"][:TOP])
-        lines.append(
-            f"| {row['step']} | {row['volume']} | {row['route']} | {row['device']} | {row['modelled_ms']:.0f} "
-            f"| {row['host_ms']:.0f} | {row['launches']} | {kernels} |"
-        )
+        even = row.get("break_even")
+        cells = (
+            row["step"], row["volume"], row["route"], row["device"], f"{row['modelled_ms']:.0f}",
+            f"{row['host_ms']:.0f}", str(row["launches"]), f"{even:.0%}" if even else "-", kernels,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -20,7 +20,8 @@ from effseg.kernels.config import blocks
 from effseg.kernels.launch import Launch
 
 WRITTEN = frozenset(
-    "out_ptr partial_ptr dy_ptr dz_ptr sums_ptr counts_ptr grad_weight_ptr grad_bias_ptr".split()
+    f"{name}_ptr"
+    for name in ("out", "partial", "dy", "dz", "sums", "counts", "grad_weight", "grad_bias", "var")
 )
 BACKWARD = 2
 """`conv3d_epilogue.BACKWARD`."""
@@ -30,11 +31,16 @@ def arguments(launch: Launch) -> dict[str, Any]:
     return {**dict(zip(launch.kernel.arg_names, launch.args, strict=False)), **launch.options}
 
 
+def epilogue_of(given: dict[str, Any]) -> int:
+    """A constant, as the host gives it or as Triton wraps it."""
+    return int(getattr(given["EPILOGUE"], "value", given["EPILOGUE"]))
+
+
 def unused(given: dict[str, Any]) -> set[str]:
     """Pointers that a launch must give and its constants say that it does not follow."""
     names: set[str] = set()
     if "EPILOGUE" in given:
-        epilogue = int(getattr(given["EPILOGUE"], "value", given["EPILOGUE"]))
+        epilogue = epilogue_of(given)
         names |= set() if epilogue == BACKWARD else {"y_ptr", "mean_ptr", "scale_ptr", "beta_ptr"}
         names |= {"partial_ptr"} if epilogue == 0 else set()
         names |= set() if given["HAS_BIAS"] else {"bias_ptr"}
@@ -77,7 +83,11 @@ def computed(launch: Launch) -> int:
         return planes * tiled(plane, tile) * samples
     if "LOOP" in given:
         pairs = 1 if given["LOOP"] == "kw" else 2
-        return given["samples"] * (given["out_rows"] + 2) * tiled((given["H"], given["W"]), (tile[0], tile[1] * pairs))
+        return (
+            given["samples"]
+            * (given["out_rows"] + 2)
+            * tiled((given["H"], given["W"]), (tile[0], tile[1] * pairs))
+        )
     return given["samples"] * given["out_rows"] * tiled((given["out_H"], given["out_W"]), tile)
 
 

@@ -1,4 +1,4 @@
-"""What an operator makes of a tensor for every slab alike, such as a kernel's layout of a weight: made once."""
+"""What an operator makes of a tensor for every slab alike, such as a kernel's layout of a weight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def making_once() -> Iterator[None]:
 def made_once(make: Callable[..., Tensor], source: Tensor, *how: Hashable) -> Tensor:
     """make(source, *how), or what it gave before for the same memory.
 
-    The source is kept with it, so that no other tensor comes to lie in its memory; nobody may write to either.
+    The source is kept with it, so that no other tensor comes to lie in its memory. Nobody may write to
+    either.
     """
     made = _made.get()
     if made is None:

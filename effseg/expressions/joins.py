@@ -91,7 +91,9 @@ class TransposedConv(Spec):
         weight, bias = tensors[end], tensors[-1] if self.has_bias else None
         voxels = x.permute(0, 2, 3, 4, 1).reshape(-1, x.shape[1])
         matrix = weight.permute(0, 2, 3, 4, 1).flatten(1)
-        found = voxels @ matrix if bias is None else torch.addmm(bias.repeat(prod(self.stride)), voxels, matrix)
+        found = (
+            voxels @ matrix if bias is None else torch.addmm(bias.repeat(prod(self.stride)), voxels, matrix)
+        )
         return found.view(*x.shape[2:], *self.stride, weight.shape[1])
 
 
@@ -114,7 +116,7 @@ class Placed(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        found = []
+        found: list[Tensor | None] = []
         for (shape, dtype), place, needed in zip(
             ctx.like, _places(ctx.like, grad), ctx.needs_input_grad[3:], strict=True
         ):
@@ -125,7 +127,9 @@ class Placed(Function):
             else:
                 part = grad.new_empty(shape, dtype=dtype)
                 if ctx.lo % shape[3] or place.shape[2] % shape[3]:
-                    part[:: max(len(part) - 1, 1)].zero_()  # the first and the last, of which some rows are not wanted
+                    part[
+                        :: max(len(part) - 1, 1)
+                    ].zero_()  # the first and the last, of which some rows are not wanted
                 for taken, rows in _layers(part, place, ctx.lo):
                     taken.copy_(rows)
                 found.append(part)
