@@ -16,6 +16,8 @@ from benchmarks.step_model.recording import Operator, Step, distinct
 from effseg.kernels.config import blocks
 from effseg.kernels.launch import Launch
 
+COPIES = ("copy_", "clone", "_to_copy", "cat")
+"""Which move values and change nothing but their type and order: for each other as a program is written."""
 EPILOGUES = ("", " statistics", " epilogue")
 
 
@@ -152,7 +154,7 @@ def cost_of_operator(operator: Operator, device: Device, assumed: Assumptions) -
 def operator_name(operator: Operator) -> str:
     if operator.name.startswith("convolution"):
         return f"cuDNN {operator.name} {operator.channels[0]}->{operator.channels[1]}"
-    return f"aten {operator.name}"
+    return "aten copies" if operator.name in COPIES else f"aten {operator.name}"
 
 
 def name_of(launch: Launch) -> str:

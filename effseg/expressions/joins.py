@@ -116,24 +116,27 @@ class Placed(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        found: list[Tensor | None] = []
-        for (shape, dtype), place, needed in zip(
-            ctx.like, _places(ctx.like, grad), ctx.needs_input_grad[3:], strict=True
-        ):
-            if not needed:
-                found.append(None)
-            elif len(shape) == 5:
-                found.append(place.to(dtype))
-            else:
-                part = grad.new_empty(shape, dtype=dtype)
-                if ctx.lo % shape[3] or place.shape[2] % shape[3]:
-                    part[
-                        :: max(len(part) - 1, 1)
-                    ].zero_()  # the first and the last, of which some rows are not wanted
-                for taken, rows in _layers(part, place, ctx.lo):
-                    taken.copy_(rows)
-                found.append(part)
-        return None, None, None, *found
+        pulled = [
+            _pulled(shape, dtype, place, ctx.lo) if needed else None
+            for (shape, dtype), place, needed in zip(
+                ctx.like, _places(ctx.like, grad), ctx.needs_input_grad[3:], strict=True
+            )
+        ]
+        return None, None, None, *pulled
+
+
+def _pulled(shape: torch.Size, dtype: torch.dtype, place: Tensor, lo: int) -> Tensor:
+    """The gradient of a part from that of its place."""
+    if len(shape) == 5:
+        return place.to(dtype)
+    part = place.new_empty(shape, dtype=dtype)
+    if lo % shape[3] or place.shape[2] % shape[3]:
+        # Of the first blocks or the last ones not all rows are wanted.
+        part[:1].zero_()
+        part[-1:].zero_()
+    for taken, rows in _layers(part, place, lo):
+        taken.copy_(rows)
+    return part
 
 
 def _places(like: Sequence[tuple[torch.Size, torch.dtype]], out: Tensor) -> Sequence[Tensor]:
