@@ -109,7 +109,7 @@ def markdown(rows: Sequence[Row], assumed: Assumptions) -> str:
         f"{assumed.host_view * 1e6:g} us for any other; cuDNN to reach {assumed.library_share:.0%} of the "
         f"tensor rate on channels padded to {assumed.library_channels}. Those are assumptions. Caches and "
         "latencies are not modelled. Break even: the part of the tensor rate with which cuDNN's route would "
-        "take as long on the GPU as the kernels' (- if none would).",
+        "take as long on the GPU as the kernels' (- where the whole rate would not do).",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "| --- " * len(COLUMNS) + "|",
