@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from effseg.common.once import made_once
 from effseg.expressions.slabs import Window
 from effseg.kernels.choose import choose
 from effseg.kernels.config import Config, Triple
@@ -44,6 +45,12 @@ def parity_classes(size: Triple, window: Window, front: Triple) -> tuple[tuple[P
 def _triple(values: list[int] | tuple[int, ...]) -> Triple:
     d, h, w = values
     return d, h, w
+
+
+def _taps(weight: Tensor, first: Triple, stride: Triple) -> Tensor:
+    """(Ci, Co, *taps) of those that reach a class, the last one first."""
+    d, h, w = (slice(k, None, s) for k, s in zip(first, stride, strict=True))
+    return weight.transpose(0, 1)[:, :, d, h, w].flip(2, 3, 4)
 
 
 def conv3d_dgrad(
@@ -86,14 +93,12 @@ def conv3d_dgrad(
         assert y.shape == out.shape, (y.shape, out.shape)
         epilogue = channels_last(y), terms
     sums: list[Tensor] = []
-    transposed = weight.transpose(0, 1)
     for positions, first in parity_classes((depth, height, width), window, (front, *window.padding[1:])):
         if 0 in positions.taps:
             d, h, w = (slice(p, None, s) for p, s in zip(positions.parity, stride, strict=True))
             target[:, :, d, h, w].zero_()
             continue
-        d, h, w = (slice(k, None, s) for k, s in zip(first, stride, strict=True))
-        taps = transposed[:, :, d, h, w].flip(2, 3, 4)
+        taps = made_once(_taps, weight, first, stride)
         partial = contract(grad, taps, target, positions, config, backward=epilogue)
         if partial is not None:
             sums.append(partial.sum(1, dtype=torch.float64))

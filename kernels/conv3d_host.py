@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effseg.common.once import made_once
 from effseg.kernels.config import INTERPRETER, Config, Triple, blocks, power_of_two
 from effseg.kernels.conv3d_epilogue import BACKWARD, PLAIN, STATISTICS
 from effseg.kernels.conv3d_few import conv3d_few_kernel
@@ -142,9 +143,8 @@ def contract(
         depth_of_terms = channels if flat else blocks(channels, block_k) * block_k
         before = tuple(padded_terms(t, depth_of_terms) for t in (scale, shift))
     bias_row = partial if bias is None else padded_terms(bias[None], columns)
-    pointers = (
-        x, packed_weight(weight, out.dtype, flat, block_k, columns), out, partial, *before, bias_row,
-    )  # fmt: skip
+    packed = made_once(packed_weight, weight, out.dtype, flat, block_k, columns)
+    pointers = x, packed, out, partial, *before, bias_row
     strides = tuple(map(sample_stride, (x, out, y)))
     arch = architecture(x.device)
     options: dict[str, Any] = dict(

@@ -2,7 +2,7 @@
 
 Two levels, both in a fixed order: a program takes every `programs`-th tile of a sample and keeps one running
 result for each place in the tile, merged when all are read; the partial rows of all programs are merged in
-float64.
+float64, by a kernel, as a slab's statistics would otherwise be ten short operators.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from effseg.kernels.common import kernel
-from effseg.kernels.config import Config
+from effseg.kernels.config import Config, blocks
 from effseg.kernels.flat import feature, tile_address, tile_mask, tile_offsets, tiling
 from effseg.kernels.launch import launch, sample_stride
+
+MERGED_PARTS, MERGED_CHANNELS = 128, 8
+"""Of a tile of partial rows: 32 bytes of each, as memory is read at least, and eight values a thread."""
 
 
 @kernel
@@ -60,6 +63,41 @@ def _moments_kernel(
     tl.store(partial + 2 * C, tl.sum(m2, 0), mask=channels < C)
 
 
+@kernel
+def _merge_kernel(
+    partial_ptr,  # [N, parts, 3, C] float32: count, mean and sum of squared deviations
+    mean_ptr, var_ptr,  # [N, C] float32
+    parts, voxels,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean and biased variance of `voxels` values from those of parts, in float64; a program has BLOCK_C
+    channels of a sample. Masked: parts after the last, channels from C on."""
+    # mean = sum of count_p mean_p / voxels;   var = sum of m2_p + count_p (mean_p - mean)^2 / voxels   (Chan)
+    n = tl.program_id(1)
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.arange(0, BLOCK_P)
+    rows_ptr = partial_ptr + n * parts * 3 * C + part[:, None] * (3 * C) + channels[None, :]
+    voxels = tl.zeros((), tl.float64) + voxels
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
+    for start in range(0, parts, BLOCK_P):
+        mask = (start + part < parts)[:, None] & (channels < C)[None, :]
+        count = tl.load(rows_ptr + start * 3 * C, mask=mask, other=0.0)
+        mean = tl.load(rows_ptr + start * 3 * C + C, mask=mask, other=0.0)
+        total += count.to(tl.float64) * mean.to(tl.float64)
+    merged = tl.sum(total, 0) / voxels
+    squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
+    for start in range(0, parts, BLOCK_P):
+        mask = (start + part < parts)[:, None] & (channels < C)[None, :]
+        count = tl.load(rows_ptr + start * 3 * C, mask=mask, other=0.0)
+        mean = tl.load(rows_ptr + start * 3 * C + C, mask=mask, other=0.0)
+        m2 = tl.load(rows_ptr + start * 3 * C + 2 * C, mask=mask, other=0.0)
+        apart = mean.to(tl.float64) - merged[None, :]
+        squares += m2.to(tl.float64) + count.to(tl.float64) * apart * apart
+    out = n * C + channels
+    tl.store(mean_ptr + out, merged.to(tl.float32), mask=channels < C)
+    tl.store(var_ptr + out, (tl.sum(squares, 0) / voxels).to(tl.float32), mask=channels < C)
+
+
 def moments(y: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, (N, C) float32, over the voxels of y (N, C, d, h, w) as stored."""
     y = feature("y", y)
@@ -70,8 +108,13 @@ def moments(y: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
     launch(
         _moments_kernel, tiles.reduction_grid, y, partial, tiles.voxels, sample_stride(y), **tiles.constants
     )
-    counts, means, squares = partial.double().unbind(2)
-    return merged(counts, means, squares, tiles.voxels)
+    mean, var = torch.empty(2, tiles.samples, tiles.channels, device=y.device).unbind(0)
+    launch(
+        _merge_kernel, (blocks(tiles.channels, MERGED_CHANNELS), tiles.samples),
+        partial, mean, var, tiles.programs, tiles.voxels,
+        C=tiles.channels, BLOCK_P=MERGED_PARTS, BLOCK_C=MERGED_CHANNELS, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return mean, var
 
 
 def merged(counts: Tensor, means: Tensor, squares: Tensor, voxels: int) -> tuple[Tensor, Tensor]:

@@ -135,6 +135,17 @@ class Algorithm(Operations, Protocol):
 
     fused: FusedConv3d | None
 
+    def convolution_into(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        window: Window,
+        pad: tuple[int, int],
+        out: Tensor,
+    ) -> Tensor:
+        """`convolution`, written to `out`. Gives out, or the same values where they are quicker to read."""
+
     def convolution_backward(
         self,
         grad: Tensor,

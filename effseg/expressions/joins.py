@@ -19,7 +19,7 @@ arithmetic than the 3x3x3 convolution that reads it: making it again costs littl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -28,7 +28,10 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from effseg.common.formats import CHANNELS_LAST
+from effseg.common.settings import Function
 from effseg.expressions.base import SHARED, Deferred, Operations, Rows, Spec, Standing, Use, expect
 
 Triple = tuple[int, int, int]
@@ -54,11 +57,15 @@ class Concatenation(Spec):
 
     def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
         spans = pairwise((0, *self.ends))
-        found = [
-            part.rows(ops, lo, hi, tensors[start:end])
-            for part, (start, end) in zip(self.parts, spans, strict=True)
+        given = [(part, tensors[start:end]) for part, (start, end) in zip(self.parts, spans, strict=True)]
+        if not any(isinstance(part, TransposedConv) for part in self.parts):
+            return torch.cat([part.rows(ops, lo, hi, own).to(self.dtype) for part, own in given], 1)
+        size = (self.shape[1], hi - lo, *self.shape[3:])
+        made = [
+            part.blocks(ops, lo, hi, own) if isinstance(part, TransposedConv) else part.rows(ops, lo, hi, own)
+            for part, own in given
         ]
-        return torch.cat([part.to(self.dtype) for part in found], 1)
+        return Placed.apply(size, self.dtype, lo, *made)
 
 
 @dataclass(frozen=True)
@@ -74,24 +81,79 @@ class TransposedConv(Spec):
         return [*self.inner.uses(*self.coarse_rows(lo, hi)), *[SHARED] * (1 + self.has_bias)]
 
     def rows(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
-        first, last = self.coarse_rows(lo, hi)
+        size = (self.shape[1], hi - lo, *self.shape[3:])
+        return Placed.apply(size, self.dtype, lo, self.blocks(ops, lo, hi, tensors))
+
+    def blocks(self, ops: Operations, lo: int, hi: int, tensors: Sequence[Tensor]) -> Tensor:
+        """(d, h, w, kd, kh, kw, C), of every coarse voxel that rows [lo, hi) come of: one matrix product."""
         end = len(tensors) - 1 - self.has_bias
-        coarse = self.inner.rows(ops, first, last, tensors[:end])
-        fine = spread(coarse, tensors[end], tensors[-1] if self.has_bias else None)
-        start = first * self.stride[0]
-        return fine[:, :, lo - start : hi - start]
+        x = self.inner.rows(ops, *self.coarse_rows(lo, hi), tensors[:end])
+        weight, bias = tensors[end], tensors[-1] if self.has_bias else None
+        voxels = x.permute(0, 2, 3, 4, 1).reshape(-1, x.shape[1])
+        matrix = weight.permute(0, 2, 3, 4, 1).flatten(1)
+        found = (
+            voxels @ matrix if bias is None else torch.addmm(bias.repeat(prod(self.stride)), voxels, matrix)
+        )
+        return found.view(*x.shape[2:], *self.stride, weight.shape[1])
 
 
-def spread(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Transposed convolution of x (1, Ci, d, h, w) with weight (Ci, Co, kd, kh, kw), whose stride is its
-    kernel: one matrix product, and voxels in the order of channels-last memory."""
-    _, co, *kernel = weight.shape
-    voxels = x.permute(0, 2, 3, 4, 1).reshape(-1, x.shape[1])
-    matrix = weight.permute(0, 2, 3, 4, 1).flatten(1)
-    found = voxels @ matrix if bias is None else torch.addmm(bias.repeat(prod(kernel)), voxels, matrix)
-    size = x.shape[2:]
-    blocks = found.view(*size, *kernel, co).permute(0, 3, 1, 4, 2, 5, 6)
-    return blocks.reshape(1, *(n * k for n, k in zip(size, kernel, strict=True)), co).permute(0, 4, 1, 2, 3)
+class Placed(Function):
+    """Parts side by side along the channels, each value written once, to its place: rows (1, C, d, H, W), or
+    the `blocks` of a transposed convolution, of which rows from `lo` on are wanted. Saved: nothing."""
+
+    @staticmethod
+    def forward(ctx, size, dtype, lo, *parts):  # type: ignore[no-untyped-def]
+        ctx.lo, ctx.like = lo, [(part.shape, part.dtype) for part in parts]
+        out = torch.empty((1, *size), dtype=dtype, device=parts[0].device, memory_format=CHANNELS_LAST)
+        for part, place in zip(parts, _places(ctx.like, out), strict=True):
+            if part.dim() == 5:
+                place.copy_(part)
+                continue
+            for taken, rows in _layers(part, place, lo):
+                rows.copy_(taken)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        pulled = [
+            _pulled(shape, dtype, place, ctx.lo) if needed else None
+            for (shape, dtype), place, needed in zip(
+                ctx.like, _places(ctx.like, grad), ctx.needs_input_grad[3:], strict=True
+            )
+        ]
+        return None, None, None, *pulled
+
+
+def _pulled(shape: torch.Size, dtype: torch.dtype, place: Tensor, lo: int) -> Tensor:
+    """The gradient of a part from that of its place."""
+    if len(shape) == 5:
+        return place.to(dtype)
+    part = place.new_empty(shape, dtype=dtype)
+    if lo % shape[3] or place.shape[2] % shape[3]:
+        # Of the first blocks or the last ones not all rows are wanted.
+        part[:1].zero_()
+        part[-1:].zero_()
+    for taken, rows in _layers(part, place, lo):
+        taken.copy_(rows)
+    return part
+
+
+def _places(like: Sequence[tuple[torch.Size, torch.dtype]], out: Tensor) -> Sequence[Tensor]:
+    """Each part's channels of (1, C, D, H, W)."""
+    return out.split([shape[1] if len(shape) == 5 else shape[-1] for shape, _ in like], 1)
+
+
+def _layers(blocks: Tensor, place: Tensor, lo: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Layer after layer of the blocks, and the rows of (1, C, D, H, W) where it lies, D beginning with row
+    `lo`: two views (rows, h, kh, w, kw, C)."""
+    depth, kernel = blocks.shape[3], blocks.shape[3:6]
+    voxels = place.permute(0, 2, 3, 4, 1)[0]
+    for layer in range(depth):
+        first = (layer - lo) % depth
+        rows = voxels[first::depth].unflatten(2, (-1, kernel[2])).unflatten(1, (-1, kernel[1]))
+        skipped = (first + lo % depth) // depth
+        yield blocks[skipped : skipped + len(rows), :, :, layer].permute(0, 1, 3, 2, 4, 5), rows
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ class Work:
 def work(launch: Launch, main_flops: int) -> Work:
     """What a launch does for 128 voxels, given the flops of a turn of its main loop."""
     constants = launch.options
+    if "BLOCK_P" in constants:  # merges partial rows, as many for any volume
+        return Work()
     if "BLOCK_V" in constants:
         blocks = math.ceil(constants["C"] / constants["BLOCK_C"])
         return Work(turns=128 / constants["BLOCK_V"] * blocks)

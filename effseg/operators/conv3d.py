@@ -200,15 +200,18 @@ def conv3d_forward(
         make_room(y.device, y.nbytes)
     for sample, lo, hi, here in slabs(n, shape[2], rows_of_slab):
         first, last, pad = window.input_rows(lo, hi, spec.shape[2])
-        part = ops.convolution(rows(ops, spec, stored, sample, first, last), weight, bias, window, pad)
-        if statistics:
-            moments.add(sample, part)
+        a = rows(ops, spec, stored, sample, first, last)
         if leaving is not None:
+            part = ops.convolution(a, weight, bias, window, pad)
             leaving.put(sample, here, part, alike())
         elif y is None:
-            y = part.contiguous(memory_format=CHANNELS_LAST)
+            part = y = ops.convolution(a, weight, bias, window, pad).contiguous(memory_format=CHANNELS_LAST)
         else:
-            y[sample : sample + 1, :, here] = part
+            own_rows = y[sample : sample + 1, :, here]
+            part = ops.convolution_into(a, weight, bias, window, pad, own_rows)
+        del a
+        if statistics:
+            moments.add(sample, part)
         del part
     if leaving is not None:
         leaving.end()

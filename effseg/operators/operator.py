@@ -19,6 +19,7 @@ from torch import Tensor
 
 from effseg import algorithms
 from effseg.algorithms.interface import Algorithm
+from effseg.common.once import making_once
 from effseg.common.settings import Function
 from effseg.operators.backward import once_differentiable
 from effseg.operators.encoding import decode, encode
@@ -56,7 +57,8 @@ class Operator:
         zeros: bool = False,
         reuses: bool = False,
     ) -> None:
-        self._static, self._forward, self._backward = static, forward, backward
+        self._static, self._forward = static, making_once()(forward)
+        self._backward = None if backward is None else making_once()(backward)
         self._outputs, self._constants, self._zeros = outputs, constants, zeros
         self._reuses = reuses
         self._own = own or (lambda _, besides: besides)

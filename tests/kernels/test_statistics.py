@@ -39,6 +39,13 @@ def test_against_float64(dtype, shape, offset, kernel_device):
     assert_moments(mean, variance, y)
 
 
+def test_more_parts_than_a_tile_of_them(kernel_device):
+    """193 programs, whose moments are merged in tiles of 128; the last has one voxel."""
+    y = values((1, 9, 5, 7, 11), torch.float32, kernel_device, offset=100.0)
+    mean, variance = moments(y, Config("tile", block_w=2, block_n=16, splits=300))
+    assert_moments(mean, variance, y)
+
+
 def test_a_fault_is_seen(kernel_device):
     """One voxel of one channel in the sums is a thousandth too large, or one result is."""
     y = values((1, 3, 3, 5, 7), torch.float32, kernel_device)

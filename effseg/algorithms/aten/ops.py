@@ -13,6 +13,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from effseg.algorithms.aten.convolution import convolution as convolution
 from effseg.algorithms.aten.convolution import convolution_backward as convolution_backward
+from effseg.algorithms.aten.convolution import convolution_into as convolution_into
 from effseg.algorithms.aten.head import Head
 from effseg.algorithms.interface import FusedConv3d, NormActGradients
 from effseg.common.formats import CHANNELS_LAST, accumulation_dtype

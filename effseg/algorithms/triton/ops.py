@@ -54,6 +54,16 @@ def convolution(
     return _Convolution.apply(x, weight, bias, window, pad)
 
 
+def convolution_into(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int], out: Tensor
+) -> Tensor:
+    config = choices.forward(weight, window, x.shape[2:])
+    if config is None:
+        return aten.convolution_into(x, weight, bias, window, pad, out)
+    conv3d_forward(x, weight, out, window=window, front=pad[0], bias=bias, config=config)
+    return out
+
+
 def convolution_backward(
     grad: Tensor,
     x: Tensor,
