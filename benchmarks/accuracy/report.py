@@ -27,12 +27,12 @@ Scores = dict[tuple[str, int], dict[str, dict[str, float | None]]]
 
 
 def tables(folder: Path) -> list[Table]:
-    """For every study and budget one of all organs together and one of each, then one of the searches."""
-    searched: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    """For every study and budget one of all organs together and one of each, then one of each search."""
+    searched: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in read_runs(folder):
         if run["fold"] == SEARCH:
-            searched[run["study"]].append(run)
+            searched[run["study"], run["steps"]].append(run)
         else:
             budget = f"{run['budget']['amount']:g} {_UNITS[run['budget']['kind']]}"
             part = (
@@ -44,7 +44,7 @@ def tables(folder: Path) -> list[Table]:
     for (title, arithmetic), by_name in groups.items():
         named = {name: by_name[name] for name in CONTENDERS if name in by_name}
         found += [_all_organs(f"{title}; {arithmetic}", named), _each_organ(f"{title}: Dice by organ", named)]
-    return found + [_search(study, runs) for study, runs in searched.items()]
+    return found + [_search(study, steps, runs) for (study, steps), runs in searched.items()]
 
 
 _UNITS = {"steps": "whole-volume steps each", "cpu-seconds": "seconds of the race's processor time each"}
@@ -117,7 +117,7 @@ def _each_organ(title: str, by_name: Mapping[str, Sequence[Mapping[str, Any]]]) 
     return Table(title, ("organ", *map(label, by_name)), tuple(rows))
 
 
-def _search(study: str, runs: Sequence[Mapping[str, Any]]) -> Table:
+def _search(study: str, steps: int, runs: Sequence[Mapping[str, Any]]) -> Table:
     """What each learning rate scored on the patients by whom it was chosen."""
     rates = sorted({run["learning_rate"] for run in runs})
     dice = {(run["contender"], run["learning_rate"]): run["mean_dice"] for run in runs}
@@ -125,8 +125,7 @@ def _search(study: str, runs: Sequence[Mapping[str, Any]]) -> Table:
     for name in (name for name in CONTENDERS if any(run["contender"] == name for run in runs)):
         known = [dice.get((name, rate)) for rate in rates]
         rows.append((label(name), *("not measured" if d is None else f"{d:.3f}" for d in known)))
-    (first, *_) = runs
-    title = f"{study}: mean Dice by learning rate after {first['steps']} steps, on patients not reported"
+    title = f"{study}: mean Dice by learning rate after {steps} steps, on patients not reported"
     return Table(title, ("network", *(f"{rate:g}" for rate in rates)), tuple(rows))
 
 

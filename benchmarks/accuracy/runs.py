@@ -71,9 +71,9 @@ class Run:
 
     @property
     def place(self) -> Path:
-        """In the folder of results. The search has a run a rate, others one a fold and seed."""
+        """In the folder of results. A search has a run a rate, others one a fold and seed."""
         which = f"rate-{self.rate:g}" if self.fold == SEARCH else f"fold-{self.fold}_seed-{self.seed}"
-        budget = SEARCH if self.fold == SEARCH else self.budget.name
+        budget = f"{SEARCH}-{self.budget.name}" if self.fold == SEARCH else self.budget.name
         return Path(self.study.name) / budget / f"{self.contender.name}_{which}.json"
 
 

@@ -207,8 +207,8 @@ def found(studied, place):
 def test_a_study_is_searched_then_run_and_not_run_again(tiny, place, found):
     places = [line.split(":")[0] for line in found]
     assert places == [
-        "phantoms/search/effseg-tiny_rate-0.001.json",
-        "phantoms/search/effseg-tiny_rate-0.002.json",
+        "phantoms/search-steps-1/effseg-tiny_rate-0.001.json",
+        "phantoms/search-steps-1/effseg-tiny_rate-0.002.json",
         "phantoms/steps-2/effseg-tiny_fold-0_seed-1.json",
         "phantoms/steps-2/effseg-tiny_fold-0_seed-2.json",
     ]
@@ -234,12 +234,12 @@ def test_a_runs_file_says_what_it_was(tiny, place, found):
     assert all(organs.keys() == set(phantom.NAMES[1:]) for organs in run["patients"].values())
     assert len(run["losses"]) == 2
     assert str(place.results.parent) not in text
-    search = json.loads((place.results / "phantoms/search/effseg-tiny_rate-0.001.json").read_text())
+    search = json.loads((place.results / "phantoms/search-steps-1/effseg-tiny_rate-0.001.json").read_text())
     assert list(search["patients"]) == list(tiny.folds[SEARCH].scored)
 
 
 def test_the_best_rate_of_the_search_is_taken(tiny, place, found):
-    path = place.results / "phantoms/search/effseg-tiny_rate-0.001.json"
+    path = place.results / "phantoms/search-steps-1/effseg-tiny_rate-0.001.json"
     for dice, best in ((2.0, 1e-3), (-1.0, 2e-3)):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"mean_dice": dice}))
         assert study._best_rate(tiny, TINY, place) == best
