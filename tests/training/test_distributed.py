@@ -56,8 +56,13 @@ def test_two_processes_equal_one_with_the_whole_batch(folder, monkeypatch):
     train(configured(folder, output=runs[0], batch_size=2, steps=4))
     in_two_processes(folder, configured(folder, output=runs[1], batch_size=1, steps=4))
     one, two = (read_rows(run / "progress.csv") for run in runs)
-    for name in ("step", "epoch", "learning_rate", "dice_mean", "dice_liver"):
+    for name in ("step", "epoch", "learning_rate"):
         assert [row[name] for row in one] == [row[name] for row in two]
+    for name in ("dice_mean", "dice_liver"):
+        # The weights differ by rounding, and after four steps some voxels' classes are nearly even.
+        expected = [float(row[name] or "nan") for row in one]
+        got = [float(row[name] or "nan") for row in two]
+        assert got == pytest.approx(expected, abs=2e-3, nan_ok=True)
     for name in ("loss", "gradient_norm"):
         expected = [float(row[name]) for row in one]
         assert [float(row[name]) for row in two] == pytest.approx(expected, rel=1e-6)
