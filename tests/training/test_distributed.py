@@ -53,13 +53,14 @@ def test_two_processes_equal_one_with_the_whole_batch(folder, monkeypatch):
     build = loop._network
     monkeypatch.setattr(loop, "_network", lambda *arguments: build(*arguments).double())
     runs = [folder / "one", folder / "two"]
-    train(configured(folder, output=runs[0], batch_size=2, steps=4))
-    in_two_processes(folder, configured(folder, output=runs[1], batch_size=1, steps=4))
+    # Instance norm of the single voxel of the deepest level would blow rounding up.
+    train(configured(folder, output=runs[0], batch_size=2, steps=4, norm="group"))
+    in_two_processes(folder, configured(folder, output=runs[1], batch_size=1, steps=4, norm="group"))
     one, two = (read_rows(run / "progress.csv") for run in runs)
     for name in ("step", "epoch", "learning_rate"):
         assert [row[name] for row in one] == [row[name] for row in two]
     for name in ("dice_mean", "dice_liver"):
-        # The weights differ by rounding, and after four steps some voxels' classes are nearly even.
+        # Weights differ by rounding, and some voxels' classes are nearly even.
         expected = [float(row[name] or "nan") for row in one]
         got = [float(row[name] or "nan") for row in two]
         assert got == pytest.approx(expected, abs=2e-3, nan_ok=True)
