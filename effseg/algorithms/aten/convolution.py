@@ -185,7 +185,8 @@ def wgrad_by_taps(grad: Tensor, x: Tensor, kernel: Triple, padding: Sequence[int
         for tap in itertools.product(*map(range, kernel)):
             start = (tap[0] * h + tap[1]) * w + tap[2]
             found[tap].addmm_(columns, flat[start : start + voxels])
-    return found.permute(3, 4, 0, 1, 2)
+    # A copy, whose strides say contiguous for a kernel of one voxel, too: DDP compares them.
+    return found.new_empty((outs, ins, *kernel)).copy_(found.permute(3, 4, 0, 1, 2))
 
 
 class _Convolution(Function):
