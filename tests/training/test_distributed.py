@@ -57,13 +57,8 @@ def test_two_processes_equal_one_with_the_whole_batch(folder, monkeypatch):
     train(configured(folder, output=runs[0], batch_size=2, steps=4, norm="group"))
     in_two_processes(folder, configured(folder, output=runs[1], batch_size=1, steps=4, norm="group"))
     one, two = (read_rows(run / "progress.csv") for run in runs)
-    for name in ("step", "epoch", "learning_rate"):
+    for name in ("step", "epoch", "learning_rate", "dice_mean", "dice_liver"):
         assert [row[name] for row in one] == [row[name] for row in two]
-    for name in ("dice_mean", "dice_liver"):
-        # Weights differ by rounding, and some voxels' classes are nearly even.
-        expected = [float(row[name] or "nan") for row in one]
-        got = [float(row[name] or "nan") for row in two]
-        assert got == pytest.approx(expected, abs=2e-3, nan_ok=True)
     for name in ("loss", "gradient_norm"):
         expected = [float(row[name]) for row in one]
         assert [float(row[name]) for row in two] == pytest.approx(expected, rel=1e-6)
