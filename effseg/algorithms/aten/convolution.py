@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -101,15 +100,14 @@ def convolution_backward(
         grad, x, weight = grad.float(), x.float(), weight.float()
     padded, padding = _pad_rows(x, window, pad)
     weight = weight.contiguous(memory_format=CHANNELS_LAST)
-    if not _avoids_onednn(padded):
-        gx, gw = _backward(grad, padded, weight, window.stride, padding, need_input, need_weight)
-    elif max(window.stride) == 1:
-        gx = dgrad_as_forward(grad, weight, padding) if need_input else None
-        gw = wgrad_by_taps(grad, padded, window.kernel, padding) if need_weight else None
-    else:
-        gx, gw = _backward_with_rows_last(
-            grad, padded, weight, window.stride, padding, need_input, need_weight
-        )
+    small = _avoids_onednn(padded)
+    as_forward = small and need_input and max(window.stride) == 1
+    backward = _backward_with_rows_last if small else _backward
+    gx, gw = backward(
+        grad, padded, weight, window.stride, padding, need_input and not as_forward, need_weight
+    )
+    if as_forward:
+        gx = dgrad_as_forward(grad, weight, padding)
     if gx is not None and pad[0] != pad[1]:
         gx = gx[:, :, pad[0] : gx.shape[2] - pad[1]]
     return (None if gx is None else gx.to(dtype)), gw
@@ -118,6 +116,8 @@ def convolution_backward(
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Triple, padding: list[int], input: bool, parameter: bool
 ) -> tuple[Tensor | None, Tensor | None]:
+    if not (input or parameter):
+        return None, None
     gx, gw, _ = aten.convolution_backward(
         grad, x, weight, None, stride, padding, [1] * 3, False, [0] * 3, 1, [input, parameter, False]
     )
@@ -151,42 +151,6 @@ def dgrad_as_forward(grad: Tensor, weight: Tensor, padding: Sequence[int]) -> Te
     mirrored = weight.flip(2, 3, 4).transpose(0, 1).contiguous(memory_format=CHANNELS_LAST)
     rest = [kernel - 1 - width for kernel, width in zip(weight.shape[2:], padding, strict=True)]
     return aten.mkldnn_convolution(grad, mirrored, None, rest, [1] * 3, [1] * 3, 1)
-
-
-CHUNK_ELEMENTS = 2**18
-"""Of both factors of a matrix product: a processor's second cache holds them while all taps read them."""
-
-
-def wgrad_by_taps(grad: Tensor, x: Tensor, kernel: Triple, padding: Sequence[int]) -> Tensor:
-    """The gradient of the weight (O, I, kd, kh, kw) of a convolution of stride 1, a matrix product a tap:
-    gw[t] = sum over v of grad[v] x[v + t]^T. Of one sample.
-
-    A few rows at a time, x is copied with its padding, and grad with zeros up to the same size of plane, so
-    that to shift by a tap is to begin at another voxel.
-    """
-    grad, x = (t[0].permute(1, 2, 3, 0) for t in (grad, x))
-    (rows, height, width, outs), (_, *plane, ins) = grad.shape, x.shape
-    h, w = (size + 2 * edge for size, edge in zip(plane, padding[1:], strict=True))
-    thickness = max(1, min(rows, CHUNK_ELEMENTS // (h * w * (ins + outs))))
-    some_grad = grad.new_zeros((thickness, h, w, outs))
-    some_x = grad.new_zeros((thickness + kernel[0], h, w, ins))  # one row more: the last taps read beyond
-    inner = some_x[:, padding[1] : h - padding[1], padding[2] : w - padding[2]]
-    found = grad.new_zeros((*kernel, outs, ins))
-    for lo in range(0, rows, thickness):
-        count = min(thickness, rows - lo)
-        some_grad[:count, :height, :width] = grad[lo : lo + count]
-        first, last = lo - padding[0], lo - padding[0] + count + kernel[0] - 1
-        begin, end = max(first, 0), min(last, len(x))
-        inner[: begin - first].zero_()
-        inner[begin - first : end - first] = x[begin:end]
-        inner[end - first :].zero_()
-        voxels = count * h * w
-        columns, flat = some_grad.view(-1, outs)[:voxels].t(), some_x.view(-1, ins)
-        for tap in itertools.product(*map(range, kernel)):
-            start = (tap[0] * h + tap[1]) * w + tap[2]
-            found[tap].addmm_(columns, flat[start : start + voxels])
-    # A copy, whose strides say contiguous for a kernel of one voxel, too: DDP compares them.
-    return found.new_empty((outs, ins, *kernel)).copy_(found.permute(3, 4, 0, 1, 2))
 
 
 class _Convolution(Function):
