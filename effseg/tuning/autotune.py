@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effseg.algorithms import algorithm
 from effseg.common.atomic import atomic_path
+from effseg.common.device import pretending
 from effseg.common.isolation import Loss, isolated
 from effseg.errors import InputError
 from effseg.expressions.slabs import Window, abridged
@@ -96,7 +97,7 @@ def problems(
         with algorithm("triton"), recording(arch), answering(partial(answer, aten)):
             peak_training_memory(partial(build, memory), shape, dtype=dtype, device="cuda")
             autocast = torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32")
-            with FakeTensorMode(), abridged(), autocast:
+            with FakeTensorMode(), pretending("cuda"), abridged(), autocast:
                 build(memory).segment(torch.empty(shape))
     # Asked for, but never run: the gradient of an image.
     met = {name: row for name, row in met.items() if not _is_gradient_of(row[1], channels)}

@@ -1,5 +1,6 @@
 """What is measured is what networks look up: keys of the tuner, of the benchmark and of launches agree."""
 
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import effseg
-from effseg.algorithms.aten.head import CHUNK_ELEMENTS
 from effseg.benchmarking.registry import Workload
 
 pytest.importorskip("triton")
 
 from effseg.benchmarking import operators
+from effseg.common.device import pretending
 from effseg.expressions.slabs import abridged
 from effseg.kernels import choose, config, tuned
 from effseg.kernels.config import ATEN, Config, Problem
@@ -45,9 +46,11 @@ def sought(model: str, workload: Workload, memory: str, aten: bool, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(choose, "tuned_files", lambda gpu: (Path("spy"),))
         patch.setattr(choose, "read_tuned", lambda path: spy)
-        patch.setitem(CHUNK_ELEMENTS, "cpu", CHUNK_ELEMENTS["cuda"])
         low = torch.autocast("cpu", torch.bfloat16)
-        with FakeTensorMode(), effseg.algorithm("triton"), recording("sm_90"), abridged(), low:
+        kernels = (effseg.algorithm("triton"), recording("sm_90"), pretending("cuda"))
+        with FakeTensorMode(), ExitStack() as stack:
+            for context in (*kernels, abridged(), low):
+                stack.enter_context(context)
             network = autotune.build_model(model, 1, workload.classes)
             network = type(network)(**(network.arguments | {"memory": memory}))
             image = torch.empty(1, 1, *workload.volume)
