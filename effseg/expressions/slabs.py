@@ -39,6 +39,8 @@ MIN_ROWS = 4
 # where MIN_ROWS have more elements than it is worth.
 MIN_ROWS_OF_SHARED = 2
 SMALL_SLAB_ELEMENTS = 2**20
+# Rows that a level which is run again reads on either side of a slab: of its three convolutions in a row.
+WIDEST_HALO = 3
 # As `slab_elements`: slabs of the same share of every tensor, so that what a step needs grows with the volume
 # and nothing else. Small volumes run faster in fewer slabs.
 SHARE = 0
@@ -114,10 +116,11 @@ _abridgement: Setting[Abridgement | None] = Setting("effseg_abridgement", None)
 
 @contextmanager
 def abridged() -> Iterator[Abridgement]:
-    """Inside, a sweep visits the first two slabs and the last one of a sample, and one of every other sample.
+    """Inside, a sweep visits the first two slabs and the last one of a sample (of slabs of a row or two some
+    more), and one of every other sample.
 
     Results are then meaningless, but their shapes are right, and so are memory and arithmetic: the skipped
-    slabs are of the second one's shapes, and from the third on nothing is allocated that stays. For steps
+    slabs are of the shapes of the one before them, and from it on nothing is allocated that stays. For steps
     on fake tensors.
     """
     abridgement = Abridgement()
@@ -144,13 +147,14 @@ def slabs(samples: int, rows: int, thickness: int) -> Iterator[Slab]:
     """This process's slabs of a tensor of so many rows, in the order in which operators visit them."""
     first, last = own_rows(rows)
     starts = range(first, last, thickness)
+    typical = math.ceil(WIDEST_HALO / thickness)  # the first slab whose halo the volume's end does not cut
     abridgement = _abridgement.get()
     for n in range(samples):
         for i, lo in enumerate(starts):
             if abridgement is not None:
-                if 2 <= i < len(starts) - 1 or (n > 0 and i > 0):
+                if typical < i < len(starts) - 1 or (n > 0 and i > 0):
                     continue
-                interior = max(len(starts) - 2, 1) if i == 1 else 1
+                interior = max(len(starts) - 1 - typical, 1) if i == typical else 1
                 abridgement.alike = interior * (samples if i > 0 else 1)
             hi = min(lo + thickness, last)
             yield Slab(n, lo, hi, slice(lo - first, hi - first))

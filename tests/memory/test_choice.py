@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -98,15 +99,17 @@ def test_arithmetic_is_that_of_the_convolutions():
 
 @pytest.mark.slow
 def test_streamed_layers_run_as_often_as_is_said():
-    """The first layer again in every sweep, the last one two more times, but for what halos add."""
+    """The first layer again in every sweep, the last one two more times, but for what halos add; of a level
+    that is run again, the unit that enters it and its block."""
     step = TrainingStep.of(EffSegNet, ARGUMENTS, (1, 1, 256, 32, 32))
     raw, stream, recomputed = (
         choice.predict(step, s).macs / (256 * 32 * 32)
         for s in (Settings("raw"), Settings("stream"), Settings("stream", 1))
     )
-    first, last, block = 27 * 16, 27 * 16 * 16, 2 * 27 * 32 * 32 / 8
+    first, last = 27 * 16, 27 * 16 * 16
+    enters, block = 27 * 16 * 32 / 8, 2 * 27 * 32 * 32 / 8
     assert 2 * last + 2 * first < stream - raw < 1.2 * (2 * last + 20 * first)
-    assert recomputed - stream == pytest.approx(block, rel=0.01)
+    assert enters + block < recomputed - stream < 1.3 * enters + block
 
 
 def choice_or_refusal(preset, shape, budget):
@@ -149,28 +152,22 @@ def test_choices_fit_their_budgets(preset, size, budgets, most):
     assert size[2] > 512 or found[0] is not None
 
 
-def flatness(shapes, dtype):
-    """Largest over smallest bytes per voxel, without weights and optimizer, which no volume changes."""
-    found = []
-    for shape in shapes:
-        report = choice.predict(
-            TrainingStep.of(EffSegNet, ARGUMENTS, (1, 1, *shape), dtype, "adamw", "cpu"), Settings("stream")
-        )
-        fixed = report.split["parameters"] + report.split["optimizer"]
-        found.append((report.peak - fixed) / report.voxels)
-    return max(found) / min(found)
-
-
-@pytest.mark.slow
-def test_bytes_per_voxel_do_not_depend_on_the_volume():
-    assert flatness([(128, 128, 128), (512, 512, 256)], "bf16") < 1.05
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_bytes_per_voxel_from_small_to_large(dtype):
-    shapes = [(128, 128, 128), (256, 256, 256), (512, 512, 256), (512, 512, 512), (512, 512, 1024)]
-    assert flatness(shapes, dtype) < 1.05
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bytes_per_voxel_fall_with_the_volume(device, dtype):
+    """Without weights and optimizer, which no volume changes. What is kept is the same; slabs are a fortieth
+    of a level, but four rows at least, which are a sixteenth of a small volume's half-resolution level."""
+    found = []
+    for size in ((128, 128, 128), (256, 256, 256), (512, 512, 256), (512, 512, 512), (512, 512, 1024)):
+        step = TrainingStep.of(EffSegNet, ARGUMENTS, (1, 1, *size), dtype, "adamw", device)
+        report = choice.predict(step, Settings("stream"))
+        fixed = report.split["parameters"] + report.split["optimizer"]
+        found.append((report.peak - fixed) / report.voxels)
+    for smaller, larger in pairwise(found):
+        assert larger < 1.002 * smaller
+    assert found[0] < 1.2 * found[-1]
+    assert found[2] == pytest.approx(found[-1], rel=0.05)
 
 
 def test_the_order_of_candidates():
