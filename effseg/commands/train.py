@@ -93,6 +93,13 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help="leave out random affine maps, intensities, noise",
     )
     group.add_argument(
+        "--augment-strength",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="of these changes' ranges, at most 4; for few cases more may be better (default: 1)",
+    )
+    group.add_argument(
         "--augment-on",
         choices=("auto", "cpu", "device"),
         default="auto",

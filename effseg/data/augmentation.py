@@ -98,6 +98,7 @@ class RandomPoseD(Randomizable, MapTransform):
         """(4, 4) from voxels of the result to voxels of the source, or None to leave the volume."""
         moves = self.R.random() < 0.75
         angles = np.deg2rad(self.R.uniform(-8, 8, 3)) * self.strength
+        farthest = 1 - 0.12 * self.strength, 1 + 0.12 * self.strength
         zoom = 1 + self.strength * self.R.uniform(-0.12, 0.12)
         stretch = 1 + self.strength * self.R.uniform(-0.04, 0.04, 3)
         shift = self.strength * self.R.uniform(-0.125, 0.125, 3) * shape
@@ -105,7 +106,7 @@ class RandomPoseD(Randomizable, MapTransform):
             return None
         centre = (np.array(shape) - 1) / 2
         to_mm = create_scale(3, self.spacing) @ create_translate(3, -centre)
-        turn = create_rotate(3, angles) @ create_scale(3, np.clip(zoom * stretch, 0.88, 1.12))
+        turn = create_rotate(3, angles) @ create_scale(3, np.clip(zoom * stretch, *farthest))
         return create_translate(3, shift) @ np.linalg.inv(to_mm) @ turn @ to_mm
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:

@@ -50,6 +50,8 @@ class TrainingConfig:
     dtype: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on a CPU.
     ema: decay per step of a running mean of the weights which then is validated and saved; 0: none.
     augment: random affine maps, intensities and noise for the training cases.
+    augment_strength: of their ranges, above 0 and 4 at most: 2 turns, zooms and shifts twice as far, and
+        changes intensities twice as much (`effseg.data.augmentation`).
     augment_on: where that runs: "cpu", in the threads that prepare batches, "device", where the network is,
         or "auto": device on CUDA, else cpu. Their noise differs.
     mirror: "left-right" mirrors every second training volume, too, and needs to be told in mirror_pairs, or
@@ -100,6 +102,7 @@ class TrainingConfig:
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     ema: float = 0.0
     augment: bool = True
+    augment_strength: float = 1.0
     augment_on: Literal["auto", "cpu", "device"] = "auto"
     mirror: Literal["none", "left-right"] = "none"
     mirror_pairs: str | None = None
@@ -141,6 +144,9 @@ class TrainingConfig:
         _demand(self, "ce_weight", self.dice_weight + self.ce_weight > 0, "above 0 when dice_weight is 0")
         for name in ("warmup", "label_smoothing", "ema"):
             _demand(self, name, 0 <= getattr(self, name) < 1, "0 or more and below 1")
+        _demand(self, "augment_strength", 0 < self.augment_strength <= 4, "above 0 and at most 4")
+        whole = self.augment or self.augment_strength == 1
+        _demand(self, "augment_strength", whole, "none without augmentation")
         for name, values in _CHOICES.items():
             _demand(self, name, getattr(self, name) in values, f"one of {', '.join(values)}")
         _demand(self, "mirror", self.mirror == "none" or self.augment, "none without augmentation")

@@ -128,7 +128,7 @@ def load_training_data(
         preprocessing,
         training,
         validation,
-        augmentation(mirror, on_device=config.augments_on(world.device)) if config.augment else None,
+        _augmentation(mirror, config, world.device) if config.augment else None,
         resumed or world.from_main(partial(_record, *settings, parts, (training, validation))),
         resumed,
     )
@@ -150,6 +150,10 @@ def _record(
     used = {*training, *validation}
     files = {case.name: case_identity(case) for part in parts for case in part if case.name in used}
     return RunRecord(label_map, preprocessing, training, validation, files, mirror)
+
+
+def _augmentation(mirror: Pairs | None, config: TrainingConfig, device: torch.device) -> Augmentation:
+    return augmentation(mirror, config.augment_strength, on_device=config.augments_on(device))
 
 
 def _mirror(config: TrainingConfig, label_map: LabelMap) -> Pairs | None:

@@ -166,6 +166,13 @@ class TestPose:
         assert 1.1 < np.max(zooms) <= 1.12 + 1e-9
         assert 8 < np.max(angles) <= 8 * np.sqrt(3) + 0.1
 
+    def test_strength_scales_the_zoom(self) -> None:
+        transform = RandomPoseD(2.0, (1.0, 1.0, 1.0)).set_random_state(0)
+        matrices = [transform.randomize((8, 8, 8)) for _ in range(400)]
+        zooms = [np.linalg.norm(matrix[:3, :3], axis=0) for matrix in matrices if matrix is not None]
+        assert 0.76 - 1e-9 <= np.min(zooms) < 0.8
+        assert 1.2 < np.max(zooms) <= 1.24 + 1e-9
+
     def test_strength_scales(self) -> None:
         image, labels = sample()
         weak = [augmentation(strength=0.1)(image, labels, seed)[0] for seed in range(8)]

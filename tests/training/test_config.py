@@ -48,6 +48,8 @@ def test_unknown_and_missing_fields_are_named():
         ("spacing", (1.0, 0.0, 1.0)),
         ("crop", "head"),
         ("augment_on", "gpu"),
+        ("augment_strength", 0.0),
+        ("augment_strength", 5.0),
         ("seed", -1),
         ("workers", -1),
         ("validation_interval", 0),
@@ -66,6 +68,8 @@ def test_contradictions_are_refused():
         make(dice_weight=0.0, ce_weight=0.0)
     with pytest.raises(InputError, match=r"^norm: "):
         make(model="unet3d", norm="group")
+    with pytest.raises(InputError, match=r"^augment_strength: "):
+        make(augment=False, augment_strength=2.0)
 
 
 def test_default_rate_depends_on_the_network():
