@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from benchmarks import memory_plots, speed_plots
+from benchmarks.accuracy import curves
 from effseg.benchmarking import results
 from effseg.benchmarking.record import Record
 from effseg.common.arguments import Parser
@@ -36,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         drawn = 0
-        for name, figure in figures(results.records(args.results)):
+        drawings = figures(results.records(args.results)), curves.figures(args.results / "accuracy")
+        for name, figure in chain(*drawings):
             path = (args.output or args.results) / name
             save(figure, path)
             print(path)

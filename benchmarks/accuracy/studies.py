@@ -42,8 +42,8 @@ class Study:
     contenders: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     patch_options: Mapping[str, Any] = field(default_factory=dict)
-    rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
-    search_steps: int = 60
+    rates: tuple[float, ...] = (3e-3, 6e-3, 12e-3)
+    search_steps: int = 200  # after 60, EffSegNet base is best with half the rate that is best after 200
     search_seed: int = 100
     validations: int = 0
 
@@ -78,8 +78,6 @@ def phantoms(
         },
         contenders=("effseg-base", "nnunet", "unet3d"),
         options={"augment": False, "crop": "none"},
-        rates=(3e-3, 6e-3, 12e-3),
-        search_steps=200,  # after 60, EffSegNet base is best with half the rate that is best after 200
     )
 
 

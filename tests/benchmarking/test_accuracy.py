@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.accuracy import paces, report, studies, study
+from benchmarks.accuracy import curves, paces, report, studies, study
 from benchmarks.accuracy.bootstrap import mean_over_patients
 from benchmarks.accuracy.contenders import CONTENDERS, Contender, NNUNet, strides_for
 from benchmarks.accuracy.runs import Budget, Place, Run, carry_out, configuration
@@ -356,13 +356,28 @@ def test_tables_pair_seeds_and_patients(tmp_path):
     assert "| **EffSegNet base** |" in report.markdown(tmp_path)
 
 
-def write(folder, name, seed, patients, fold="0"):
+def test_learning_curves_show_runs_and_their_means(tmp_path):
+    """Against steps and minutes: a run of 200 steps in 60 s takes 0.25 of them for its first 50."""
+    patients = {"easy": {"liver": 0.5}}
+    for seed, dice in ((1, 0.2), (2, 0.4)):
+        write(tmp_path, "effseg-base", seed, patients, curve=[[50, dice], [200, dice + 0.5]])
+    write(tmp_path, "unet3d", 1, patients, curve=[[200, 0.1]])  # which is no curve
+    ((name, figure),) = curves.figures(tmp_path)
+    assert name == "curves_phantoms_steps-200.png"
+    by_steps, by_time = ([line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes)
+    assert [line[0] for line in by_steps] == [[50, 0.2], [50, 0.4], [50, pytest.approx(0.3)]]
+    assert by_time[2] == [[0.25, pytest.approx(0.3)], [1.0, pytest.approx(0.8)]]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["EffSegNet base, 0.800"]
+
+
+def write(folder, name, seed, patients, fold="0", curve=()):
     document = {
         "schema": 1, "machine": {"cpu": "Some CPU", "gpu": None}, "study": "phantoms",
         "title": "two phantoms", "contender": name,
         "budget": {"kind": "steps", "amount": 200}, "fold": fold, "seed": seed, "learning_rate": 1e-3,
         "steps": 200, "dtype": "bf16", "device": "cpu", "threads": 1,
         "processor_seconds": 60.0, "patients": patients, "mean_dice": 1.0,
+        "curve": curve,
     }  # fmt: skip
     (folder / f"{name}_fold-{fold}_seed-{seed}.json").write_text(json.dumps(document))
 
