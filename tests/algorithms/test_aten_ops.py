@@ -98,6 +98,25 @@ def test_gradients_of_a_small_slab(window, size):
             assert_rounded(got, exact, slack(bound.detach()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_a_cpu_without_fast_low_precision_takes_float32(window, dtype, monkeypatch):
+    """And rounds once: exact but for the last bit of what it answers."""
+    monkeypatch.setattr(convolution, "_has_fast", lambda dtype: dtype.itemsize > 2)
+    pad = (window.kernel[0] // 2, 0)
+    x, weight = features(1, 16, 5, 7, 6, dtype=dtype), torch.randn(24, 16, *window.kernel).to(dtype)
+    exact = ops.convolution(x.double(), weight.double(), None, window, pad)
+    y = ops.convolution(x, weight, None, window, pad)
+    grad = features(*y.shape, dtype=dtype)
+    gx, gw = ops.convolution_backward(grad, x, weight, window, pad, True, True)
+    doubles = (t.double() for t in (grad, x, weight))
+    exact_gx, exact_gw = ops.convolution_backward(*doubles, window, pad, True, True)
+    assert (y.dtype, gx.dtype, gw.dtype) == (dtype, dtype, torch.float32)
+    for got, expected in ((y, exact), (gx, exact_gx)):
+        torch.testing.assert_close(got.double(), expected, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-4)
+    torch.testing.assert_close(gw.double(), exact_gw, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("slope", [0.01, 0.0, 1.0, 0.3])
 @pytest.mark.parametrize("with_addend", [False, True])
 def test_norm_act_gradients(slope, with_addend):

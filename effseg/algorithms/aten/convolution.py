@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,21 @@ def _forward_is_broken(x: Tensor, window: Window) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and window.stride[2] > 1 and narrow
 
 
+def _takes_float32(x: Tensor) -> bool:
+    """On CPUs without AVX-512 ATen keeps low precision from oneDNN, and its own convolution takes up to two
+    hundred times as long as a float32 slab and its conversion. (Fake tensors stand for any machine's.)"""
+    if x.device.type != "cpu" or isinstance(x, FakeTensor):
+        return False
+    return not _has_fast(x.dtype)
+
+
+@cache
+def _has_fast(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype != torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 def _pad_rows(x: Tensor, window: Window, pad: tuple[int, int]) -> tuple[Tensor, list[int]]:
     """x with its rows of zeros, and the padding left to the convolution. Equal rows on both sides need
     no copy."""
@@ -63,7 +79,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, pad: tuple[int, int]) -> Tensor:
-    if _forward_is_broken(x, window):
+    if _forward_is_broken(x, window) or _takes_float32(x):
         bias = None if bias is None else bias.float()
         return _convolve(x.float(), weight.float(), bias, window, pad).to(x.dtype)
     padded, padding = _pad_rows(x, window, pad)
@@ -96,7 +112,7 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dgrad (of the rows of x, without the padding) and wgrad of `convolution`."""
     dtype = x.dtype
-    if need_weight and _wgrad_is_broken(x, window):
+    if (need_weight and _wgrad_is_broken(x, window)) or _takes_float32(x):
         grad, x, weight = grad.float(), x.float(), weight.float()
     padded, padding = _pad_rows(x, window, pad)
     weight = weight.contiguous(memory_format=CHANNELS_LAST)
