@@ -30,7 +30,8 @@ class Study:
     """size: a typical volume's, by which nnU-Net's network is planned. patch_size: of contenders on patches.
     options: of `TrainingConfig`, the same for all contenders; patch_options: instead, for those on patches,
     where a patch would not fit otherwise. folds: SEARCH, whose scores are not reported,
-    and the others. rates: the learning rates of the search, tried for search_steps. validations: how many
+    and the others. rates: the learning rates of the search, tried for search_steps; more_rates: how many it
+    may add, each half the lowest or twice the highest while that is the best. validations: how many
     times a run scores its patients on the way, for learning curves; its processor time is without them."""
 
     name: str
@@ -43,6 +44,7 @@ class Study:
     options: Mapping[str, Any] = field(default_factory=dict)
     patch_options: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = (3e-3, 6e-3, 12e-3)
+    more_rates: int = 3
     search_steps: int = 200  # after 60, EffSegNet base is best with half the rate that is best after 200
     search_seed: int = 100
     validations: int = 0

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ FOLDER = results.FOLDER / "accuracy"
 SCRATCH = results.FOLDER.parents[1] / "runs" / "accuracy"
 
 HELP = """Train networks on equal terms and score each on the same unseen patients. The learning rate of each
-is the best of three on patients, and with a seed, that are not reported. Tables with 95 % intervals
+is the best of a search on patients, and with a seed, that are not reported. Tables with 95 % intervals
 (bootstrap over patients) are printed, and written with --table."""
 
 
@@ -47,10 +48,13 @@ def go(
     console: Console | None = None,
 ) -> bool:
     """Every run that has no file yet, the first seed of all contenders first; whether all are done."""
-    for run in _searches(chosen, contenders):
-        if not _done(run, place, say, goes_on, console):
+    done = partial(_done, place=place, say=say, goes_on=goes_on, console=console)
+    rates = {}
+    for one in contenders:
+        best = best_rate(chosen, one, place, done)
+        if best is None:
             return False
-    rates = {contender.name: _best_rate(chosen, contender, place) for contender in contenders}
+        rates[one.name] = best
     by_time = any(budget.kind == "cpu-seconds" for budget in budgets)
     seconds = paces(chosen, contenders, place) if by_time else {}
     for budget in budgets:
@@ -59,24 +63,27 @@ def go(
                 for one in contenders:
                     pace = seconds[one.name] if budget.kind == "cpu-seconds" else None
                     run = Run(chosen, one, budget, fold, seed, rates[one.name], pace)
-                    if not _done(run, place, say, goes_on, console):
+                    if not done(run):
                         return False
     return True
 
 
-def _searches(chosen: Study, contenders: Sequence[Contender]) -> Iterator[Run]:
+def best_rate(chosen: Study, contender: Contender, place: Place, done: Callable[[Run], bool]) -> float | None:
+    """The best learning rate of the search, which goes on beyond the study's while the lowest or highest one
+    is the best; None where a run is not done."""
     budget = Budget("steps", chosen.search_steps)
-    for contender in contenders:
-        for rate in chosen.rates:
-            yield Run(chosen, contender, budget, SEARCH, chosen.search_seed, rate)
-
-
-def _best_rate(chosen: Study, contender: Contender, place: Place) -> float:
-    found = {
-        run.rate: read_run(place.results / run.place)["mean_dice"] or 0.0
-        for run in _searches(chosen, [contender])
-    }
-    return max(found, key=lambda rate: found[rate])
+    rates, found = sorted(chosen.rates), dict[float, float]()
+    while True:
+        for rate in rates:
+            run = Run(chosen, contender, budget, SEARCH, chosen.search_seed, rate)
+            if rate not in found:
+                if not done(run):
+                    return None
+                found[rate] = read_run(place.results / run.place)["mean_dice"] or 0.0
+        best = max(rates, key=lambda rate: found[rate])
+        if len(rates) >= len(chosen.rates) + chosen.more_rates or rates[0] < best < rates[-1]:
+            return best
+        rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
 
 
 def _done(

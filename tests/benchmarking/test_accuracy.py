@@ -33,7 +33,7 @@ TWO = Budget("steps", 2)
 def tiny(tmp_path_factory):
     """Two phantoms train, one serves the search, two are scored."""
     made = studies.phantoms(tmp_path_factory.mktemp("study"), (20, 16, 12), (2, 1, 2))
-    return dataclasses.replace(made, rates=(1e-3, 2e-3), search_steps=1)
+    return dataclasses.replace(made, rates=(1e-3, 2e-3), more_rates=0, search_steps=1)
 
 
 @pytest.fixture
@@ -242,7 +242,37 @@ def test_the_best_rate_of_the_search_is_taken(tiny, place, found):
     path = place.results / "phantoms/search-steps-1/effseg-tiny_rate-0.001.json"
     for dice, best in ((2.0, 1e-3), (-1.0, 2e-3)):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"mean_dice": dice}))
-        assert study._best_rate(tiny, TINY, place) == best
+        assert study.best_rate(tiny, TINY, place, lambda run: True) == best
+    assert study.best_rate(tiny, TINY, place, lambda run: False) is None
+
+
+@pytest.mark.parametrize(
+    ("best", "more", "tried"),
+    [
+        (2e-3, 3, [1e-3, 2e-3, 4e-3]),
+        (5e-4, 3, [1e-3, 2e-3, 4e-3, 5e-4, 2.5e-4]),
+        (5e-4, 1, [1e-3, 2e-3, 4e-3, 5e-4]),
+        (16e-3, 3, [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3]),
+        (1.0, 3, [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3]),
+    ],
+)
+def test_a_search_goes_on_beyond_its_ends(tiny, tmp_path, best, more, tried):
+    ways, wide = (
+        Place(tmp_path, tmp_path),
+        dataclasses.replace(tiny, rates=(1e-3, 2e-3, 4e-3), more_rates=more),
+    )
+    seen = []
+
+    def done(run):
+        seen.append(run.rate)
+        (tmp_path / run.place).parent.mkdir(parents=True, exist_ok=True)
+        document = {"schema": 1, "patients": {}, "mean_dice": 1 - abs(np.log(run.rate / best)) / 100}
+        (tmp_path / run.place).write_text(json.dumps(document))
+        return True
+
+    found = study.best_rate(wide, TINY, ways, done)
+    assert seen == pytest.approx(tried)
+    assert found == pytest.approx(min(tried, key=lambda rate: abs(np.log(rate / best))))
 
 
 def test_validations_on_the_way_make_a_curve(tiny, place, monkeypatch):
