@@ -55,7 +55,9 @@ def move_seeds(by: int) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "long" not in item.keywords)  # else the last of them has one core only
+    # Markers, not keywords: names of folders are these, too, and a clone may lie in one that is called gpu.
+    # Long tests first, else the last of them has one core only.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     skipped = []
     if not config.getoption("--slow"):
         skipped.append(("slow", "takes minutes: run with --slow"))
@@ -65,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError("--gpu was given, but torch sees no CUDA device")
     for item in items:
         for marker, reason in skipped:
-            if marker in item.keywords:
+            if item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
