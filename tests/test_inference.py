@@ -324,7 +324,9 @@ class TestTold:
         assert (predictor.preprocessing, predictor.label_map) == (PREPROCESSING, expected)
         assert predictor.patch_size == (8, 8, 8)
 
-    @pytest.mark.parametrize("labels", [["liver"], {1: "a", 2: "b", 3: "c"}, ["a", "b", "c", "d"], "liver"])
+    @pytest.mark.parametrize(
+        "labels", [["liver"], {1: "a", 2: "b", 3: "c"}, ["a", "b", "c", "d"], "liver", ["a", "b", "c"]]
+    )
     def test_labels_of_another_number(self, tmp_path: Path, labels: object) -> None:
         with pytest.raises(InputError, match="labels: expected"):
             effseg.EffSegNet(1, 3, preset="tiny").save(tmp_path / "x.safetensors", labels=labels)

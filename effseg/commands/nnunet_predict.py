@@ -1,6 +1,7 @@
 """`effseg nnunet predict`: prediction with nnU-Net's models, in bounded memory."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def predict(arguments: Sequence[str]) -> None:
         on_device=not args.not_on_device,
         compiled=args.compile,
     )
+    folds = predictor.model.folds
+    if args.f is None:
+        print(f"averages fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}", file=sys.stderr)
     with _Progress(shown=not args.disable_progress_bar) as progress:
         written = predictor.predict_folder(
             args.i,
@@ -103,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TRAINER",
         help="of the model, with -d (default: %(default)s)",
     )
-    add("-f", nargs="+", metavar="FOLD", help="folds to average, numbers or all (default: those there are)")
+    add(
+        "-f", nargs="+", metavar="FOLD", help="folds to average, numbers or all (default: every one there is)"
+    )
     add("-chk", default="checkpoint_final.pth", metavar="NAME", help="checkpoint (default: %(default)s)")
     add("-step_size", type=float, default=0.5, metavar="SHARE", help="of a window (default: %(default)s)")
     add("--disable_tta", action="store_true", help="without mirrored windows: faster, less accurate")

@@ -30,6 +30,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder in `folder`; on success move all files made in it to `folder`, each whole.
+
+    For writers that make several files from one name. On any error nothing is moved. Missing folders are
+    made.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as name:
+        yield Path(name)
+        made = sorted(Path(name).iterdir())
+        for path in made:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.chmod(0o666 & ~_umask())
+        for path in made:
+            path.replace(folder / path.name)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

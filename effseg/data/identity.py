@@ -17,8 +17,9 @@ BLOCKS, BLOCK_BYTES = 64, 4096
 def case_identity(case: Case) -> dict[str, Any]:
     """{"images": one entry a channel, "labels": an entry or None}, for JSON.
 
-    Of a scan, which is large: its size in bytes, checksums of its header and of 64 blocks spread over the
-    file. Of labels: their size and a checksum of the whole file. Names and times do not count.
+    Of a compressed scan, which is large: its size in bytes, checksums of its header and of 64 blocks spread
+    over the file, the last of which holds gzip's own checksum of all. Of others and of labels: their size and
+    a checksum of the whole file. Names and times do not count.
     Raises InputError for a file that cannot be read.
     """
     try:
@@ -39,6 +40,8 @@ def header_bytes(path: Path) -> bytes:
 
 
 def _scan_identity(path: Path) -> dict[str, Any]:
+    if not path.name.lower().endswith(".gz"):
+        return _file_identity(path)
     size = path.stat().st_size
     header = header_bytes(path)
     blocks = hashlib.sha256()

@@ -14,6 +14,8 @@ from effseg.errors import InputError
 __all__ = ["LabelMap", "as_label_map", "label_names", "load_label_map"]
 
 BACKGROUND = "background"
+NO_ORGAN = frozenset({BACKGROUND, "air", "bg", "clear label", "empty", "none", "outside", "void"})
+"""Names, in small letters, that the value 0 may have in a list of names without values."""
 IGNORE = "ignore"
 _LARGEST = 65535
 _PLANES = 16  # translated at a time, so that what is made on the way stays small
@@ -137,7 +139,13 @@ def as_label_map(labels: Labels, classes: int) -> LabelMap:
         elif isinstance(labels, str):
             raise InputError(f"labels: expected a sequence of names, got {labels!r}")
         else:
-            named = dict(enumerate(map(str, labels), start=0 if len(labels) == classes else 1))
+            whole = len(labels) == classes
+            if whole and str(labels[0]).lower() not in NO_ORGAN:
+                raise InputError(
+                    f"labels: expected {classes - 1} names, of the classes above background, or {BACKGROUND} "
+                    f"first, got {', '.join(map(str, labels))}"
+                )
+            named = dict(enumerate(map(str, labels), start=0 if whole else 1))
         named = {0: BACKGROUND} | named
         label_map = LabelMap(tuple(named[value] for value in sorted(named)), tuple(sorted(named)))
     if label_map.num_classes != classes:
@@ -228,6 +236,9 @@ def _select(
     unknown = [organ for organ in organs if organ not in values]
     if unknown:
         raise InputError(f"{path}: no label {_listed(unknown)}; there are {_listed(values)}")
+    no_organ = [organ for organ in organs if values[organ] == 0 and organ.lower() not in NO_ORGAN]
+    if no_organ:
+        raise InputError(f"{path}: {_listed(no_organ)} has the value 0, which is the background's")
     return values, organs or list(values)
 
 

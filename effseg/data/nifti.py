@@ -5,7 +5,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -37,6 +37,7 @@ _DAMAGE = (OSError, EOFError, zlib.error, MemoryError, OverflowError)
 _LINE_ENDS = ([13, 10, 26, 10], [0, 0, 0, 0])  # in the header, for this check
 _LAST_CODE = 5  # of what a qform or sform refers to
 _ROUNDING = 1e-4  # what rounding may add to the square of a quaternion's length; 1 degree
+_ALIKE = 0.01  # share by which voxel sizes of one header may differ
 _WHOLE = 1e-3  # how far a label may lie from a whole number, beside the steps in which the file is stored
 _COARSEST = 0.5  # step of label files that is made up for: labels are still told apart
 
@@ -64,7 +65,8 @@ def read_image(paths: _PathLike | Sequence[_PathLike]) -> Scan:
 
     The grid is that of the NIfTI standard: sform, else qform, with pixdim[0] = 0 taken as 1 and a quaternion
     that rounding has made longer than 1 normalised. With neither, voxel sizes along axes that go left,
-    anterior, superior, as nibabel takes them, and an InputWarning.
+    anterior, superior, as nibabel takes them, and an InputWarning, as where pixdim or the qform say otherwise
+    than the sform. Metres and microns become mm.
     Raises InputError where a file is missing, damaged, no NIfTI, not 3-D (trailing axes of length 1 are
     dropped), has NaN or infinite voxels, a spacing that is not positive or a singular affine, or where the
     channels' grids differ.
@@ -86,6 +88,8 @@ def read_image(paths: _PathLike | Sequence[_PathLike]) -> Scan:
                 InputWarning,
                 stacklevel=2,
             )
+        if found := _contradiction(grid):
+            warnings.warn(f"{file}: {found}: the sform is taken", InputWarning, stacklevel=2)
         arrays.append(grid.to_ras(_values(raw, *scale, file)))
         grids.append(grid)
     array = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
@@ -220,6 +224,7 @@ def _mended(header: nib.Nifti1Header, path: Path) -> nib.Nifti1Header:
     if isinstance(header, nib.Nifti2Header) and header["eol_check"].tolist() not in _LINE_ENDS:
         raise InputError(f"{path}: damaged: its line ends were changed, as of a text")
     header["sizeof_hdr"] = header.sizeof_hdr
+    _in_mm(header)
     header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])  # as nibabel does: a distance has no sign
     if header["pixdim"][0] == 0:
         header["pixdim"][0] = 1
@@ -241,6 +246,48 @@ def _mended(header: nib.Nifti1Header, path: Path) -> nib.Nifti1Header:
             found = float(header["pixdim"][0])
             raise InputError(f"{path}: expected 1, -1 or 0 as pixdim[0], found {found:g}")
     return header
+
+
+def _in_mm(header: nib.Nifti1Header) -> None:
+    """Metres and microns become millimetres, as in ITK; a header that does not say is in these already."""
+    factor = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7)
+    if factor is None:
+        return
+    header["xyzt_units"] = (int(header["xyzt_units"]) & ~7) | 2
+    header["pixdim"][1:4] *= factor
+    for name in ("srow_x", "srow_y", "srow_z"):
+        header[name] *= factor
+    for name in ("qoffset_x", "qoffset_y", "qoffset_z"):
+        header[name] = float(header[name]) * factor
+
+
+def _contradiction(grid: Grid) -> str:
+    """In which a header's sform, which counts, and its pixdim or qform differ; "" where they do not."""
+    header = grid.header
+    if header["sform_code"] == 0:
+        return ""
+    lengths, sizes = np.linalg.norm(grid.affine[:3, :3], axis=0), header["pixdim"][1:4]
+    if not np.allclose(lengths, sizes, rtol=_ALIKE, atol=0):
+        by_sform, by_pixdim = (" x ".join(f"{size:g}" for size in found) for found in (lengths, sizes))
+        return f"voxels are {by_sform} mm by its sform and {by_pixdim} mm by its pixdim"
+    if header["qform_code"] > 0:
+        with np.errstate(all="ignore"), suppress(HeaderDataError, ValueError):
+            by_qform = io_orientation(header.get_qform())
+            if not np.array_equal(by_qform, io_orientation(grid.affine)):
+                return "its axes go elsewhere by its sform than by its qform"
+    return ""
+
+
+def whole_size(path: Path) -> int:
+    """Bytes that a .nii file must have by its header, at least. Raises InputError for a file that is none."""
+    with _damage_reported(path), ImageOpener(str(path)) as file:
+        header = _read_header(file, path)
+        extents = map(int, header.get_data_shape())
+        return _offset(header, path) + math.prod(extents) * _dtype_size(header)
+
+
+def _dtype_size(header: nib.Nifti1Header) -> int:
+    return abs(int(header["bitpix"])) // 8
 
 
 def _grid(header: nib.Nifti1Header, path: Path) -> Grid:

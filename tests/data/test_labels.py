@@ -62,6 +62,7 @@ class TestLoad:
             ("labels.json", GROUPS, "liver", "no group has the label liver; there are Brainstem"),
             ("labels.json", GROUPS, "Brainstem,lung_left", "no group has the label Brainstem, lung_left"),
             ("labels.json", {"0": "background"}, None, "no foreground"),
+            ("labels.json", {"0": "liver", "1": "spleen"}, "liver,spleen", "liver has the value 0, which is"),
             ("labels.json", {}, None, "no foreground"),
             ("dataset.json", {"labels": {"background": 0}}, None, "no foreground"),
             ("dataset.json", {"labels": {"background": 0, "ignore": 1}}, None, "no foreground"),

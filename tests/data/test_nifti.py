@@ -291,6 +291,45 @@ class TestHeaders:
         with pytest.raises(InputError, match="found the unknown datatype 32767"):
             read_image(path)
 
+    @pytest.mark.parametrize("qform", [True, False])
+    @pytest.mark.parametrize(("unit", "factor"), [(1, 1000.0), (2, 1.0), (3, 0.001), (0, 1.0)])
+    def test_units_become_mm(self, tmp_path: Path, unit: int, factor: float, qform: bool) -> None:
+        """With the bits of the fourth axis's unit, seconds here, beside them."""
+        affine = np.array([[2.0, 0, 0, -5], [0, -3, 0, 6], [0, 0, 4, 7], [0, 0, 0, 1]])
+        if qform:
+            path = self.qform(tmp_path / "scan.nii", affine)
+        else:
+            path = save(tmp_path / "scan.nii", np.arange(60, dtype=np.int16).reshape(SHAPE), affine)
+        patch_header(path, xyzt_units=unit + 8)
+        scan = read_image(path)
+        scaled = affine * factor
+        scaled[3, 3] = 1
+        np.testing.assert_allclose(scan.grid.affine, scaled, rtol=1e-6)
+        write_labels(tmp_path / "labels.nii", np.ones(SHAPE, np.uint8), scan.grid)
+        written = nib.load(tmp_path / "labels.nii")
+        np.testing.assert_allclose(written.affine, scaled, rtol=1e-6)
+        np.testing.assert_allclose(written.header.get_zooms(), np.array([2, 3, 4]) * factor, rtol=1e-6)
+        assert int(written.header["xyzt_units"]) == (10 if unit else 8)
+        read_labels(tmp_path / "labels.nii", scan)
+
+    def test_a_pixdim_that_is_not_the_sforms(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "scan.nii", np.zeros(SHAPE, np.int16), np.diag([1.0, 1.0, 1.0, 1.0]))
+        patch_header(path, pixdim=[1, 1, 1, 3, 1, 1, 1, 1])
+        with pytest.warns(
+            InputWarning, match="1 x 1 x 1 mm by its sform and 1 x 1 x 3 mm by its pixdim: the"
+        ):
+            assert read_image(path).spacing == (1.0, 1.0, 1.0)
+
+    def test_a_qform_that_turns_elsewhere(self, tmp_path: Path) -> None:
+        image = nib.Nifti1Image(np.zeros(SHAPE, np.int16), np.eye(4))
+        image.set_sform(np.eye(4), 1)
+        image.set_qform(np.diag([-1.0, -1.0, 1.0, 1.0]), 1)
+        nib.save(image, tmp_path / "scan.nii")
+        with pytest.warns(
+            InputWarning, match="its axes go elsewhere by its sform than by its qform: the sform"
+        ):
+            np.testing.assert_array_equal(read_image(tmp_path / "scan.nii").grid.affine, np.eye(4))
+
     @pytest.mark.parametrize(("slope", "inter"), [(0, 7), (np.nan, 7), (np.inf, 7), (0, np.nan)])
     def test_no_scaling(self, tmp_path: Path, slope: float, inter: float) -> None:
         path = self.qform(tmp_path / "scan.nii", np.eye(4))

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 from contextlib import redirect_stdout
 
 import nnunet_models as models
@@ -14,6 +15,7 @@ import torch
 
 from effseg.errors import InputError
 from effseg.nnunet import Predictor
+from effseg.nnunet.prediction.cases import Scan
 from effseg.nnunet.prediction.preprocessing import nonzero_box, with_own_first_axis
 
 ISO, OWN = (1.5, 1.5, 1.5), (1.1, 0.9, 0.9)
@@ -223,10 +225,43 @@ def test_probabilities_are_nnunets(tmp_path):
 def test_a_bad_scan_does_not_stop_the_others(small, tmp_path):
     model, scans = small
     predictor = Predictor(model, device="cpu", mirror=False)
-    with pytest.raises(InputError, match=r"1 of 3 scans .*c_0000\.nii\.gz: cannot be read"):
+    with pytest.raises(InputError, match=r"1 of 3 scans .*c_0000\.nii\.gz: damaged or truncated"):
         predictor.predict_folder(scans, tmp_path)
     assert {path.name for path in tmp_path.glob("*.nii.gz")} == {"a.nii.gz", "b.nii.gz"}
     assert {path.name for path in tmp_path.glob("*.json")} == {"dataset.json", "plans.json"}
+
+
+def test_a_volume_of_another_name_is_told(small, tmp_path):
+    model, scans = small
+    (tmp_path / "in").mkdir()
+    for name in ("a_0000.nii.gz", "b.nii.gz", "a.nii.gz"):
+        shutil.copy(scans / "a_0000.nii.gz", tmp_path / "in" / name)
+    predictor = Predictor(model, device="cpu", mirror=False)
+    with pytest.raises(InputError, match=r"1 of 2 scans .*b\.nii\.gz: expected the name NAME_0000\.nii\.gz"):
+        predictor.predict_folder(tmp_path / "in", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["a.nii.gz"]
+
+
+def test_a_writers_second_file_has_the_scans_name(small, tmp_path):
+    """The spacing of a TIFF lies in a file of its own."""
+    from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+
+    predictor = Predictor(small[0], device="cpu")
+    predictor.reader, predictor.model.dataset["file_ending"] = Tiff3DIO(), ".tif"
+    labels, spacing = np.ones((2, 3, 4), np.uint8), (5.0, 0.7, 0.7)
+    predictor._write(Scan((), tmp_path / "case"), labels, {"spacing": spacing}, False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["case.json", "case.tif"]
+    read, properties = Tiff3DIO().read_seg(str(tmp_path / "case.tif"))
+    np.testing.assert_array_equal(read[0], labels)
+    assert tuple(properties["spacing"]) == spacing
+
+
+def test_a_fold_that_is_not_trained_is_told(small, tmp_path):
+    model = changed(small, tmp_path)
+    (model / "fold_3").mkdir()
+    with pytest.raises(InputError, match=r"no checkpoint_final\.pth in fold_3: name the folds to use, -f 0"):
+        Predictor(model, device="cpu")
+    assert Predictor(model, [0], device="cpu").model.folds == [0]
 
 
 def test_resumed_and_in_parts(small, tmp_path):

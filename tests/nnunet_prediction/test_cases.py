@@ -3,7 +3,7 @@
 import pytest
 
 from effseg.errors import InputError
-from effseg.nnunet.prediction.cases import list_scans, unfinished
+from effseg.nnunet.prediction.cases import list_scans, not_scans, unfinished
 
 
 def scans(folder, *names, channels=1):
@@ -30,6 +30,16 @@ def test_a_missing_channel(tmp_path):
 def test_no_scans(tmp_path, name):
     with pytest.raises(InputError, match=r"expected scans named NAME_0000\.nii\.gz, found none"):
         scans(tmp_path, name)
+
+
+def test_volumes_with_other_names_are_told(tmp_path):
+    """But not labels, called like the scans, nor what is no volume."""
+    found = scans(
+        tmp_path, "a_0000.nii.gz", "a.nii.gz", "b.nii.gz", "c_0000.nii", "d_000.nii.gz", "e_0000.NII.GZ",
+        "f_0000.nrrd", "g_0000.tif", "dataset.json", ".h.nii.gz",
+    )  # fmt: skip
+    assert [scan.name for scan in found] == ["a"]
+    assert [path.name[0] for path in not_scans(tmp_path, ".nii.gz", found)] == list("bcdefg")
 
 
 def test_no_folder(tmp_path):

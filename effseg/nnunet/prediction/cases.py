@@ -5,7 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from effseg.data.listing import UNREAD
+from effseg.data.nifti import SUFFIXES
 from effseg.errors import InputError
+
+OTHERS = (".gipl", ".gipl.gz", ".tif", ".tiff")
+"""Endings of volumes that nnU-Net's readers know, beside NIfTI's and those that effseg does not read."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,18 @@ def list_scans(source: Path, output: Path, ending: str, channels: int) -> list[S
         if got != numbers:
             raise InputError(f"{source / name}: expected channels {', '.join(numbers)}, got {', '.join(got)}")
     return [Scan(tuple(files), output / name) for name, files in found.items()]
+
+
+def not_scans(source: Path, ending: str, scans: Sequence[Scan]) -> list[Path]:
+    """Volumes of a folder whose names are none of a scan's: of other formats or in other letters, without a
+    channel's number. Not those called like a scan, NAME beside NAME_0000: these are its labels."""
+    of_scans = {file.name for scan in scans for file in scan.files} | {scan.name + ending for scan in scans}
+    endings = (ending.lower(), *SUFFIXES, *UNREAD, *OTHERS)
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.name.lower().endswith(endings) and path.name not in of_scans and not path.name.startswith(".")
+    ]
 
 
 def unfinished(scans: Sequence[Scan], ending: str, probabilities: bool) -> list[Scan]:

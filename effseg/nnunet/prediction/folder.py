@@ -25,6 +25,7 @@ class Model:
     """A trained configuration: one network a fold, in evaluation mode.
 
     plans, configuration, labels: nnU-Net's managers; dataset: dataset.json; mirror_axes: see `Checkpoint`.
+    folds: the networks', numbers or "all".
     """
 
     networks: list[nn.Module]
@@ -33,6 +34,7 @@ class Model:
     labels: Any
     dataset: dict[str, Any]
     mirror_axes: tuple[int, ...]
+    folds: Folds
 
     @property
     def classes(self) -> int:
@@ -52,8 +54,8 @@ def load_model(
 ) -> Model:
     """From TRAINER__PLANS__CONFIGURATION with plans.json, dataset.json and fold_N/`checkpoint`.
 
-    folds: numbers or "all"; None: every numbered fold that has the checkpoint. converted: run 3D networks on
-    this package's operators where they can be taken over.
+    folds: numbers or "all"; None: every numbered fold, each of which must have the checkpoint. converted: run
+    3D networks on this package's operators where they can be taken over.
     Raises InputError, in one line, where something is missing, unsafe, or not supported.
     """
     try:
@@ -62,9 +64,8 @@ def load_model(
         raise InputError("nnU-Net is not installed: pip install nnunetv2") from error
 
     plans, dataset = PlansManager(_json(folder / "plans.json")), _json(folder / "dataset.json")
-    found = [
-        read_checkpoint(folder / f"fold_{fold}" / checkpoint) for fold in _folds(folder, folds, checkpoint)
-    ]
+    chosen = _folds(folder, folds, checkpoint)
+    found = [read_checkpoint(folder / f"fold_{fold}" / checkpoint) for fold in chosen]
     first = found[0]
     try:
         configuration = plans.get_configuration(first.configuration)
@@ -86,7 +87,8 @@ def load_model(
         shape = (1, channels, *configuration.patch_size)
         networks = [effseg.convert(one, shape=shape, strict=False) for one in networks]
     networks = [one.to(device).eval() for one in networks]
-    return Model(networks, plans, configuration, labels, dataset, _mirror_axes(first, flat, folder))
+    axes = _mirror_axes(first, flat, folder)
+    return Model(networks, plans, configuration, labels, dataset, axes, chosen)
 
 
 def _folds(folder: Path, folds: Folds | None, checkpoint: str) -> Folds:
@@ -99,6 +101,16 @@ def _folds(folder: Path, folds: Folds | None, checkpoint: str) -> Folds:
         for path in folder.glob(f"fold_*/{checkpoint}")
         if path.parent.name[5:].isdecimal()
     )
+    others = sorted(
+        path.name
+        for path in folder.glob("fold_*")
+        if path.is_dir() and path.name[5:].isdecimal() and int(path.name[5:]) not in found
+    )
+    if found and others:
+        raise InputError(
+            f"{folder}: no {checkpoint} in {', '.join(others)}: name the folds to use, -f "
+            f"{' '.join(map(str, found))}, or wait until all are trained"
+        )
     if not found:
         hint = ", but fold_all: name it, all" if (folder / "fold_all" / checkpoint).is_file() else ""
         raise InputError(f"{folder}: no fold_N with a {checkpoint}{hint}")

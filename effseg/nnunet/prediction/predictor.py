@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effseg.common.atomic import atomic_path
+from effseg.common.atomic import atomic_folder, atomic_path
 from effseg.common.device import find_device
 from effseg.errors import InputError
-from effseg.nnunet.prediction.cases import Scan, list_scans, unfinished
+from effseg.nnunet.prediction.cases import Scan, list_scans, not_scans, unfinished
 from effseg.nnunet.prediction.export import LabelVolume, grid_axes
 from effseg.nnunet.prediction.folder import Folds, load_model
 from effseg.nnunet.prediction.preprocessing import Properties, prepare, read, read_labels
@@ -131,7 +131,8 @@ class Predictor:
         part, parts: only every `parts`-th scan, from number `part` on. ahead: read the next scan and write
         the last one meanwhile. previous: folder of the labels NAME that the previous stage of a cascade has
         given. tell: called with a scan's name, windows done, and windows in all.
-        A scan that cannot be used does not stop the others: they are written, and then InputError names it.
+        A scan that cannot be used, or has another name, does not stop the others: they are written, and then
+        InputError names it.
         """
         source, output = Path(source), Path(output)
         if not 0 <= part < parts:
@@ -139,9 +140,16 @@ class Predictor:
         self._check_previous(previous is not None)
         ending = self.model.dataset["file_ending"]
         channels = len(self.model.configuration.normalization_schemes)
-        scans = list_scans(source, output, ending, channels)[part::parts]
+        scans = list_scans(source, output, ending, channels)
+        failures: list[str] = []
+        if part == 0:
+            failures = [
+                f"{path}: expected the name NAME_0000{ending}" for path in not_scans(source, ending, scans)
+            ]
+        scans = scans[part::parts]
         if resume:
             scans = unfinished(scans, ending, save_probabilities)
+        total = len(scans) + len(failures)
         self._describe(output)
 
         def read(scan: Scan) -> tuple[Tensor, Properties]:
@@ -149,7 +157,6 @@ class Predictor:
             return self.read(scan.files, labels)
 
         written: list[Path] = []
-        failures: list[str] = []
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
             pending: Future[Path] | None = None
             for scan, prepared in _ahead(scans, read, reading, ahead):
@@ -171,9 +178,7 @@ class Predictor:
             if pending is not None:
                 written.append(pending.result())
         if failures:
-            raise InputError(
-                f"{len(failures)} of {len(scans)} scans were not segmented: {'; '.join(failures)}"
-            )
+            raise InputError(f"{len(failures)} of {total} scans were not segmented: {'; '.join(failures)}")
         return written
 
     def read(self, files: Sequence[Path], previous: Path | None = None) -> tuple[Tensor, Properties]:
@@ -253,8 +258,8 @@ class Predictor:
             with atomic_path(scan.target.with_name(scan.name + ".pkl")) as path, path.open("wb") as file:
                 pickle.dump(properties, file)
         target = scan.target.with_name(scan.name + self.model.dataset["file_ending"])
-        with atomic_path(target) as path:
-            self.reader.write_seg(labels, str(path), properties)
+        with atomic_folder(target.parent) as folder:  # some writers make a second file: the spacing of a TIFF
+            self.reader.write_seg(labels, str(folder / target.name), properties)
         return target
 
     def _describe(self, output: Path) -> None:

@@ -1,6 +1,7 @@
 """A scan as nnU-Net's networks expect it, with no more than a few copies of it in memory."""
 
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from effseg.data.nifti import whole_size
 from effseg.errors import InputError
 from effseg.nnunet.prediction.interpolation import resample_image
 
@@ -49,7 +51,11 @@ def _read(function: Any, argument: Any, files: Sequence[Path]) -> Any:
 
 
 def _check_whole(file: Path) -> None:
-    """SimpleITK takes what is missing of a truncated .gz file for zeros."""
+    """SimpleITK takes what is missing of a truncated file for zeros, or for what lay in memory there."""
+    if file.suffix in _WHOLE_SIZES:
+        wanted, found = _WHOLE_SIZES[file.suffix](file), file.stat().st_size if file.is_file() else 0
+        if found < wanted:
+            raise InputError(f"{file}: truncated: its header wants {wanted} bytes, there are {found}")
     if file.suffix != ".gz":
         return
     try:
@@ -58,6 +64,22 @@ def _check_whole(file: Path) -> None:
                 pass
     except (EOFError, OSError, zlib.error) as error:
         raise InputError(f"{file}: damaged or truncated: {error}") from None
+
+
+def _gipl_size(file: Path) -> int:
+    """Bytes of a whole GIPL file: a header of 256 bytes, big-endian, with four sizes and a type."""
+    header = b""
+    if file.is_file():
+        with file.open("rb") as stream:
+            header = stream.read(10)
+    if len(header) < 10:
+        return 256
+    *sizes, kind = np.frombuffer(header, ">u2").tolist()
+    return 256 + math.prod(max(1, size) for size in sizes) * _GIPL_BYTES.get(kind, 0)
+
+
+_GIPL_BYTES = {7: 1, 8: 1, 15: 2, 16: 2, 31: 4, 32: 4, 64: 4, 65: 8}
+_WHOLE_SIZES = {".nii": whole_size, ".gipl": _gipl_size}
 
 
 def prepare(
@@ -94,7 +116,8 @@ def prepare(
     del image
     labels = None
     if previous is not None:
-        labels = previous.transpose(forward)[planes, rows, columns].astype(np.int16)
+        # Rounded: what is stored as 1.9999 is 2.
+        labels = np.rint(previous.transpose(forward)[planes, rows, columns]).astype(np.int16)
         labels[(labels == 0) & (_outside(cropped) == OUTSIDE)] = OUTSIDE
     _normalise(cropped, plans, configuration, labels)
     found = _resampled(cropped, spacing, configuration)
