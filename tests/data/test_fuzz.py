@@ -69,7 +69,7 @@ def mutant(seed: int, folder: Path) -> Path:
 
 
 def nibabels(path: Path) -> nib.Nifti1Image | None:
-    """The same file as nibabel reads it, axes in RAS+; None where it does not."""
+    """The same file as nibabel reads it, axes in RAS+ and in mm; None where it does not."""
     nib.imageglobals.logger.disabled = True
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -77,7 +77,8 @@ def nibabels(path: Path) -> nib.Nifti1Image | None:
             image = nib.load(path)
             array = np.asarray(image.dataobj, np.float64)
             array = array.reshape(array.shape[:3])
-            return nib.as_closest_canonical(nib.Nifti1Image(array, image.affine))
+            mm = {1: 1000.0, 3: 0.001}.get(int(image.header["xyzt_units"]) & 7, 1.0)
+            return nib.as_closest_canonical(nib.Nifti1Image(array, np.diag([mm, mm, mm, 1]) @ image.affine))
     except Exception:  # nibabel's errors are of many kinds
         return None
 
