@@ -13,6 +13,7 @@ from benchmarks.accuracy.contenders import CONTENDERS
 from benchmarks.accuracy.report import label
 from benchmarks.accuracy.runs import read_runs
 from benchmarks.accuracy.studies import SEARCH
+from effseg.benchmarking import results
 from effseg.figures.canvas import new_figure
 from effseg.figures.labels import Labelled, label_beside
 
@@ -21,17 +22,19 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def figures(folder: Path) -> Iterator[tuple[str, Any]]:
-    """For every study and budget whose runs scored patients on the way, a file's name and its picture."""
-    groups: dict[tuple[str, str], dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    """For every study and budget whose runs scored patients on the way, held-out ones apart from those of
+    folds, a file's name and its picture."""
+    groups: dict[tuple[str, ...], dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for run in read_runs(folder):
         if run["fold"] != SEARCH and len(run["curve"]) > 1:
             budget = f"{run['budget']['kind']}-{run['budget']['amount']:g}"
-            groups[run["study"], budget][run["contender"]].append(run)
-    for (study, budget), runs in groups.items():
-        yield f"curves_{study}_{budget}.png", curves(study, runs)
+            part = "held" if run["fold"] == "held" else "folds"
+            groups[run["study"], part, budget][run["contender"]].append(run)
+    for names, runs in groups.items():
+        yield f"curves_{'_'.join(names)}.png", curves(", ".join(names), runs)
 
 
-def curves(study: str, runs: Runs) -> Any:
+def curves(title: str, runs: Runs) -> Any:
     """Mean Dice on the scored patients against steps, and against the steps' processor time: thin lines are
     runs, thick ones their means."""
     figure = new_figure(9.5, 3.8)
@@ -46,11 +49,12 @@ def curves(study: str, runs: Runs) -> Any:
                 axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.5)
             x, y = _mean(drawn)
             axes.plot(x, y, color=colour, linewidth=2.0)
-        ends.append(Labelled(f"{label(name)}, {y[-1]:.3f}", x[-1], y[-1], colour, bold=number == 0))
+        text = f"{label(name)}, {y[-1]:.3f}"
+        ends.append(Labelled(text, x[-1], y[-1], colour, bold=results.is_ours(name)))
     by_steps.set_xlabel("steps")
     by_time.set_xlabel("processor time of training, minutes")
     by_steps.set_ylabel("mean Dice, scored patients")
-    by_steps.set_title(study, loc="left", fontsize="medium")
+    by_steps.set_title(title, loc="left", fontsize="medium")
     label_beside(by_time, ends)
     return figure
 

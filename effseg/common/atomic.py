@@ -22,9 +22,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        _settle(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -43,11 +41,16 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield Path(name)
         made = sorted(Path(name).iterdir())
         for path in made:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            path.chmod(0o666 & ~_umask())
+            _settle(path)
         for path in made:
             path.replace(folder / path.name)
+
+
+def _settle(path: Path) -> None:
+    """Flush a finished file to disk and give it the rights of any new one."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -126,7 +126,7 @@ def write_labels(
     """Write labels (X, Y, Z) in RAS+ on the original `grid` as uint8, or uint16 where a value needs it.
 
     Shape, affine, qform, sform, their codes and the voxel sizes are those of the file that `grid` comes
-    from. `names` (value -> name) goes into the header as a JSON comment, with `made_by` (see
+    from, in mm. `names` (value -> name) goes into the header as a JSON comment, with `made_by` (see
     `effseg.data.origin`). The file is whole or absent.
     Raises InputError where it cannot be written (disk full, no such folder, another suffix).
     """
@@ -254,11 +254,10 @@ def _in_mm(header: nib.Nifti1Header) -> None:
     if factor is None:
         return
     header["xyzt_units"] = (int(header["xyzt_units"]) & ~7) | 2
-    header["pixdim"][1:4] *= factor
-    for name in ("srow_x", "srow_y", "srow_z"):
-        header[name] *= factor
-    for name in ("qoffset_x", "qoffset_y", "qoffset_z"):
-        header[name] = float(header[name]) * factor
+    with np.errstate(all="ignore"):  # what overflows is not finite, which is told later
+        header["pixdim"][1:4] *= factor
+        for name in ("srow_x", "srow_y", "srow_z", "qoffset_x", "qoffset_y", "qoffset_z"):
+            header[name] = header[name] * factor
 
 
 def _contradiction(grid: Grid) -> str:
@@ -283,11 +282,7 @@ def whole_size(path: Path) -> int:
     with _damage_reported(path), ImageOpener(str(path)) as file:
         header = _read_header(file, path)
         extents = map(int, header.get_data_shape())
-        return _offset(header, path) + math.prod(extents) * _dtype_size(header)
-
-
-def _dtype_size(header: nib.Nifti1Header) -> int:
-    return abs(int(header["bitpix"])) // 8
+        return _offset(header, path) + math.prod(extents) * header.get_data_dtype().itemsize
 
 
 def _grid(header: nib.Nifti1Header, path: Path) -> Grid:

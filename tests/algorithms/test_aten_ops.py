@@ -100,9 +100,15 @@ def test_gradients_of_a_small_slab(window, size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_a_cpu_without_fast_low_precision_takes_float32(window, dtype, monkeypatch):
-    """And rounds once: exact but for the last bit of what it answers."""
-    monkeypatch.setattr(convolution, "_has_fast", lambda dtype: dtype.itemsize > 2)
+@pytest.mark.parametrize("built", [True, False])
+def test_a_cpu_without_fast_low_precision_takes_float32(built, window, dtype, monkeypatch):
+    """And rounds once: exact but for the last bit of what it answers. With oneDNN or, as torch is built for
+    some, without its operators."""
+    if built:
+        monkeypatch.setattr(convolution, "_onednn_takes", lambda dtype: False)
+    else:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        monkeypatch.setattr(convolution, "_onednn_takes", None)
     pad = (window.kernel[0] // 2, 0)
     x, weight = features(1, 16, 5, 7, 6, dtype=dtype), torch.randn(24, 16, *window.kernel).to(dtype)
     exact = ops.convolution(x.double(), weight.double(), None, window, pad)

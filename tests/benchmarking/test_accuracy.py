@@ -392,8 +392,9 @@ def test_learning_curves_show_runs_and_their_means(tmp_path):
     for seed, dice in ((1, 0.2), (2, 0.4)):
         write(tmp_path, "effseg-base", seed, patients, curve=[[50, dice], [200, dice + 0.5]])
     write(tmp_path, "unet3d", 1, patients, curve=[[200, 0.1]])  # which is no curve
-    ((name, figure),) = curves.figures(tmp_path)
-    assert name == "curves_phantoms_steps-200.png"
+    write(tmp_path, "unet3d", 1, patients, fold="held", curve=[[100, 0.1], [200, 0.2]])
+    (name, figure), (held, _) = curves.figures(tmp_path)
+    assert (name, held) == ("curves_phantoms_folds_steps-200.png", "curves_phantoms_held_steps-200.png")
     by_steps, by_time = ([line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes)
     assert [line[0] for line in by_steps] == [[50, 0.2], [50, 0.4], [50, pytest.approx(0.3)]]
     assert by_time[2] == [[0.25, pytest.approx(0.3)], [1.0, pytest.approx(0.8)]]

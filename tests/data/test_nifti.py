@@ -312,6 +312,12 @@ class TestHeaders:
         assert int(written.header["xyzt_units"]) == (10 if unit else 8)
         read_labels(tmp_path / "labels.nii", scan)
 
+    def test_a_size_that_overflows_in_mm(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "scan.nii", np.zeros(SHAPE, np.int16))
+        patch_header(path, xyzt_units=1, pixdim=[1, 3e38, 1, 1, 1, 1, 1, 1], srow_x=[3e38, 0, 0, 0])
+        with pytest.raises(InputError, match="expected positive voxel sizes in mm"):
+            read_image(path)
+
     def test_a_pixdim_that_is_not_the_sforms(self, tmp_path: Path) -> None:
         path = save(tmp_path / "scan.nii", np.zeros(SHAPE, np.int16), np.diag([1.0, 1.0, 1.0, 1.0]))
         patch_header(path, pixdim=[1, 1, 1, 3, 1, 1, 1, 1])

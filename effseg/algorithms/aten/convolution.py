@@ -19,6 +19,7 @@ from effseg.expressions.slabs import Window
 aten = torch.ops.aten
 Triple = tuple[int, int, int]
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 # ATen uses oneDNN for one float32 sample where N * C * D * H is more than this.
 ONEDNN_ELEMENTS = 20480
 
@@ -31,7 +32,7 @@ def _wgrad_is_broken(x: Tensor, window: Window) -> bool:
     shorter than the kernel, with a stride where height or width is one voxel, and on AMX where few rows have
     large planes (seen: 3 to 6 rows of 64x64 or 48x128 voxels and more; not seen: 8 rows, 48x48 voxels). Such
     slabs take float32."""
-    if kind_of(x.device) != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+    if kind_of(x.device) != "cpu" or x.dtype not in LOW_PRECISION:
         return False
     thin = any(size < max(3, kernel) for size, kernel in zip(x.shape[2:], window.kernel, strict=True))
     flat = window.kernel[0] > 1 and x.shape[2] < FEW_ROWS and x.shape[3] * x.shape[4] > LARGE_PLANE
@@ -48,16 +49,21 @@ def _forward_is_broken(x: Tensor, window: Window) -> bool:
 def _takes_float32(x: Tensor) -> bool:
     """On CPUs without AVX-512 ATen keeps low precision from oneDNN, and its own convolution takes up to two
     hundred times as long as a float32 slab and its conversion. (Fake tensors stand for any machine's.)"""
-    if x.device.type != "cpu" or isinstance(x, FakeTensor):
+    if x.device.type != "cpu" or x.dtype not in LOW_PRECISION or isinstance(x, FakeTensor):
         return False
-    return not _has_fast(x.dtype)
+    return not (_onednn_is_on() and _onednn_takes(x.dtype))
+
+
+def _onednn_is_on() -> bool:
+    """Some builds of torch are without oneDNN, and do not know its operators."""
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 @cache
-def _has_fast(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype != torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Of LOW_PRECISION; what ATen asks before it calls oneDNN."""
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 
 
 def _pad_rows(x: Tensor, window: Window, pad: tuple[int, int]) -> tuple[Tensor, list[int]]:
@@ -97,8 +103,7 @@ def _avoids_onednn(x: Tensor) -> bool:
     """ATen sends a float32 sample of few rows to its im2col kernel, which is five times slower than oneDNN;
     so that is called by name. (Fake tensors know only the general operator.)"""
     small = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[:4].numel() <= ONEDNN_ELEMENTS
-    onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return small and onednn and not isinstance(x, FakeTensor)
+    return small and _onednn_is_on() and not isinstance(x, FakeTensor)
 
 
 def convolution_backward(
