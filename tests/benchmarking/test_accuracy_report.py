@@ -1,0 +1,103 @@
+"""What the study of accuracy makes of its runs: intervals, tables, learning curves."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.accuracy import curves, report
+from benchmarks.accuracy.bootstrap import mean_over_patients
+from benchmarks.accuracy.studies import SEARCH
+from effseg.errors import InputError
+
+# Intervals
+
+
+def test_an_interval_of_two_patients_is_known():
+    """Means of two draws of 0 and 1 are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4."""
+    assert mean_over_patients([0.0, 1.0]) == (0.5, 0.0, 1.0)
+    assert mean_over_patients([0.0, 1.0], level=0.4) == (0.5, 0.5, 0.5)
+
+
+def test_an_interval_of_many_patients_is_that_of_the_normal_law():
+    values = np.random.default_rng(1).normal(0.8, 0.1, 400)
+    found = mean_over_patients(values)
+    half = 1.96 * values.std() / 20
+    # A percentile of 10,000 draws has a relative deviation of about 2 %: sqrt(q (1 - q) / n) / density.
+    assert found.low == pytest.approx(values.mean() - half, abs=0.08 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.08 * half)
+    assert mean_over_patients(values) == found
+
+
+def test_pairs_cancel_what_patients_have_in_common():
+    hard = np.array([0.1, 0.5, 0.9])
+    assert mean_over_patients((hard + 0.25) - hard) == pytest.approx((0.25, 0.25, 0.25))
+
+
+@pytest.mark.parametrize("values", [[], [0.5, np.nan], [[0.5]]])
+def test_what_has_no_interval_is_refused(values):
+    with pytest.raises(InputError, match="values: expected one finite number a patient"):
+        mean_over_patients(values)
+
+
+# Tables
+
+
+def test_tables_pair_seeds_and_patients(tmp_path):
+    """Base is 0.25 ahead on every patient, by both seeds; the third network has run once."""
+    dice = {"easy": 0.7, "hard": 0.3}
+    for name, ahead, seeds in (("effseg-base", 0.25, (1, 2)), ("unet3d", 0.0, (1, 2)), ("nnunet", 0.0, (2,))):
+        for seed in seeds:
+            patients = {
+                patient: {"liver": value + ahead + seed / 100, "spleen": None}
+                for patient, value in dice.items()
+            }
+            write(tmp_path, name, seed, patients)
+    write(tmp_path, "unet3d", 9, {"easy": {"liver": 1.0, "spleen": None}}, fold=SEARCH)
+    whole, organs, search = report.tables(tmp_path)
+    assert whole.title == "two phantoms, 200 whole-volume steps each; bf16, Some CPU, 1 thread"
+    rows = {row[0]: row[1:] for row in whole.rows}
+    assert rows["EffSegNet base"] == (
+        "2", "200", "60", "0.001", "0.765 (0.565 to 0.965)", "0.760 to 0.770", "-"
+    )  # fmt: skip
+    assert rows["3D U-Net (Cicek 2016)"][-1] == "+0.250 (+0.250 to +0.250)"
+    assert rows["nnU-Net PlainConvUNet"][0] == "1"
+    assert rows["nnU-Net PlainConvUNet"][-1] == "+0.250 (+0.250 to +0.250), 1 runs"
+    assert organs.rows == (
+        ("liver", "0.765", "0.515", "0.520"), ("spleen", "in none", "in none", "in none")
+    )  # fmt: skip
+    assert (search.columns, search.rows) == (("network", "0.001"), (("3D U-Net (Cicek 2016)", "1.000"),))
+    assert "| **EffSegNet base** |" in report.markdown(tmp_path)
+
+
+def test_learning_curves_show_runs_and_their_means(tmp_path):
+    """Against steps and minutes: a run of 200 steps in 60 s takes 0.25 of them for its first 50."""
+    patients = {"easy": {"liver": 0.5}}
+    for seed, dice in ((1, 0.2), (2, 0.4)):
+        write(tmp_path, "effseg-base", seed, patients, curve=[[50, dice], [200, dice + 0.5]])
+    write(tmp_path, "unet3d", 1, patients, curve=[[200, 0.1]])  # which is no curve
+    write(tmp_path, "unet3d", 1, patients, fold="held", curve=[[100, 0.1], [200, 0.2]])
+    (name, figure), (held, _) = curves.figures(tmp_path)
+    assert (name, held) == ("curves_phantoms_folds_steps-200.png", "curves_phantoms_held_steps-200.png")
+    by_steps, by_time = ([line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes)
+    assert [line[0] for line in by_steps] == [[50, 0.2], [50, 0.4], [50, pytest.approx(0.3)]]
+    assert by_time[2] == [[0.25, pytest.approx(0.3)], [1.0, pytest.approx(0.8)]]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["EffSegNet base, 0.800"]
+
+
+def write(folder, name, seed, patients, fold="0", curve=()):
+    document = {
+        "schema": 1, "machine": {"cpu": "Some CPU", "gpu": None}, "study": "phantoms",
+        "title": "two phantoms", "contender": name,
+        "budget": {"kind": "steps", "amount": 200}, "fold": fold, "seed": seed, "learning_rate": 1e-3,
+        "steps": 200, "dtype": "bf16", "device": "cpu", "threads": 1,
+        "processor_seconds": 60.0, "patients": patients, "mean_dice": 1.0,
+        "curve": curve,
+    }  # fmt: skip
+    (folder / f"{name}_fold-{fold}_seed-{seed}.json").write_text(json.dumps(document))
+
+
+def test_files_that_are_no_runs_are_refused(tmp_path):
+    (tmp_path / "a_b.json").write_text("{}")
+    with pytest.raises(InputError, match="expected a run of schema 1"):
+        report.tables(tmp_path)
