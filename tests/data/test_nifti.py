@@ -1,4 +1,4 @@
-"""Reading and writing NIfTI: orientation, scaling, exact round trips, bad files. Headers: test_nifti_headers.py."""
+"""Reading and writing NIfTI: orientation, scaling, exact round trips, bad files."""
 
 import itertools
 import json
