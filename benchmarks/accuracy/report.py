@@ -62,7 +62,7 @@ def _all_organs(title: str, by_name: Mapping[str, Sequence[Mapping[str, Any]]]) 
     for name, runs in by_name.items():
         means = [np.mean([patient_dice(organs) for organs in run.values()]) for run in scored[name].values()]
         steps = sorted({run["steps"] for run in runs})
-        rates = sorted({run["learning_rate"] for run in runs})
+        rates = sorted({_rate(run) for run in runs})
         seconds = np.mean([run["processor_seconds"] for run in runs])
         rows.append(
             (
@@ -70,7 +70,7 @@ def _all_organs(title: str, by_name: Mapping[str, Sequence[Mapping[str, Any]]]) 
                 str(len(runs)),
                 " to ".join(map(str, dict.fromkeys((steps[0], steps[-1])))),
                 f"{seconds:.0f}",
-                ", ".join(f"{rate:g}" for rate in rates),
+                ", ".join(rates),
                 mean_over_patients(_by_patient(scored[name], scored[name])).text(),
                 f"{min(means):.3f} to {max(means):.3f}",
                 _difference(scored, name),
@@ -78,6 +78,11 @@ def _all_organs(title: str, by_name: Mapping[str, Sequence[Mapping[str, Any]]]) 
         )
     ours = frozenset(i for i, name in enumerate(by_name) if results.is_ours(name))
     return Table(title, COLUMNS, tuple(rows), ours)
+
+
+def _rate(run: Mapping[str, Any]) -> str:
+    other = run.get("learning_rate_of") not in (None, run["study"])
+    return f"{run['learning_rate']:g}" + (f" (of {run['learning_rate_of']})" if other else "")
 
 
 def _difference(scored: Mapping[str, Scores], name: str) -> str:

@@ -61,6 +61,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Run:
+    """rate_of: the study whose search chose the rate; None in a search."""
+
     study: Study
     contender: Contender
     budget: Budget
@@ -68,6 +70,7 @@ class Run:
     seed: int
     rate: float
     seconds_per_step: float | None = None
+    rate_of: str | None = None
 
     @property
     def place(self) -> Path:
@@ -174,6 +177,7 @@ def _document(run: Run, config: TrainingConfig, result: TrainingResult) -> dict[
         "fold": run.fold,
         "seed": run.seed,
         "learning_rate": run.rate,
+        "learning_rate_of": run.rate_of,
         "parameters": sum(p.numel() for p in load(result.final).parameters()),
         "steps": config.steps,
         "skipped_steps": result.skipped,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,12 +47,20 @@ def go(
     say: Callable[[str], None],
     goes_on: Callable[[], bool] = lambda: True,
     console: Console | None = None,
+    searched: Study | None = None,
 ) -> bool:
-    """Every run that has no file yet, the first seed of all contenders first; whether all are done."""
+    """Every run that has no file yet, the first seed of all contenders first; whether all are done.
+
+    searched: the study by whose search learning rates are chosen instead of by this one's, where that would
+    take too long. A network has one rate then, on whole volumes and on patches.
+    """
     done = partial(_done, place=place, say=say, goes_on=goes_on, console=console)
     rates = {}
     for one in contenders:
-        best = best_rate(chosen, one, place, done)
+        if searched is None:
+            best = best_rate(chosen, one, place, done)
+        else:
+            best = best_rate(searched, replace(one, patches=False), place, done)
         if best is None:
             return False
         rates[one.name] = best
@@ -62,7 +71,8 @@ def go(
             for fold in folds:
                 for one in contenders:
                     pace = seconds[one.name] if budget.kind == "cpu-seconds" else None
-                    run = Run(chosen, one, budget, fold, seed, rates[one.name], pace)
+                    rate_of = (searched or chosen).name
+                    run = Run(chosen, one, budget, fold, seed, rates[one.name], pace, rate_of)
                     if not done(run):
                         return False
     return True
@@ -113,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cpu-seconds", type=float, nargs="*", default=[], help="budgets of equal processor time"
     )
     parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="default: the study's")
+    parser.add_argument(
+        "--rates-of", choices=("phantoms",), help="whose search chooses learning rates (default: the study's)"
+    )
     parser.add_argument("--folds", nargs="+", help="default: all but the search's")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many (default: 5)")
     parser.add_argument("--minutes", type=float, metavar="N", help="begin no run after so long")
@@ -142,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             place,
             lambda text: print(text, flush=True),
             lambda: args.minutes is None or time.monotonic() - begun < 60 * args.minutes,
+            searched=args.rates_of and study(args.rates_of, None, args.scratch),
         )
         for table in report.tables(args.output):
             console.print(table.rich())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.accuracy import paces, studies, study
+from benchmarks.accuracy import paces, report, studies, study
 from benchmarks.accuracy.contenders import CONTENDERS, Contender, NNUNet, strides_for
 from benchmarks.accuracy.runs import Budget, Place, Run, carry_out, configuration
 from benchmarks.accuracy.studies import SEARCH, Fold
@@ -242,6 +242,24 @@ def test_a_search_goes_on_beyond_its_ends(tiny, tmp_path, best, more, tried):
     found = study.best_rate(wide, TINY, ways, done)
     assert seen == pytest.approx(tried)
     assert found == pytest.approx(min(tried, key=lambda rate: abs(np.log(rate / best))))
+
+
+def test_rates_may_be_those_of_another_study(tiny, place, found):
+    """Its search is not run, and patches have the rate of whole volumes."""
+    other = dataclasses.replace(tiny, name="other")
+    patches = dataclasses.replace(TINY, patches=True)
+    said = []
+    assert study.go(other, [patches], [TWO], ["0"], [1], place, said.append, searched=tiny)
+    assert [line.split(":")[0] for line in said] == ["other/steps-2/effseg-tiny-patches_fold-0_seed-1.json"]
+    run, phantoms = (
+        json.loads((place.results / name).read_text())
+        for name in ("other/steps-2/effseg-tiny-patches_fold-0_seed-1.json",
+                     "phantoms/steps-2/effseg-tiny_fold-0_seed-1.json")
+    )  # fmt: skip
+    assert run["learning_rate"] == phantoms["learning_rate"]
+    assert [run["learning_rate_of"], phantoms["learning_rate_of"]] == ["phantoms", "phantoms"]
+    assert report._rate(run) == f"{run['learning_rate']:g} (of phantoms)"
+    assert report._rate(phantoms) == f"{run['learning_rate']:g}"
 
 
 def test_validations_on_the_way_make_a_curve(tiny, place, monkeypatch):
