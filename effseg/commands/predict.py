@@ -26,9 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         type=Path,
+        nargs="+",
         required=True,
         metavar="PATH",
-        help="a run's folder (its best network is taken, else its final one) or a .safetensors file of it",
+        help="a run's folder (its best network is taken, else its final one) or a .safetensors file of it; "
+        "several, or a folder of runs, to average their probabilities",
     )
     parser.add_argument(
         "--input", type=Path, required=True, metavar="PATH", help="a scan, or a folder of scans"
@@ -104,10 +106,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _predict(args: argparse.Namespace, device: "torch.device", is_main: bool) -> None:
     """is_main: whether this process writes and tells."""
-    from effseg.inference import load_predictor, predict_files
+    from effseg.inference import load_predictor, predict_files, weights_files
 
+    weights = [path for checkpoint in args.checkpoint for path in weights_files(checkpoint)]
     predictor = load_predictor(
-        args.checkpoint,
+        weights,
         device,
         bf16=args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda"),
         largest_component=args.largest_component,
@@ -115,6 +118,8 @@ def _predict(args: argparse.Namespace, device: "torch.device", is_main: bool) ->
         labels=None if args.labels is None else _labels(args.labels),
         patch_size=three(args.patch_size, "patch-size"),
     )
+    if is_main and len(weights) > 1:
+        print(f"averages {len(weights)} networks: {', '.join(map(str, weights))}", flush=True)
     predict_files(
         predictor,
         args.input,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from effseg.errors import InputError
-from effseg.inference import weights_file
+from effseg.inference.weights import weights_file
 from effseg.models.base import SegmentationModel
 from effseg.models.registry import load
 from effseg.training.checkpoint import Checkpoints

@@ -16,7 +16,7 @@ from effseg.common.device import trim_freed_memory
 from effseg.data.cache import WholeCase
 from effseg.data.intensities import drawn
 from effseg.errors import InputError
-from effseg.inference import segment
+from effseg.inference import segment_prepared
 from effseg.models.base import SegmentationModel
 from effseg.models.effsegnet import EffSegNet
 from effseg.models.registry import build_model, load
@@ -160,7 +160,6 @@ class _Run:
             dice = validate(
                 self.data.validation,
                 self._segment,
-                self.data.preprocessing,
                 labels.num_classes,
                 self.data.ignore,
                 self.world.volumes,
@@ -176,10 +175,11 @@ class _Run:
         return dice
 
     def _segment(self, case: WholeCase) -> np.ndarray:
-        image = self.data.preprocessing.normalise(case.image)[None]
-        bf16 = uses_bf16(self.config, self.world.device)
+        bf16, patch_size = uses_bf16(self.config, self.world.device), self.config.patch_size
         with self.world.splitting():
-            return segment(self.model, image, bf16=bf16, patch_size=self.config.patch_size)[0].numpy()
+            return segment_prepared(
+                self.model, self.data.preprocessing, case.prepared, bf16=bf16, patch_size=patch_size
+            )
 
     def _own_rows(self, total: int) -> slice:
         """In a thread that prepares batches, too."""
@@ -195,7 +195,7 @@ class _Run:
         reference = preprocessing.prepare_labels(np.asarray(case.labels), case.prepared)
         draw_overlay(
             np.asarray(case.image[0]),
-            prediction,
+            preprocessing.prepare_labels(prediction, case.prepared),
             self.data.label_map.names,
             self.config.output / "overlays" / f"step-{self.state.step:08d}_{case.name}.png",
             reference=np.where(reference == self.data.ignore, 0, reference),

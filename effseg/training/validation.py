@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from effseg.data.cache import WholeCase
-from effseg.data.preprocessing import Preprocessing
 from effseg.evaluation.folders import dice_per_class
 from effseg.training.distributed import World
 
@@ -13,7 +12,6 @@ from effseg.training.distributed import World
 def validate(
     cases: Sequence[WholeCase],
     segment: Callable[[WholeCase], np.ndarray],
-    preprocessing: Preprocessing,
     num_classes: int,
     ignore: int | None,
     world: World,
@@ -21,15 +19,14 @@ def validate(
 ) -> list[float]:
     """Mean Dice of every organ over `cases`, NaN for an organ that is in no case; the same on all processes.
 
-    segment: a case -> its classes (D, H, W) on the prepared grid; preprocessing: brings them back to the
-    scan's. Organs outside of the crop count as missed. ignore: class whose voxels do not count.
+    segment: a case -> its classes (X, Y, Z) on the scan's grid. Organs outside of the crop count as missed.
+    ignore: class whose voxels do not count.
     look: is shown the first case's segmentation. Every process of `world` segments its share of the cases.
     """
     mine: list[np.ndarray] = []
     for case in world.share(list(cases)):
         prediction = segment(case)
-        whole = preprocessing.restore(prediction, case.prepared)
-        mine.append(dice_per_class(whole, np.asarray(case.labels), num_classes, ignore)[1:])
+        mine.append(dice_per_class(prediction, np.asarray(case.labels), num_classes, ignore)[1:])
         if case is cases[0]:
             look(case, prediction)
     every: list[np.ndarray] = world.gather(mine)

@@ -73,13 +73,16 @@ def test_a_shared_run_is_that_of_one_process_and_goes_on_in_another_number(folde
 
 
 @pytest.mark.slow
-def test_a_scan_is_shared(folder):
-    train(configured(folder, "net", steps=1))
+@pytest.mark.parametrize("spacing", [None, (2.0, 2.5, 3.0)])
+def test_a_scan_is_shared(folder, spacing):
+    name = f"net-{spacing is None}"
+    train(configured(folder, name, steps=1, spacing=spacing))
     scan = min((folder / "data" / "imagesTr").glob("*.nii.gz"))
-    common = ["-m", "effseg", "predict", "--checkpoint", folder / "net", "--input", scan, "--device", "cpu"]
-    subprocess.run([sys.executable, *map(str, common), "--output", str(folder / "alone.nii.gz")], check=True)
-    run(2, *common, "--output", folder / "shared.nii.gz", "--split-volume")
-    alone, shared = (np.asarray(nibabel.load(folder / f"{n}.nii.gz").dataobj) for n in ("alone", "shared"))
+    common = ["-m", "effseg", "predict", "--checkpoint", folder / name, "--input", scan, "--device", "cpu"]
+    files = [folder / f"{name}-{how}.nii.gz" for how in ("alone", "shared")]
+    subprocess.run([sys.executable, *map(str, common), "--output", str(files[0])], check=True)
+    run(2, *common, "--output", files[1], "--split-volume")
+    alone, shared = (np.asarray(nibabel.load(file).dataobj) for file in files)
     assert (alone == shared).all()
 
 

@@ -1,0 +1,133 @@
+"""A prepared scan through one network: its classes, or the probabilities of all classes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from effseg.common.formats import label_dtype
+from effseg.data.preprocessing import AIR, Prepared, Preprocessing
+from effseg.inference.probabilities import Probabilities, most_probable
+from effseg.models.base import SegmentationModel
+from effseg.parallel.partition import own_rows
+from effseg.parallel.reduction import whole
+
+OVERLAP = 0.5  # of neighbouring patches, where a network was trained on patches
+
+Size = tuple[int, int, int]
+
+
+def segment_prepared(
+    model: SegmentationModel,
+    preprocessing: Preprocessing,
+    prepared: Prepared,
+    *,
+    bf16: bool = False,
+    patch_size: Size | None = None,
+) -> np.ndarray:
+    """Classes (X, Y, Z), uint8 or int16, on the scan's own grid, 0 outside of the crop.
+
+    Where the scan was resampled it is the probabilities that are brought back to its grid, as in
+    `most_probable`: labels would lose what is finer than a voxel.
+    """
+    image = preprocessing.normalise(prepared.image)[None]
+    if prepared.image.shape[1:] == prepared.box_shape:
+        classes = segment(model, image, bf16=bf16, patch_size=patch_size)[0].numpy()
+        return preprocessing.restore(classes, prepared)
+    values = probabilities(model, image, bf16=bf16, patch_size=patch_size)
+    del image
+    return most_probable([Probabilities(values, prepared.box)], prepared.scan_shape)
+
+
+@torch.no_grad()
+def segment(
+    model: SegmentationModel, image: torch.Tensor, *, bf16: bool = False, patch_size: Size | None = None
+) -> torch.Tensor:
+    """Classes (N, D, H, W) uint8 or int16, on the CPU, of a normalised image (N, C, D, H, W).
+
+    The whole volume at once; with `patch_size` MONAI's sliding window with Gaussian weights, whose logits
+    are put together on the CPU. The model runs in evaluation mode and comes back in the mode it was in.
+    Where processes share a volume (`effseg.parallel.split`) each gives the whole image, computes its rows of
+    it and gets the whole result; not with `patch_size`.
+    """
+    if patch_size is not None:
+        logits = _logits_of_patches(model, image, bf16, patch_size)
+        return logits.argmax(1).to(label_dtype(logits.shape[1]))
+    device, total = next(model.parameters()).device, image.shape[2]
+    rows = slice(*own_rows(total))
+    with _evaluating(model, bf16):
+        return whole(model.segment(image[:, :, rows].to(device)), total).cpu()
+
+
+@torch.no_grad()
+def probabilities(
+    model: SegmentationModel, image: torch.Tensor, *, bf16: bool = False, patch_size: Size | None = None
+) -> np.ndarray:
+    """Probabilities (K, D, H, W) float16, on the CPU, of one normalised image (1, C, D, H, W); see `segment`.
+
+    The softmax is taken in float32, a row of voxels after the other. Takes K logits a voxel on the device
+    and 2 K bytes a voxel in main memory.
+    """
+    total = image.shape[2]
+    if patch_size is not None:
+        logits = _logits_of_patches(model, image, bf16, patch_size)[0]
+    else:
+        device = next(model.parameters()).device
+        rows = slice(*own_rows(total))
+        with _evaluating(model, bf16):
+            logits = model(image[:, :, rows].to(device))[0]
+    found = torch.empty(logits.shape, dtype=torch.float16)
+    for row in range(logits.shape[1]):
+        found[:, row] = logits[:, row].float().softmax(0).half()
+    if found.shape[1] < total:  # processes share the volume
+        device = logits.device
+        found = torch.cat([whole(part[None].to(device), total).cpu() for part in found])
+    return found.numpy()
+
+
+@contextmanager
+def _evaluating(model: SegmentationModel, bf16: bool) -> Iterator[None]:
+    """In evaluation mode, and then in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16):
+            yield
+    finally:
+        model.train(training)
+
+
+def _logits_of_patches(
+    model: SegmentationModel, image: torch.Tensor, bf16: bool, patch_size: Size
+) -> torch.Tensor:
+    from monai.inferers import SlidingWindowInferer
+
+    inferer = SlidingWindowInferer(
+        patch_size,
+        overlap=OVERLAP,
+        mode="gaussian",
+        padding_mode="constant",
+        cval=AIR,
+        sw_device=next(model.parameters()).device,
+        device=torch.device("cpu"),
+    )
+    with _evaluating(model, bf16):
+        return inferer(image, model)
+
+
+def keep_largest_components(classes: np.ndarray) -> np.ndarray:
+    """`classes` (D, H, W) with all but the largest connected component of every foreground class set to 0.
+
+    Voxels are connected across faces, edges and corners.
+    """
+    kept = np.zeros_like(classes)
+    for index, box in enumerate(ndimage.find_objects(classes.astype(np.int32, copy=False)), start=1):
+        if box is None:
+            continue
+        parts, _ = ndimage.label(classes[box] == index, np.ones((3, 3, 3)))
+        sizes = np.bincount(parts.ravel())
+        sizes[0] = 0
+        kept[box][parts == sizes.argmax()] = index
+    return kept
