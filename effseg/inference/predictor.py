@@ -27,7 +27,10 @@ Size = tuple[int, int, int]
 
 
 class Segmenter(Protocol):
-    """A network, or several, as files are segmented by them."""
+    """A network, or several, as files are segmented by them: a :class:`Predictor` or an :class:`Ensemble`.
+
+    scan: (C, X, Y, Z) -> its labels (X, Y, Z). Raises what :func:`predict_scan` does.
+    """
 
     @property
     def label_map(self) -> LabelMap:
@@ -79,7 +82,10 @@ class Predictor:
         )
 
     def probabilities(self, scan: Scan) -> Probabilities:
-        """Of every class, on the network's own grid. Raises what :func:`predict_scan` does."""
+        """Probabilities of all classes, (K, D, H, W), on the network's own grid.
+
+        Raises what :func:`predict_scan` does.
+        """
         _check_channels(self.model, scan)
         prepared = self.preprocessing.prepare(scan)
         image = self.preprocessing.normalise(prepared.image)[None]

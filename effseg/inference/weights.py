@@ -21,7 +21,8 @@ def weights_file(checkpoint: Path) -> Path:
 
 
 def weights_files(checkpoint: Path) -> list[Path]:
-    """As `weights_file`; of a folder of runs each run's, by name. Raises InputError where one has none."""
+    """Files of a folder of runs, a run's each, by name; of anything else the one of `weights_file`. Raises
+    InputError where there is none, or a run without one."""
     runs = []
     if checkpoint.is_dir() and _of_run(checkpoint) is None:
         folders = sorted(path for path in checkpoint.iterdir() if path.is_dir())

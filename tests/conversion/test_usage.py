@@ -386,6 +386,22 @@ def test_with_kernels_in_the_interpreter(name, memory, kernel_device):
     assert (grads - grads_of_aten).norm() <= 1e-3 * grads_of_aten.norm()
 
 
+def test_a_weighted_loss_of_cropped_logits():
+    """They are lazy tensors still, of which weights take the type and the device."""
+    network, image = make("plain")
+    converted, weights = effseg.convert(network), torch.tensor([0.2, 1.0, 3.0])
+    cropped = converted(image)[:, :, 1:]
+    labels = torch.randint(3, (len(image), *cropped.shape[2:]))
+    expected, found = (
+        effseg.losses.dice_cross_entropy(logits, labels, class_weights=weights)
+        for logits in (network(image)[:, :, 1:], cropped)
+    )
+    torch.testing.assert_close(found, expected)
+    assert weights.to(cropped).dtype == cropped.dtype
+    assert cropped.to(weights).dtype == cropped.to(tensor=weights).dtype == weights.dtype
+    assert cropped.to(image.to(cropped.dtype)) is cropped
+
+
 def test_monais_loss_takes_lazy_logits():
     losses = pytest.importorskip("monai.losses")
     network, image = make("basic", torch.float32)

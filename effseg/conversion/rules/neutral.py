@@ -44,8 +44,11 @@ def contiguous(input: Any, memory_format: Any = torch.contiguous_format) -> Any:
 
 @rule(Tensor.to)
 def to(input: Any, *args: Any, **kwargs: Any) -> Any:
-    """Of the type and on the device that it has."""
-    wanted = [*args, *(kwargs.get(name) for name in ("dtype", "device"))]
+    """Of the type and on the device that it has, or that another tensor has."""
+    given = [*args, *(kwargs.get(name) for name in ("dtype", "device"))]
+    wanted: list[Any] = []
+    for one in given:
+        wanted += [one.dtype, one.device] if isinstance(one, Tensor) else [one]
     others = set(kwargs) - {"dtype", "device", "non_blocking", "memory_format"}
     known = (input.dtype, input.device, str(input.device), input.device.type, None, False)
     return NotImplemented if others or any(all(w != k for k in known) for w in wanted) else input
