@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.accuracy.contenders import Contender
+from benchmarks.accuracy.contenders import CONTENDERS, Contender
 from benchmarks.accuracy.runs import Budget, Place, Run, configuration
 from benchmarks.accuracy.studies import SEARCH, Study
 from effseg.benchmarking import record, results
@@ -31,13 +31,18 @@ FILE = "paces.json"
 def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[str, float]:
     """Seconds of processor time a step, by contender: the median over the rounds.
 
-    Kept in the study's results; raced anew where a contender is missing there.
+    Kept in the study's results. Who is missing there races the quickest one that is known, and its pace is
+    told in that one's seconds of the first race: runs are there that were as long as those say.
     """
     path = place.results / study.name / FILE
-    known: Mapping[str, Any] = results.parsed(path)["seconds_per_step"] if path.exists() else {}
-    if all(contender.name in known for contender in contenders):
+    kept: dict[str, Any] = results.parsed(path) if path.exists() else {}
+    known: dict[str, float] = kept.get("seconds_per_step", {})
+    missing = [contender for contender in contenders if contender.name not in known]
+    if not missing:
         return {contender.name: known[contender.name] for contender in contenders}
-    turns = {contender.name: _turn(study, contender, place) for contender in contenders}
+    quickest = min(known, key=lambda name: known[name], default=None)
+    racing = missing if quickest is None else [_named(quickest, contenders), *missing]
+    turns = {contender.name: _turn(study, contender, place) for contender in racing}
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(ROUNDS):
         for name, turn in turns.items():
@@ -45,18 +50,28 @@ def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[s
             turn(number)
             seconds[name].append(time.process_time() - begun)
     found = {name: float(np.median(times[WARM:])) for name, times in seconds.items()}
+    scale = 1.0 if quickest is None else known[quickest] / found[quickest]
+    paces = {name: scale * pace for name, pace in found.items()} | known
     begun_record = record.begin().to_dict()
     document = {
         "machine": begun_record["machine"],
         "versions": begun_record["versions"],
         "dtype": place.dtype,
         "rounds": ROUNDS - WARM,
-        "seconds_per_step": found,
-        "of_the_rounds": {name: times[WARM:] for name, times in seconds.items()},
+        "seconds_per_step": paces,
+        "races": [
+            *kept.get("races", []),
+            {"scale": scale, "of_the_rounds": {name: times[WARM:] for name, times in seconds.items()}},
+        ],
     }
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return found
+    return {contender.name: paces[contender.name] for contender in contenders}
+
+
+def _named(name: str, contenders: Sequence[Contender]) -> Contender:
+    """One of those that are asked for, or else of all."""
+    return next((contender for contender in contenders if contender.name == name), None) or CONTENDERS[name]
 
 
 def _turn(study: Study, contender: Contender, place: Place) -> Callable[[int], None]:

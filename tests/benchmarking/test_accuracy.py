@@ -343,6 +343,31 @@ def test_a_budget_of_time_becomes_steps_by_a_race(tiny, place, monkeypatch, foun
     assert paces.paces(tiny, [TINY], place) == {"effseg-tiny": pace}
 
 
+def test_who_comes_later_is_told_in_seconds_of_the_first_race(tiny, place, monkeypatch):
+    """The machine is half as fast by then: a network that takes 3 times the first one's does so still."""
+    monkeypatch.setattr(paces, "ROUNDS", 3)
+    monkeypatch.setattr(paces, "WARM", 1)
+    seconds, clock = {"effseg-tiny": 1.0, "unet3d": 8.0, "nnunet": 3.0}, [0.0]
+
+    def turn(study, contender, place):
+        def step(number):
+            clock[0] += seconds[contender.name]
+
+        return step
+
+    monkeypatch.setattr(paces, "_turn", turn)
+    monkeypatch.setattr(paces.time, "process_time", lambda: clock[0])
+    unet, nnunet = CONTENDERS["unet3d"], CONTENDERS["nnunet"]
+    assert paces.paces(tiny, [unet, TINY], place) == {"unet3d": 8.0, "effseg-tiny": 1.0}
+    seconds.update({name: 2 * pace for name, pace in seconds.items()})
+    assert paces.paces(tiny, [TINY, nnunet], place) == {"effseg-tiny": 1.0, "nnunet": 3.0}
+    kept = json.loads((place.results / "phantoms/paces.json").read_text())
+    assert [race["scale"] for race in kept["races"]] == [1.0, 0.5]
+    assert kept["races"][1]["of_the_rounds"] == {"effseg-tiny": [2.0, 2.0], "nnunet": [6.0, 6.0]}
+    monkeypatch.setattr(paces, "_turn", None)
+    assert paces.paces(tiny, [unet], place) == {"unet3d": 8.0}
+
+
 # The command
 
 
