@@ -35,6 +35,7 @@ __all__ = [
     "convolved",
     "materialise",
     "plain",
+    "probabilities",
     "raw",
     "residual",
     "segment",
@@ -252,6 +253,23 @@ def segment(
     x = _head_input(x, weight)
     checks.head(x.shape[1], weight, bias)
     return operators.segment(x, weight, bias, slab_elements)
+
+
+def probabilities(
+    x: Tensor | Deferred,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    slab_elements: int | None = None,
+) -> Tensor:
+    """p = softmax over the classes of head(x): (N, K, D, H, W) float16, in the host's memory.
+
+    x, weight, bias as in `segmentation_loss`; logits exist a few rows at a time, nothing is kept, and the
+    softmax is float32 (float64 for float64). Raises `ValueError` for shapes that do not fit.
+    """
+    x = _head_input(x, weight)
+    checks.head(x.shape[1], weight, bias)
+    return operators.probabilities(x, weight, bias, slab_elements)
 
 
 def _head_input(x: Tensor | Deferred, weight: Tensor | None) -> Deferred:

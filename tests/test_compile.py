@@ -149,10 +149,12 @@ def test_tail_segmentation_loss(dtype, norm, training, classes):
     assert_as_eager(run, *arguments, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("name", ["segment", "probabilities"])
 @pytest.mark.parametrize("classes", [4, 300])
-def test_segment(classes):
+def test_segment(classes, name):
     x, weight, bias = (randn(*s) for s in [(2, 3, 5, 4, 3), (classes, 3, 1, 1, 1), (classes,)])
-    got, expected = compiled(functional.segment)(x, weight, bias), functional.segment(x, weight, bias)
+    function = getattr(functional, name)
+    got, expected = compiled(function)(x, weight, bias), function(x, weight, bias)
     assert got.dtype == expected.dtype
     assert torch.equal(got, expected)
 

@@ -193,6 +193,7 @@ def test_unknown_labels_and_bad_shapes_are_named():
         (lambda: loss(features, labels, weight, bias, label_smoothing=2.0), "label_smoothing: expected"),
         (lambda: loss(features, labels, bias=bias), "bias: expected None"),
         (lambda: functional.segment(features, weight[:, :2]), "weight: expected"),
+        (lambda: functional.probabilities(features, weight[:, :2]), "weight: expected"),
         (lambda: loss(features[:, :1], labels), "classes: expected 2 or more"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -219,6 +220,23 @@ def test_segment_is_the_argmax(k):
         assert torch.equal(got.long(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [2, 15, 300])
+def test_probabilities_are_the_softmax(k, dtype):
+    """p moves by half of what logits do at most: sums of 6 products and a bias, each rounded to `dtype`."""
+    features, weight, bias, _ = problem(2, k, 6, (6, 5, 9), dtype)
+    wide = [t.detach().double() for t in (features, weight, bias)]
+    logits = F.conv3d(*wide)
+    largest = F.conv3d(*(t.abs() for t in wide)).max()
+    for slab in (None, 1):
+        got = functional.probabilities(features, weight, bias, slab_elements=slab)
+        assert (got.dtype, got.device.type, got.requires_grad) == (torch.float16, "cpu", False)
+        error = (got.double() - logits.softmax(1)).abs().max()
+        assert error <= 2**-12 + 7 * largest * torch.finfo(dtype).eps / 2
+    of_logits = functional.probabilities(logits.detach())
+    assert (of_logits.double() - logits.softmax(1)).abs().max() <= 2**-12
+
+
 def peak_bytes(run):
     """Peak of the CPU allocator's live bytes during `run`, over what was live before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
@@ -240,6 +258,8 @@ def test_memory_does_not_grow_with_the_classes(k):
     gradient = features.numel() * 4
     assert gradient <= step <= gradient + 40 * voxels
     assert peak_bytes(lambda: functional.segment(features, weight, bias)) <= 40 * voxels
+    probable = peak_bytes(lambda: functional.probabilities(features, weight, bias))
+    assert 2 * k * voxels <= probable <= (2 * k + 40) * voxels
 
 
 def test_wrong_types_are_named():

@@ -21,6 +21,7 @@ from benchmarks.accuracy.runs import Budget, Place, Run, configuration
 from benchmarks.accuracy.studies import SEARCH, Study
 from effseg.benchmarking import record, results
 from effseg.common.atomic import atomic_path
+from effseg.errors import InputError
 from effseg.models.registry import build_model
 
 ROUNDS, WARM = 9, 2
@@ -40,8 +41,11 @@ def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[s
     missing = [contender for contender in contenders if contender.name not in known]
     if not missing:
         return {contender.name: known[contender.name] for contender in contenders}
-    quickest = min(known, key=lambda name: known[name], default=None)
-    racing = missing if quickest is None else [_named(quickest, contenders), *missing]
+    if kept.get("dtype", place.dtype) != place.dtype:
+        raise InputError(f"{path}: raced in {kept['dtype']}, expected {place.dtype}: use another output")
+    named = {contender.name: contender for contender in (*CONTENDERS.values(), *contenders)}
+    quickest = min(set(known) & set(named), key=lambda name: known[name], default=None)
+    racing = missing if quickest is None else [named[quickest], *missing]
     turns = {contender.name: _turn(study, contender, place) for contender in racing}
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(ROUNDS):
@@ -54,24 +58,22 @@ def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[s
     paces = {name: scale * pace for name, pace in found.items()} | known
     begun_record = record.begin().to_dict()
     document = {
-        "machine": begun_record["machine"],
-        "versions": begun_record["versions"],
         "dtype": place.dtype,
         "rounds": ROUNDS - WARM,
         "seconds_per_step": paces,
         "races": [
             *kept.get("races", []),
-            {"scale": scale, "of_the_rounds": {name: times[WARM:] for name, times in seconds.items()}},
+            {
+                "machine": begun_record["machine"],
+                "versions": begun_record["versions"],
+                "scale": scale,
+                "of_the_rounds": {name: times[WARM:] for name, times in seconds.items()},
+            },
         ],
     }
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return {contender.name: paces[contender.name] for contender in contenders}
-
-
-def _named(name: str, contenders: Sequence[Contender]) -> Contender:
-    """One of those that are asked for, or else of all."""
-    return next((contender for contender in contenders if contender.name == name), None) or CONTENDERS[name]
 
 
 def _turn(study: Study, contender: Contender, place: Place) -> Callable[[int], None]:

@@ -100,6 +100,12 @@ def _done(
     run: Run, place: Place, say: Callable[[str], None], goes_on: Callable[[], bool], console: Console | None
 ) -> bool:
     if (place.results / run.place).exists():
+        rate = read_run(place.results / run.place).get("learning_rate", run.rate)
+        if rate != run.rate:
+            raise InputError(
+                f"{place.results / run.place}: a run with learning rate {rate:g}, expected {run.rate:g}, as "
+                "--rates-of or the search says: use another output"
+            )
         return True
     if not goes_on():
         return False

@@ -76,6 +76,9 @@ class Head(Protocol):
     def segment(self, a: Tensor) -> Tensor:
         """argmax over classes, (d, h, w), any integer type."""
 
+    def show(self, a: Tensor, out: Tensor) -> None:
+        """softmax over classes, to `out` (K, d, h, w), which may lie on the host."""
+
 
 class NormActGradients(NamedTuple):
     """dz = grad * act'(z); dy = dz * scale; dscale = sum dz (y - mean), dbeta = sum dz, (1, C) each. None

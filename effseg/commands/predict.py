@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=Path,
         nargs="+",
+        action="extend",
         required=True,
         metavar="PATH",
         help="a run's folder (its best network is taken, else its final one) or a .safetensors file of it; "
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _predict(args: argparse.Namespace, device: "torch.device", is_main: bool) -> None:
     """is_main: whether this process writes and tells."""
-    from effseg.inference import load_predictor, predict_files, weights_files
+    from effseg.inference import Ensemble, load_predictor, predict_files, weights_files
 
     weights = [path for checkpoint in args.checkpoint for path in weights_files(checkpoint)]
     predictor = load_predictor(
@@ -118,8 +119,13 @@ def _predict(args: argparse.Namespace, device: "torch.device", is_main: bool) ->
         labels=None if args.labels is None else _labels(args.labels),
         patch_size=three(args.patch_size, "patch-size"),
     )
-    if is_main and len(weights) > 1:
-        print(f"averages {len(weights)} networks: {', '.join(map(str, weights))}", flush=True)
+    members = predictor.members if isinstance(predictor, Ensemble) else (predictor,)
+    if args.split_volume and any(member.patch_size for member in members):
+        raise InputError("split_volume: expected networks trained on whole volumes, got one for patches")
+    given = args.checkpoint[0]
+    if is_main and (len(weights) > 1 or weights[0].parent not in (given, given.parent)):
+        averages = f"averages {len(weights)} networks: " if len(weights) > 1 else "takes "
+        print(averages + ", ".join(map(str, weights)), flush=True)
     predict_files(
         predictor,
         args.input,

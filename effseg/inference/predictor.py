@@ -66,7 +66,9 @@ class Predictor:
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        settings = (self.preprocessing.to_dict(), self.label_map.to_dict(), self.patch_size)
+        settings: tuple[Any, ...] = (self.preprocessing.to_dict(), self.label_map.to_dict(), self.patch_size)
+        if self.preprocessing.spacing is not None:
+            settings += ("back to the scan's grid by probabilities",)
         return checksum(digest.hexdigest(), *settings, self.largest_component)
 
     def __call__(self, scan: Scan) -> np.ndarray:
@@ -89,7 +91,7 @@ class Predictor:
         _check_channels(self.model, scan)
         prepared = self.preprocessing.prepare(scan)
         image = self.preprocessing.normalise(prepared.image)[None]
-        with _fitting(scan, prepared):
+        with _computing(scan, prepared):
             found = probabilities(self.model, image, bf16=self.bf16, patch_size=self.patch_size)
         return Probabilities(found, prepared.box)
 
@@ -98,21 +100,30 @@ class Predictor:
 class Ensemble:
     """Several networks for the same labels, whose probabilities are averaged on the scan's own grid.
 
-    They may differ in all else: sizes, preprocessing, patches. Takes the memory of one network, and in main
-    memory 2 K bytes a voxel for each of them beside what `most_probable` does.
-    Raises InputError for members that do not know the same labels.
+    They may differ in all else: sizes, preprocessing, patches. Takes the memory of one network beside the
+    weights of all, and in main memory 2 K bytes a voxel for each of them beside what `most_probable` does.
+    Raises InputError for no members, or some that do not know the same labels or take other channels.
     """
 
     members: tuple[Predictor, ...]
     largest_component: bool = False
 
     def __post_init__(self) -> None:
-        for member in self.members[1:]:
-            if member.label_map != self.label_map:
-                raise InputError(
-                    f"expected networks for the same labels to average, got {self.label_map.to_dict()} and "
-                    f"{member.label_map.to_dict()}"
+        if not self.members:
+            raise InputError("expected networks to average, got none")
+        known = [(m.label_map.values, m.label_map.names[1:]) for m in self.members]
+        for other in known[1:]:
+            if other != known[0]:
+                first, second = (
+                    ", ".join(f"{value}:{name}" for value, name in zip(values[1:], names, strict=True))
+                    for values, names in (known[0], other)
                 )
+                raise InputError(
+                    f"expected networks for the same labels to average, got {first} and {second}"
+                )
+        channels = sorted({member.model.arguments["in_channels"] for member in self.members})
+        if len(channels) > 1:
+            raise InputError(f"expected networks of as many channels to average, got {channels}")
 
     @property
     def label_map(self) -> LabelMap:
@@ -151,7 +162,7 @@ def predict_scan(
     """
     _check_channels(model, scan)
     prepared = preprocessing.prepare(scan)
-    with _fitting(scan, prepared):
+    with _computing(scan, prepared):
         classes = segment_prepared(model, preprocessing, prepared, bf16=bf16, patch_size=patch_size)
     if largest_component:
         classes = keep_largest_components(classes)
@@ -167,8 +178,8 @@ def _check_channels(model: SegmentationModel, scan: Scan) -> None:
 
 
 @contextmanager
-def _fitting(scan: Scan, prepared: Prepared) -> Iterator[None]:
-    """InputError for a scan that does not fit into the GPU's memory."""
+def _computing(scan: Scan, prepared: Prepared) -> Iterator[None]:
+    """Errors name the scan, also one that does not fit into the GPU's memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -176,6 +187,8 @@ def _fitting(scan: Scan, prepared: Prepared) -> Iterator[None]:
         raise InputError(
             f"{scan.paths[0]}: {size} voxels do not fit on the GPU; --device cpu takes main memory"
         ) from error
+    except InputError as error:
+        raise InputError(f"{scan.paths[0]}: {error}") from error
 
 
 def load_predictor(
@@ -192,19 +205,24 @@ def load_predictor(
     ensemble of several, or of all runs of a folder, such as those of its folds.
 
     preprocessing, labels, patch_size: for a file that does not say them, as one that `model.save` wrote
-    without; see `effseg.data.labels.as_label_map`. A file's own are not changed.
-    Raises InputError where there is no such file, or none in a run of several, it is named twice, lacks what
+    without; see `effseg.data.labels.as_label_map`. A file's own are not changed: they are for the others of
+    several.
+    Raises InputError where there is no such file, or none in a run of several, it is there twice, lacks what
     is not given either, says otherwise than what is given, or its parts or the networks do not fit together.
     """
     given = [checkpoint] if isinstance(checkpoint, str | os.PathLike) else checkpoint
     paths = [path for one in given for path in weights_files(Path(one))]
-    for number, path in enumerate(paths):
-        if path.resolve() in [other.resolve() for other in paths[:number]]:
-            raise InputError(f"{path}: named twice")
+    if not paths:
+        raise InputError("checkpoint: expected files or folders, got none")
     settings = (preprocessing, labels, patch_size)
     if len(paths) == 1:
         return _load(paths[0], device, bf16, largest_component, *settings)
-    members = tuple(_load(path, device, bf16, False, *settings) for path in paths)
+    members = tuple(_load(path, device, bf16, False, *settings, several=True) for path in paths)
+    prints = [member.fingerprint for member in members]
+    for number, path in enumerate(paths):
+        if prints[number] in prints[:number]:
+            first = paths[prints.index(prints[number])]
+            raise InputError(f"{path}: the same network as {first}, which would count twice")
     try:
         return Ensemble(members, largest_component)
     except InputError as error:
@@ -219,11 +237,16 @@ def _load(
     preprocessing: Preprocessing | None,
     labels: Labels | None,
     patch_size: Size | None,
+    several: bool = False,
 ) -> Predictor:
     model = load(path, device)
     classes = model.arguments["num_classes"]
     found = {key: model.extra.get(key) for key in ("preprocessing", "labels", "training")}
     own = {key: entries if isinstance(entries, dict) else None for key, entries in found.items()}
+    if several:
+        preprocessing = preprocessing if own["preprocessing"] is None else None
+        labels = labels if own["labels"] is None else None
+        patch_size = patch_size if own["training"] is None else None
     try:
         chosen = _either(
             "preprocessing",

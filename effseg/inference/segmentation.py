@@ -9,9 +9,10 @@ from scipy import ndimage
 
 from effseg.common.formats import label_dtype
 from effseg.data.preprocessing import AIR, Prepared, Preprocessing
+from effseg.errors import InputError
 from effseg.inference.probabilities import Probabilities, most_probable
 from effseg.models.base import SegmentationModel
-from effseg.parallel.partition import own_rows
+from effseg.parallel.partition import current, own_rows
 from effseg.parallel.reduction import whole
 
 OVERLAP = 0.5  # of neighbouring patches, where a network was trained on patches
@@ -67,23 +68,24 @@ def probabilities(
 ) -> np.ndarray:
     """Probabilities (K, D, H, W) float16, on the CPU, of one normalised image (1, C, D, H, W); see `segment`.
 
-    The softmax is taken in float32, a row of voxels after the other. Takes K logits a voxel on the device
-    and 2 K bytes a voxel in main memory.
+    2 K bytes a voxel of main memory; a network that is not ours makes K logits of every voxel first, as a
+    sliding window does, in main memory. Where processes share a volume each gets the whole result.
+    Raises InputError for probabilities that are not finite.
     """
-    total = image.shape[2]
+    device, total = next(model.parameters()).device, image.shape[2]
     if patch_size is not None:
         logits = _logits_of_patches(model, image, bf16, patch_size)[0]
+        found = torch.empty(logits.shape, dtype=torch.float16)
+        for row in range(total):
+            found[:, row] = logits[:, row].float().softmax(0)
     else:
-        device = next(model.parameters()).device
         rows = slice(*own_rows(total))
         with _evaluating(model, bf16):
-            logits = model(image[:, :, rows].to(device))[0]
-    found = torch.empty(logits.shape, dtype=torch.float16)
-    for row in range(logits.shape[1]):
-        found[:, row] = logits[:, row].float().softmax(0).half()
-    if found.shape[1] < total:  # processes share the volume
-        device = logits.device
-        found = torch.cat([whole(part[None].to(device), total).cpu() for part in found])
+            found = model.probabilities(image[:, :, rows].to(device))[0]
+        if found.shape[1] < total:
+            found = torch.cat([whole(part[None].to(device), total).cpu() for part in found])
+    if not found[0].isfinite().all():
+        raise InputError("the network gives probabilities that are not finite")
     return found.numpy()
 
 
@@ -103,6 +105,9 @@ def _logits_of_patches(
     model: SegmentationModel, image: torch.Tensor, bf16: bool, patch_size: Size
 ) -> torch.Tensor:
     from monai.inferers import SlidingWindowInferer
+
+    if current() is not None:
+        raise InputError("split_volume: expected a network trained on whole volumes, got one for patches")
 
     inferer = SlidingWindowInferer(
         patch_size,

@@ -21,14 +21,28 @@ def weights_file(checkpoint: Path) -> Path:
 
 
 def weights_files(checkpoint: Path) -> list[Path]:
-    """Files of a folder of runs, a run's each, by name; of anything else the one of `weights_file`. Raises
-    InputError where there is none, or a run without one."""
+    """Files of a folder of runs, a run's each, by name; of anything else the one of `weights_file`.
+
+    Links to other runs of the folder do not count. Raises InputError where there is none, or a run that has
+    not ended: named alone, its best network so far is taken.
+    """
+    if not checkpoint.is_dir() or _of_run(checkpoint) is not None or _is_run(checkpoint):
+        return [weights_file(checkpoint)]
     runs = []
-    if checkpoint.is_dir() and _of_run(checkpoint) is None:
-        folders = sorted(path for path in checkpoint.iterdir() if path.is_dir())
-        runs = [path for path in folders if (path / "config.json").exists() or _of_run(path) is not None]
+    for path in sorted(path for path in checkpoint.iterdir() if path.is_dir()):
+        if path.is_symlink() and path.resolve().parent == checkpoint.resolve():
+            continue
+        if _is_run(path) and not (path / NAMES[-1]).is_file():
+            raise InputError(f"{path}: a run that has not ended, without {NAMES[-1]}")
+        if _of_run(path) is not None:
+            runs.append(path)
     return [weights_file(path) for path in runs or [checkpoint]]
 
 
 def _of_run(folder: Path) -> Path | None:
     return next((folder / name for name in NAMES if (folder / name).is_file()), None)
+
+
+def _is_run(folder: Path) -> bool:
+    """What a run's folder has from its beginning on."""
+    return any((folder / name).exists() for name in (".lock", "data.json", "checkpoints"))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from effseg.common.formats import label_dtype
+from effseg.common.formats import accumulation_dtype, label_dtype
 from effseg.errors import InputError
 from effseg.losses import dice_cross_entropy
 from effseg.models import checkpoint
@@ -53,6 +53,19 @@ class SegmentationModel(nn.Module):
         """
         logits = self(image)
         return logits.argmax(1).to(label_dtype(logits.shape[1]))
+
+    @torch.no_grad()
+    def probabilities(self, image: torch.Tensor) -> torch.Tensor:
+        """The softmax p = exp(z) / sum exp(z) of the logits z, (N, K, D, H, W) float16, in the host's memory.
+
+        Training or evaluation mode is left as it is.
+        """
+        logits = self(image)
+        found = torch.empty(logits.shape, dtype=torch.float16, device="cpu")
+        for row in range(logits.shape[2]):
+            values = logits[:, :, row]
+            found[:, :, row] = values.to(accumulation_dtype(values.dtype)).softmax(1)
+        return found
 
     def save(
         self,

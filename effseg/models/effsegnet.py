@@ -199,6 +199,16 @@ class EffSegNet(SegmentationModel):
 
         Unless memory is ``raw``, no full-resolution feature map exists.
         """
+        return functional.segment(*self._inferred(image), slab_elements=self.slab_elements)
+
+    @torch.no_grad()
+    def probabilities(self, image: Tensor) -> Tensor:
+        """p = softmax of the logits, (N, K, D, H, W) float16, in the host's memory; on the device what
+        `segment` takes."""
+        return functional.probabilities(*self._inferred(image), slab_elements=self.slab_elements)
+
+    def _inferred(self, image: Tensor) -> tuple[Deferred, Tensor | None, Tensor | None]:
+        """What the head reads of features that nobody needs again, and the head."""
         streams = self.architecture.stem_stride == 1 and self.arguments["memory"] != "raw"
         whole = self._whole(image)
         trunk = self._trunk(whole, streams, self.slab_elements)
@@ -207,7 +217,7 @@ class EffSegNet(SegmentationModel):
             features = self._level(0).unit.streamed_layer(joined, self.slab_elements)
         else:
             features = self._last(trunk, self.slab_elements)
-        return functional.segment(*self._head(features, whole), slab_elements=self.slab_elements)
+        return self._head(features, whole)
 
     @property
     def streams(self) -> bool:

@@ -20,6 +20,7 @@ class StockEffSegNet(EffSegNet):
 
     follows_autocast = False
     segment = SegmentationModel.segment
+    probabilities = SegmentationModel.probabilities
 
     def forward(self, image: Tensor) -> Tensor:
         x = self._decoded(image)[0]

@@ -4,7 +4,7 @@ is in `effseg.algorithms`, validation in `effseg.functional`.
 """
 
 from effseg.operators.conv3d import conv3d, conv3d_to_host
-from effseg.operators.head import head_sums, segment
+from effseg.operators.head import head_sums, probabilities, segment
 from effseg.operators.level import level
 from effseg.operators.materialise import materialise
 from effseg.operators.share import share
@@ -20,6 +20,7 @@ __all__ = [
     "layer_statistics",
     "level",
     "materialise",
+    "probabilities",
     "segment",
     "share",
     "statistics",

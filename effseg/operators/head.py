@@ -59,6 +59,15 @@ def segment(
     return _segment(x.device, x.dtype, Static(x.spec, slab_elements), (weight, bias, *x.tensors))[0]
 
 
+@torch.no_grad()
+def probabilities(
+    x: Deferred, weight: Tensor | None, bias: Tensor | None, slab_elements: int | None = None
+) -> Tensor:
+    """See `effseg.functional.probabilities`."""
+    static = Static(x.spec, slab_elements)
+    return _probabilities(x.device, x.dtype, static, (weight, bias, *x.tensors))[0]
+
+
 def _sums_forward(
     ops: Algorithm, static: Static, tensors: Sequence[Tensor]
 ) -> tuple[Sums, tuple[Tensor, ...]]:
@@ -94,6 +103,14 @@ def _segment_forward(
     return (head_segment(ops, static.spec, inner, head, static.slab_elements),), ()
 
 
+def _probabilities_forward(
+    ops: Algorithm, static: Static, tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
+    weight, bias, *inner = tensors
+    head = ops.make_head(static.spec, weight, bias, inner[0].device)
+    return (head_probabilities(ops, static.spec, inner, head, static.slab_elements),), ()
+
+
 def _classes(spec: Spec, weight: Tensor | None) -> int:
     return spec.shape[1] if weight is None else weight.shape[0]
 
@@ -109,11 +126,18 @@ def _fake_segment(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> 
     return [tensors[2].new_empty(n, *size, dtype=dtype)]
 
 
+def _fake_probabilities(ops: Algorithm, static: Static, tensors: Sequence[Tensor]) -> list[Tensor]:
+    n, _, *size = static.spec.shape
+    shape = (n, _classes(static.spec, tensors[0]), *size)
+    return [torch.empty(shape, dtype=torch.float16, device="cpu")]
+
+
 _head_sums = Operator(
     "head_sums", Static, _sums_forward, _sums_backward, _fake_sums, outputs=len(Sums._fields),
     constants=COUNTS, zeros=True,
 )  # fmt: skip
 _segment = Operator("segment", Static, _segment_forward, None, _fake_segment)
+_probabilities = Operator("probabilities", Static, _probabilities_forward, None, _fake_probabilities)
 
 
 def head_sums_forward(
@@ -191,4 +215,17 @@ def head_segment(
     out = torch.empty(n, d, h, w, dtype=label_dtype(head.classes), device=device)
     for sample, lo, hi, here in slabs(n, spec.shape[2], per_slab):
         out[sample, here] = head.segment(rows(ops, spec, stored, sample, lo, hi))
+    return out
+
+
+def head_probabilities(
+    ops: Algorithm, spec: Spec, tensors: Sequence[Tensor], head: Head, slab_elements: int | None
+) -> Tensor:
+    """softmax over classes, (N, K, D, H, W) float16, on the host."""
+    n, _, d, h, w = own_shape(spec.shape)
+    per_slab = thickness(spec, slab_elements, tensors[0].device)
+    stored = readable(spec, tensors, None, per_slab)
+    out = torch.empty(n, head.classes, d, h, w, dtype=torch.float16, device="cpu")
+    for sample, lo, hi, here in slabs(n, spec.shape[2], per_slab):
+        head.show(rows(ops, spec, stored, sample, lo, hi), out[sample, :, here])
     return out

@@ -110,9 +110,11 @@ def test_loss_of_features_and_of_logits(options):
         found = torch.autograd.grad(got, [features, weight, bias])
         of_logits = functional.segmentation_loss(logits.float(), labels, **options)
         segmented = functional.segment(features, weight, bias)
+        probable = functional.probabilities(features, weight, bias)
     exact = exactly()
     assert_as_rounded(named([got, of_logits, *found], names), exact, rounding_noise(exactly, exact))
     assert torch.equal(segmented.long(), logits.argmax(1))
+    assert (probable.double() - logits.softmax(1)).abs().max() <= 2**-11
 
 
 def step(network, algorithm, image, labels):

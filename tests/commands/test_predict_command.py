@@ -74,6 +74,21 @@ def test_options(dataset: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert predict(checkpoint, source, output, "--overwrite") == 0
 
 
+def test_patches_are_not_shared(
+    dataset: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network would take each patch for its rows of the whole scan."""
+    network = effseg.load(checkpoint)
+    network.extra["training"] = {"patch_size": [16, 16, 16]}
+    network.save(tmp_path / "patches.safetensors")
+    assert (
+        predict(tmp_path / "patches.safetensors", dataset / "imagesTs", tmp_path / "out", "--split-volume")
+        == 2
+    )
+    assert "split_volume: expected networks trained on whole volumes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_continues(
     dataset: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

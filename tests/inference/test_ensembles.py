@@ -12,6 +12,7 @@ from effseg.cli import main
 from effseg.data.labels import LabelMap
 from effseg.data.nifti import Scan, read_image, read_labels
 from effseg.data.preprocessing import Preprocessing
+from effseg.data.resampling import resample_linear
 from effseg.errors import InputError
 from effseg.inference import Ensemble, Predictor, load_predictor, predict_files, segment_prepared
 from effseg.inference.probabilities import Probabilities, most_probable
@@ -107,6 +108,38 @@ def test_members_may_have_crops_and_voxels_of_their_own(tmp_path):
     np.testing.assert_array_equal(Ensemble(members[1:])(scan), np.where(body, 300, 0))
 
 
+def test_it_is_the_mean_of_what_is_resampled():
+    """Against a sum in float64: parts with grids and boxes of their own, and a class that one alone gives."""
+    rng = np.random.default_rng(0)
+    shape, classes = (11, 9, 8), 5
+    boxes = [(slice(0, 11), slice(0, 9), slice(0, 8)), (slice(2, 9), slice(1, 9), slice(3, 7))]
+    boxes.append((slice(4, 11), slice(0, 5), slice(0, 8)))
+    parts, total = [], np.zeros((classes, *shape))
+    for number, (box, grid) in enumerate(zip(boxes, [(11, 9, 8), (15, 4, 9), (3, 9, 2)], strict=True)):
+        logits = rng.normal(size=(classes, *grid), scale=3.0)
+        logits[4] = 10 if number == 1 else -50
+        values = np.exp(logits) / np.exp(logits).sum(0)
+        parts.append(Probabilities(values.astype(np.float16), box))
+        inside = resample_linear(values.astype(np.float32), [side.stop - side.start for side in box])
+        total[0] += 1
+        total[(slice(None), *box)] += inside
+        total[0][box] -= 1
+    first, second = np.sort(total, 0)[[-1, -2]]
+    clear = first - second > 3 * 2**-10
+    expected = total.argmax(0)
+    assert clear.mean() > 0.9
+    assert (expected[clear] == 4).any()
+    np.testing.assert_array_equal(most_probable(parts, shape)[clear], expected[clear])
+
+
+def test_what_is_not_finite_is_refused(tmp_path):
+    scan = ramp_scan(tmp_path / "scan.nii")
+    for preprocessing in (plain((2.0, 1.0, 1.0)), plain()):
+        bad = Predictor(Ramp(float("nan"), 0.5), preprocessing, NAMES)
+        with pytest.raises(InputError, match=r"scan\.nii: the network gives probabilities that are not fini"):
+            Ensemble((Predictor(Ramp(0.0, 0.5), plain(), NAMES), bad))(scan)
+
+
 def test_the_first_of_even_classes_is_taken_and_many_have_room():
     box = (slice(1, 3), slice(0, 2), slice(0, 1))
     values = np.zeros((300, 2, 2, 1), np.float16)
@@ -139,7 +172,7 @@ def runs(tmp_path):
         torch.manual_seed(fold)
         folder = tmp_path / "runs" / f"fold_{fold}"
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
+        (folder / "checkpoints").mkdir()
         network = build_model("effseg-tiny", 1, 3)
         network.save(folder / "final.safetensors", preprocessing=plain(spacing), labels=NAMES)
     (tmp_path / "runs" / "notes").mkdir()
@@ -170,7 +203,7 @@ def test_the_command_says_whom_it_averages(runs, tmp_path, capsys):
     weights = [str(runs / f"fold_{fold}" / "final.safetensors") for fold in (0, 1)]
     assert capsys.readouterr().out.splitlines()[0] == f"averages 2 networks: {', '.join(weights)}"
     first = read_labels(output)
-    assert main([*words, "--overwrite", "--checkpoint", *weights]) == 0
+    assert main([*words, "--overwrite", "--checkpoint", weights[0], "--checkpoint", weights[1]]) == 0
     np.testing.assert_array_equal(read_labels(output), first)
     capsys.readouterr()
     assert main([*words, "--overwrite", "--checkpoint", weights[0]]) == 0
@@ -178,14 +211,63 @@ def test_the_command_says_whom_it_averages(runs, tmp_path, capsys):
 
 
 def test_what_cannot_be_averaged_is_refused(runs, tmp_path):
-    with pytest.raises(InputError, match=r"fold_0/final\.safetensors: named twice$"):
+    with pytest.raises(InputError, match=r"fold_0/final\.safetensors: the same network as .*fold_0/final"):
         load_predictor([runs, runs / "fold_0"])
+    with pytest.raises(InputError, match=r"^checkpoint: expected files or folders, got none$"):
+        load_predictor([])
+    with pytest.raises(InputError, match=r"^expected networks to average, got none$"):
+        Ensemble(())
     other = LabelMap(("background", "liver", "spleen"), (0, 4, 300))
     build_model("effseg-tiny", 1, 3).save(tmp_path / "o.safetensors", preprocessing=plain(), labels=other)
     with pytest.raises(InputError, match=r"o\.safetensors: expected networks for the same labels to average"):
         load_predictor([runs / "fold_0", tmp_path / "o.safetensors"])
     with pytest.raises(InputError, match=r"notes: a folder without best\.safetensors or final\.safetensors"):
         load_predictor(runs / "notes")
-    (runs / "fold_1" / "final.safetensors").unlink()
-    with pytest.raises(InputError, match=r"fold_1: a folder without best\.safetensors or final\.safetensors"):
+    build_model("effseg-tiny", 2, 3).save(tmp_path / "two.safetensors", preprocessing=plain(), labels=NAMES)
+    with pytest.raises(InputError, match=r"expected networks of as many channels to average, got \[1, 2\]$"):
+        load_predictor([runs / "fold_0", tmp_path / "two.safetensors"])
+
+
+def test_runs_that_have_not_ended_are_refused(runs):
+    """Unless they are named: a fold that still trains would be averaged as it happens to be."""
+    (runs / "fold_1" / "final.safetensors").rename(runs / "fold_1" / "best.safetensors")
+    with pytest.raises(InputError, match=r"fold_1: a run that has not ended, without final\.safetensors$"):
         load_predictor(runs)
+    assert isinstance(load_predictor([runs / "fold_0", runs / "fold_1"]), Ensemble)
+    (runs / "checkpoints").mkdir()  # so this is a run itself, whatever else lies in it
+    with pytest.raises(InputError, match=r"runs: a folder without best\.safetensors or final\.safetensors"):
+        load_predictor(runs)
+
+
+def test_links_to_other_runs_do_not_count_twice(runs):
+    (runs / "latest").symlink_to("fold_1")
+    assert len(load_predictor(runs).members) == 2
+
+
+def test_what_prediction_does_not_use_may_differ(runs, tmp_path):
+    """A class that is ignored in training, and what the user says of a file that does not say it itself."""
+    network = build_model("effseg-tiny", 1, 3)
+    network.save(tmp_path / "a.safetensors", preprocessing=plain(), labels=LabelMap(*_parts(NAMES), ignore=9))
+    network.head.bias.data += 1
+    network.extra = {}
+    network.save(tmp_path / "b.safetensors", labels=NAMES)
+    with pytest.raises(InputError, match="without the preprocessing that prediction needs"):
+        load_predictor([runs, tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+    told = plain((3.0, 3.0, 3.0))
+    both = load_predictor([runs, tmp_path / "a.safetensors", tmp_path / "b.safetensors"], preprocessing=told)
+    spacings = [member.preprocessing.spacing for member in both.members]
+    assert spacings == [None, (2.0, 2.0, 2.0), None, (3.0, 3.0, 3.0)]
+
+
+def _parts(label_map):
+    return label_map.names, label_map.values
+
+
+def test_labels_voted_on_are_not_those_of_probabilities(runs, monkeypatch):
+    """`--continue` does not take files of before, when resampled scans had other labels, for finished."""
+    members = load_predictor(runs).members
+    monkeypatch.setattr("effseg.inference.predictor.checksum", lambda *parts: parts[1:])
+    for member, same in zip(members, (True, False), strict=True):
+        before = (member.preprocessing.to_dict(), member.label_map.to_dict(), member.patch_size, False)
+        del member.__dict__["fingerprint"]
+        assert (member.fingerprint == before) == same

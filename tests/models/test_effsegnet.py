@@ -79,6 +79,7 @@ def test_auxiliary_heads_and_thick_slices(preset, options, memory):
     image, labels = batch((1, 1, 19, 41, 18))
     assert_same_step(ours, stock, image, labels)
     assert torch.equal(ours.segment(image), stock.segment(image))
+    assert (ours.probabilities(image) - stock.probabilities(image)).abs().max() <= 2**-11
 
 
 @pytest.mark.slow
@@ -134,6 +135,10 @@ def test_logits_and_segmentation(preset):
     logits = stock(image)
     assert relative_error(ours(image), logits) <= EXACT
     assert torch.equal(ours.segment(image).long(), logits.argmax(1))
+    for model in (ours, stock):
+        got = model.probabilities(image)
+        assert got.dtype == torch.float16
+        assert (got.double() - logits.softmax(1)).abs().max() <= 2**-11
     grad = torch.randn_like(logits)
     got, expected = (torch.autograd.grad(m(image), list(m.parameters()), grad) for m in (ours, stock))
     assert all(relative_error(a, b) <= EXACT for a, b in zip(got, expected, strict=True))

@@ -213,6 +213,7 @@ def test_any_size(size, levels):
     flat = [torch.cat([g.flatten() for g in grads.values()]) for grads in (got, expected)]
     assert relative_error(*flat) <= EXACT
     assert torch.equal(stream.segment(image), raw.segment(image))
+    assert (stream.probabilities(image) - raw.probabilities(image)).abs().max() <= 2**-11
 
 
 @pytest.mark.parametrize(

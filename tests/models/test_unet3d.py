@@ -51,6 +51,10 @@ def test_segment_is_the_argmax_without_a_graph(model):
     assert labels.dtype == torch.uint8
     assert not labels.requires_grad
     assert torch.equal(labels.long(), model(image).argmax(1))
+    probable = model.probabilities(image)
+    assert (probable - model(image).softmax(1)).abs().max() <= 2**-12
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (model.probabilities(image) - probable).abs().max() <= 0.1
 
 
 def test_segment_of_many_classes_is_int16():

@@ -84,6 +84,9 @@ def cases():
             [labels, weight, randn(3), randn(3), head, bias, x],
         ),
         "segment": (*encode("aten", (True,) * 6, raw, None), [head, bias, y, *terms]),
+        "probabilities": (
+            *encode("aten", (True,) * 6, raw, None), [t.detach() for t in (head, bias, y, *terms)]
+        ),
         "layer_statistics": (
             *encode("aten", (True, True), PLAIN, WINDOW, None, None, 1), [weight.detach(), x.detach()]
         ),

@@ -107,6 +107,11 @@ class Head:
         parts = [self._logits(a[:, :, part]).argmax(0).view(-1, *a.shape[3:]) for part in self._chunks(a)]
         return torch.cat(parts)
 
+    def show(self, a: Tensor, out: Tensor) -> None:
+        for part in self._chunks(a):
+            p = self._logits(a[:, :, part]).softmax(0)
+            out[:, part] = p.view(self.classes, -1, *a.shape[3:]).to(out.dtype)
+
     def _pull(
         self, grads: _LossGradients, sample: int, a: Tensor, labels: Tensor, parameters: bool
     ) -> Tensor:
