@@ -264,8 +264,9 @@ def probabilities(
 ) -> Tensor:
     """p = softmax over the classes of head(x): (N, K, D, H, W) float16, in the host's memory.
 
-    x, weight, bias as in `segmentation_loss`; logits exist a few rows at a time, nothing is kept, and the
-    softmax is float32 (float64 for float64). Raises `ValueError` for shapes that do not fit.
+    x, weight, bias as in `segmentation_loss`; logits exist a few rows at a time, nothing is kept for
+    backward, and the softmax is float32 (float64 for float64): 2 K bytes a voxel there, on the device what
+    `segment` takes. Raises `ValueError` for shapes that do not fit.
     """
     x = _head_input(x, weight)
     checks.head(x.shape[1], weight, bias)

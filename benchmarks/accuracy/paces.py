@@ -55,17 +55,17 @@ def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[s
             seconds[name].append(time.process_time() - begun)
     found = {name: float(np.median(times[WARM:])) for name, times in seconds.items()}
     scale = 1.0 if quickest is None else known[quickest] / found[quickest]
-    paces = {name: scale * pace for name, pace in found.items()} | known
-    begun_record = record.begin().to_dict()
+    scaled = {name: scale * pace for name, pace in found.items()} | known
+    conditions = record.begin().to_dict()
     document = {
         "dtype": place.dtype,
         "rounds": ROUNDS - WARM,
-        "seconds_per_step": paces,
+        "seconds_per_step": scaled,
         "races": [
             *kept.get("races", []),
             {
-                "machine": begun_record["machine"],
-                "versions": begun_record["versions"],
+                "machine": conditions["machine"],
+                "versions": conditions["versions"],
                 "scale": scale,
                 "of_the_rounds": {name: times[WARM:] for name, times in seconds.items()},
             },
@@ -73,7 +73,7 @@ def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[s
     }
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return {contender.name: paces[contender.name] for contender in contenders}
+    return {contender.name: scaled[contender.name] for contender in contenders}
 
 
 def _turn(study: Study, contender: Contender, place: Place) -> Callable[[int], None]:

@@ -218,6 +218,14 @@ def load_predictor(
     if len(paths) == 1:
         return _load(paths[0], device, bf16, largest_component, *settings)
     members = tuple(_load(path, device, bf16, False, *settings, several=True) for path in paths)
+    asked = (
+        ("preprocessing", preprocessing, "--window, --spacing and --crop"),
+        ("labels", labels, "--labels"),
+        ("training", patch_size, "--patch-size"),
+    )
+    for key, given_setting, option in asked:
+        if given_setting is not None and all(isinstance(m.model.extra.get(key), dict) for m in members):
+            raise InputError(f"{key}: every network says its own, leave {option} out")
     prints = [member.fingerprint for member in members]
     for number, path in enumerate(paths):
         if prints[number] in prints[:number]:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
+from effseg.common.run_folder import WEIGHTS, has_begun
 from effseg.errors import InputError
-
-NAMES = ("best.safetensors", "final.safetensors")
 
 
 def weights_file(checkpoint: Path) -> Path:
@@ -26,23 +25,18 @@ def weights_files(checkpoint: Path) -> list[Path]:
     Links to other runs of the folder do not count. Raises InputError where there is none, or a run that has
     not ended: named alone, its best network so far is taken.
     """
-    if not checkpoint.is_dir() or _of_run(checkpoint) is not None or _is_run(checkpoint):
+    if not checkpoint.is_dir() or _of_run(checkpoint) is not None or has_begun(checkpoint):
         return [weights_file(checkpoint)]
     runs = []
     for path in sorted(path for path in checkpoint.iterdir() if path.is_dir()):
         if path.is_symlink() and path.resolve().parent == checkpoint.resolve():
             continue
-        if _is_run(path) and not (path / NAMES[-1]).is_file():
-            raise InputError(f"{path}: a run that has not ended, without {NAMES[-1]}")
+        if has_begun(path) and not (path / WEIGHTS[-1]).is_file():
+            raise InputError(f"{path}: a run that has not ended, without {WEIGHTS[-1]}")
         if _of_run(path) is not None:
             runs.append(path)
     return [weights_file(path) for path in runs or [checkpoint]]
 
 
 def _of_run(folder: Path) -> Path | None:
-    return next((folder / name for name in NAMES if (folder / name).is_file()), None)
-
-
-def _is_run(folder: Path) -> bool:
-    """What a run's folder has from its beginning on."""
-    return any((folder / name).exists() for name in (".lock", "data.json", "checkpoints"))
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)

@@ -58,7 +58,7 @@ class SegmentationModel(nn.Module):
     def probabilities(self, image: torch.Tensor) -> torch.Tensor:
         """The softmax p = exp(z) / sum exp(z) of the logits z, (N, K, D, H, W) float16, in the host's memory.
 
-        Training or evaluation mode is left as it is.
+        K logits of every voxel are stored on the device. Training or evaluation mode is left as it is.
         """
         logits = self(image)
         found = torch.empty(logits.shape, dtype=torch.float16, device="cpu")

@@ -6,12 +6,9 @@ import shutil
 from pathlib import Path
 
 from effseg.common.atomic import atomic_path
+from effseg.common.run_folder import FILES, FOLDERS, holds_run
 from effseg.errors import InputError
 from effseg.training.config import TrainingConfig
-
-# All that a run writes, beside prepared volumes in cache/, which serve any run; nothing else is ever touched.
-FILES = ("config.json", "data.json", "progress.csv", "curves.png", "best.safetensors", "final.safetensors")
-FOLDERS = ("checkpoints", "tensorboard", "overlays")
 
 
 def open_run(config: TrainingConfig, overwrite: bool = False) -> None:
@@ -30,7 +27,7 @@ def open_run(config: TrainingConfig, overwrite: bool = False) -> None:
         return
     if (folder / "config.json").exists():
         config.check_continues(read_config(folder))
-    elif _is_run(folder):
+    elif holds_run(folder):
         raise InputError(f"{folder} holds parts of a run without its config.json: overwrite it")
 
 
@@ -47,11 +44,6 @@ def read_config(folder: Path) -> TrainingConfig:
         return TrainingConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: expected a training configuration, got: {error}") from error
-
-
-def _is_run(folder: Path) -> bool:
-    # data.json alone is no run: it is written just before config.json, which makes the folder one.
-    return any((folder / name).exists() for name in FILES + FOLDERS if name != "data.json")
 
 
 def remove_run(folder: Path) -> None:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from effseg.common.run_folder import LOCK
 from effseg.errors import InputError
 from effseg.training.distributed import World
-
-NAME = ".lock"  # empty, and left behind: whoever deletes it could let two processes in
 
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
 
@@ -39,7 +38,7 @@ def _acquire(folder: Path, say: Callable[[str], None]) -> int:
     except OSError as error:
         raise InputError(f"{folder}: expected a folder that can be made, got: {error.strerror}") from error
     try:
-        descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise InputError(f"{folder}: expected a folder that can be written to: {error.strerror}") from error
     try:

@@ -1,5 +1,6 @@
 """Labels from probabilities: of a network that saw the scan resampled, and of several networks."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,9 @@ def test_the_command_says_whom_it_averages(runs, tmp_path, capsys):
     capsys.readouterr()
     assert main([*words, "--overwrite", "--checkpoint", weights[0]]) == 0
     assert "averages" not in capsys.readouterr().out
+    shutil.rmtree(runs / "fold_0")
+    assert main([*words, "--overwrite", "--checkpoint", str(runs)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"takes {weights[1]}"
 
 
 def test_what_cannot_be_averaged_is_refused(runs, tmp_path):
@@ -257,6 +261,9 @@ def test_what_prediction_does_not_use_may_differ(runs, tmp_path):
     both = load_predictor([runs, tmp_path / "a.safetensors", tmp_path / "b.safetensors"], preprocessing=told)
     spacings = [member.preprocessing.spacing for member in both.members]
     assert spacings == [None, (2.0, 2.0, 2.0), None, (3.0, 3.0, 3.0)]
+    for options in ({"preprocessing": told}, {"labels": NAMES}):
+        with pytest.raises(InputError, match=r"every network says its own, leave --\w+.* out$"):
+            load_predictor([runs, tmp_path / "a.safetensors"], **options)
 
 
 def _parts(label_map):

@@ -382,14 +382,14 @@ def test_bytes_kept_for_backward(autocast, bar):
 class LargestStorage(TorchDispatchMode):
     """The largest storage that any operator answers with, in elements, and the tensor's shape."""
 
-    def __init__(self):
+    def __init__(self, but=None):
         super().__init__()
-        self.largest = (0, (), "")
+        self.largest, self.but = (0, (), ""), but
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
+            if isinstance(t, torch.Tensor) and t.dtype != self.but:
                 elements = t.untyped_storage().nbytes() // t.element_size()
                 self.largest = max(self.largest, (elements, tuple(t.shape), str(func)))
         return out
@@ -409,6 +409,9 @@ def test_no_full_resolution_feature_map_ever_exists(classes):
     with LargestStorage() as seen:
         stream.loss(image, labels).backward()
         stream.segment(image)
+    assert seen.largest[0] <= 4 * image.numel(), seen.largest
+    with LargestStorage(but=torch.float16) as seen:  # what is asked for, in the host's memory
+        stream.probabilities(image)
     assert seen.largest[0] <= 4 * image.numel(), seen.largest
 
 
