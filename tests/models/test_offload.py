@@ -32,8 +32,7 @@ FORWARD_READS, BACKWARD_READS = 6, 11
 
 
 @pytest.fixture(autouse=True)
-def few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(effsegnet.PRESETS, "few", Architecture((16, 32, 24), (0, 1, 2)))
+def small_levels(few_levels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(effsegnet.PRESETS, "thin", Architecture((4, 4, 4), (0, 1, 1)))
     monkeypatch.setitem(effsegnet.PRESETS, "deep", Architecture((4, 4, 4, 4), (0, 1, 0, 0)))
 
