@@ -48,13 +48,14 @@ class Block(NamedTuple):
 
 def pages() -> list[Path]:
     """Every README of the project, and the page for contributors."""
-    hidden = {"build", "dist", "node_modules"}
-    found = [
+    # Of the project's own folders: a clone may hold environments of any name, with pages of their packages.
+    rooms = [
         path
-        for path in ROOT.rglob("README.md")
-        if not any(part in hidden or part.startswith(".") for part in path.relative_to(ROOT).parts)
-        and "effseg/kernels" not in path.as_posix()  # the link
+        for room in ("effseg", "kernels", "benchmarks", "tests")
+        for path in (ROOT / room).rglob("README.md")
     ]
+    linked = ROOT / "effseg" / "kernels"
+    found = [ROOT / "README.md", *(path for path in rooms if linked not in path.parents)]
     return sorted([*found, ROOT / ".github" / "CONTRIBUTING.md"])
 
 
