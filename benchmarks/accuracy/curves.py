@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.accuracy.contenders import CONTENDERS
-from benchmarks.accuracy.report import label
+from benchmarks.accuracy.paces import known_paces
+from benchmarks.accuracy.report import label, machine
 from benchmarks.accuracy.runs import read_runs
 from benchmarks.accuracy.studies import SEARCH
 from effseg.benchmarking import results
@@ -31,19 +32,29 @@ def figures(folder: Path) -> Iterator[tuple[str, Any]]:
             part = "held" if run["fold"] == "held" else "folds"
             groups[run["study"], part, budget][run["contender"]].append(run)
     for names, runs in groups.items():
-        yield f"curves_{'_'.join(names)}.png", curves(", ".join(names), runs)
+        race = known_paces(folder / names[0])
+        yield f"curves_{'_'.join(names)}.png", curves(", ".join(names), runs, race)
 
 
-def curves(title: str, runs: Runs) -> Any:
+def curves(title: str, runs: Runs, race: Mapping[str, float]) -> Any:
     """Mean Dice on the scored patients against steps, and against the steps' processor time: thin lines are
-    runs, thick ones their means."""
-    figure = new_figure(9.5, 3.8)
-    by_steps, by_time = figure.subplots(1, 2, sharey=True)
+    runs, thick ones their means.
+
+    race: seconds a step by contender. Runs of several machines, whose own times do not compare, have the
+    race's; where one was not raced there is no picture of times.
+    """
     named = {name: runs[name] for name in CONTENDERS if name in runs}
+    units: dict[str, Callable[[Any], float]] = {"steps": lambda run: 1.0}
+    if len({machine(run) for found in named.values() for run in found}) == 1:
+        units["processor time of training, minutes"] = _minutes_a_step
+    elif named.keys() <= race.keys():
+        units["processor time of training, by the race, minutes"] = lambda run: race[run["contender"]] / 60
+    figure = new_figure(9.5, 3.8)
+    panels = figure.subplots(1, len(units), sharey=True, squeeze=False)[0]
     ends = []
     for number, (name, found) in enumerate(named.items()):
         colour = f"C{number}"
-        for axes, unit in ((by_steps, lambda run: 1.0), (by_time, _minutes_a_step)):
+        for axes, unit in zip(panels, units.values(), strict=True):
             drawn = [_line(run, unit(run)) for run in found]
             for x, y in drawn:
                 axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.5)
@@ -51,11 +62,11 @@ def curves(title: str, runs: Runs) -> Any:
             axes.plot(x, y, color=colour, linewidth=2.0)
         text = f"{label(name)}, {y[-1]:.3f}"
         ends.append(Labelled(text, x[-1], y[-1], colour, bold=results.is_ours(name)))
-    by_steps.set_xlabel("steps")
-    by_time.set_xlabel("processor time of training, minutes")
-    by_steps.set_ylabel("mean Dice, scored patients")
-    by_steps.set_title(title, loc="left", fontsize="medium")
-    label_beside(by_time, ends)
+    for axes, unit_name in zip(panels, units, strict=True):
+        axes.set_xlabel(unit_name)
+    panels[0].set_ylabel("mean Dice, scored patients")
+    panels[0].set_title(title, loc="left", fontsize="medium")
+    label_beside(panels[-1], ends)
     return figure
 
 

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[s
     """
     path = place.results / study.name / FILE
     kept: dict[str, Any] = results.parsed(path) if path.exists() else {}
-    known: dict[str, float] = kept.get("seconds_per_step", {})
+    known = known_paces(path.parent)
     missing = [contender for contender in contenders if contender.name not in known]
     if not missing:
         return {contender.name: known[contender.name] for contender in contenders}
@@ -74,6 +75,12 @@ def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[s
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return {contender.name: scaled[contender.name] for contender in contenders}
+
+
+def known_paces(folder: Path) -> dict[str, float]:
+    """Those that are kept in a study's results, and none where no race was run."""
+    path = folder / FILE
+    return results.parsed(path)["seconds_per_step"] if path.exists() else {}
 
 
 def _turn(study: Study, contender: Contender, place: Place) -> Callable[[int], None]:

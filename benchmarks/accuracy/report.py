@@ -27,7 +27,11 @@ Scores = dict[tuple[str, int], dict[str, dict[str, float | None]]]
 
 
 def tables(folder: Path) -> list[Table]:
-    """For every study and budget one of all organs together and one of each, then one of each search."""
+    """For every study and budget one of all organs together and one of each, then one of each search.
+
+    Runs of several machines stand in one table, their times apart: scores depend on a machine by its rounding
+    alone, and by a budget of time all have as many steps, those of the race.
+    """
     searched: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in read_runs(folder):
@@ -51,25 +55,28 @@ _UNITS = {"steps": "whole-volume steps each", "cpu-seconds": "seconds of the rac
 
 
 def _arithmetic(run: Mapping[str, Any]) -> str:
-    machine = run["machine"]["gpu"] if run["device"] == "cuda" else run["machine"]["cpu"]
-    threads = "" if run["device"] == "cuda" else f", {run['threads']} thread" + "s" * (run["threads"] != 1)
-    return f"{run['dtype']}, {machine}{threads}"
+    where = "" if run["device"] == "cuda" else f", {run['threads']} thread" + "s" * (run["threads"] != 1)
+    return f"{run['dtype']}{where}"
+
+
+def machine(run: Mapping[str, Any]) -> str:
+    return str(run["machine"]["gpu"] if run["device"] == "cuda" else run["machine"]["cpu"])
 
 
 def _all_organs(title: str, by_name: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     scored = {name: _scores(runs) for name, runs in by_name.items()}
+    machines = sorted({machine(run) for runs in by_name.values() for run in runs})
     rows = []
     for name, runs in by_name.items():
         means = [np.mean([patient_dice(organs) for organs in run.values()]) for run in scored[name].values()]
         steps = sorted({run["steps"] for run in runs})
         rates = sorted({_rate(run) for run in runs})
-        seconds = np.mean([run["processor_seconds"] for run in runs])
         rows.append(
             (
                 label(name),
                 str(len(runs)),
                 " to ".join(map(str, dict.fromkeys((steps[0], steps[-1])))),
-                f"{seconds:.0f}",
+                _seconds(runs, named=len(machines) > 1),
                 ", ".join(rates),
                 mean_over_patients(_by_patient(scored[name], scored[name])).text(),
                 f"{min(means):.3f} to {max(means):.3f}",
@@ -77,7 +84,17 @@ def _all_organs(title: str, by_name: Mapping[str, Sequence[Mapping[str, Any]]]) 
             )
         )
     ours = frozenset(i for i, name in enumerate(by_name) if results.is_ours(name))
-    return Table(title, COLUMNS, tuple(rows), ours)
+    return Table(f"{title}, {' and '.join(machines)}", COLUMNS, tuple(rows), ours)
+
+
+def _seconds(runs: Sequence[Mapping[str, Any]], named: bool) -> str:
+    """Mean of the runs of each machine, with its name where the table has several."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        seconds[machine(run)].append(run["processor_seconds"])
+    return ", ".join(
+        f"{np.mean(found):.0f}" + (f" ({name})" if named else "") for name, found in sorted(seconds.items())
+    )
 
 
 def _rate(run: Mapping[str, Any]) -> str:
@@ -91,7 +108,8 @@ def _difference(scored: Mapping[str, Scores], name: str) -> str:
     if name == FIRST or not common:
         return "-" if name == FIRST else "not measured"
     ours, theirs = (_by_patient(scored[one], common) for one in (FIRST, name))
-    few = f", {len(common)} runs" if len(common) < max(len(scored[FIRST]), len(scored[name])) else ""
+    all_are = len(common) == max(len(scored[FIRST]), len(scored[name]))
+    few = "" if all_are else f", {len(common)} run" + "s" * (len(common) != 1)
     return mean_over_patients(ours - theirs).text("+") + few
 
 

@@ -55,19 +55,52 @@ def test_tables_pair_seeds_and_patients(tmp_path):
             write(tmp_path, name, seed, patients)
     write(tmp_path, "unet3d", 9, {"easy": {"liver": 1.0, "spleen": None}}, fold=SEARCH)
     whole, organs, search = report.tables(tmp_path)
-    assert whole.title == "two phantoms, 200 whole-volume steps each; bf16, Some CPU, 1 thread"
+    assert whole.title == "two phantoms, 200 whole-volume steps each; bf16, 1 thread, Some CPU"
     rows = {row[0]: row[1:] for row in whole.rows}
     assert rows["EffSegNet base"] == (
         "2", "200", "60", "0.001", "0.765 (0.565 to 0.965)", "0.760 to 0.770", "-"
     )  # fmt: skip
     assert rows["3D U-Net (Cicek 2016)"][-1] == "+0.250 (+0.250 to +0.250)"
     assert rows["nnU-Net PlainConvUNet"][0] == "1"
-    assert rows["nnU-Net PlainConvUNet"][-1] == "+0.250 (+0.250 to +0.250), 1 runs"
+    assert rows["nnU-Net PlainConvUNet"][-1] == "+0.250 (+0.250 to +0.250), 1 run"
     assert organs.rows == (
         ("liver", "0.765", "0.515", "0.520"), ("spleen", "in none", "in none", "in none")
     )  # fmt: skip
     assert (search.columns, search.rows) == (("network", "0.001"), (("3D U-Net (Cicek 2016)", "1.000"),))
     assert "| **EffSegNet base** |" in report.markdown(tmp_path)
+
+
+def test_runs_of_several_machines_stand_in_one_table_with_times_apart(tmp_path):
+    """Seed 2 of base ran elsewhere, as did the only run of the 3D U-Net."""
+    for name, seed, cpu, dice in (
+        ("effseg-base", 1, "Slow CPU", 0.5),
+        ("effseg-base", 2, "Fast CPU", 0.75),
+        ("unet3d", 1, "Fast CPU", 0.25),
+    ):
+        write(tmp_path, name, seed, {"one": {"liver": dice}}, cpu=cpu, seconds=100.0 * len(cpu) + seed)
+    whole, _ = report.tables(tmp_path)
+    assert whole.title.endswith("; bf16, 1 thread, Fast CPU and Slow CPU")
+    ours, theirs = whole.rows
+    assert ours[3:] == (
+        "802 (Fast CPU), 801 (Slow CPU)", "0.001", "0.625 (0.625 to 0.625)", "0.500 to 0.750", "-"
+    )  # fmt: skip
+    assert (theirs[3], theirs[-1]) == ("801 (Fast CPU)", "+0.250 (+0.250 to +0.250), 1 run")
+
+
+def test_curves_of_several_machines_have_the_times_of_the_race(tmp_path):
+    """One and two minutes a step there, whatever each took on its machine; none without a race."""
+    curve = [[1, 0.1], [2, 0.2]]
+    for name, cpu in (("effseg-base", "Slow CPU"), ("unet3d", "Fast CPU")):
+        write(tmp_path, name, 1, {"one": {"liver": 0.5}}, curve=curve, cpu=cpu)
+    ((_, figure),) = curves.figures(tmp_path)
+    assert [axes.get_xlabel() for axes in figure.axes] == ["steps"]
+    (tmp_path / "phantoms").mkdir()
+    race = {"seconds_per_step": {"effseg-base": 60, "unet3d": 120}}
+    (tmp_path / "phantoms" / "paces.json").write_text(json.dumps(race))
+    ((_, figure),) = curves.figures(tmp_path)
+    by_time = [line.get_xdata().tolist() for line in figure.axes[1].lines]
+    assert by_time[1::2] == [[1, 2], [2, 4]]
+    assert figure.axes[1].get_xlabel() == "processor time of training, by the race, minutes"
 
 
 def test_learning_curves_show_runs_and_their_means(tmp_path):
@@ -85,13 +118,13 @@ def test_learning_curves_show_runs_and_their_means(tmp_path):
     assert [text.get_text() for text in figure.axes[1].texts] == ["EffSegNet base, 0.800"]
 
 
-def write(folder, name, seed, patients, fold="0", curve=()):
+def write(folder, name, seed, patients, fold="0", curve=(), cpu="Some CPU", seconds=60.0):
     document = {
-        "schema": 1, "machine": {"cpu": "Some CPU", "gpu": None}, "study": "phantoms",
+        "schema": 1, "machine": {"cpu": cpu, "gpu": None}, "study": "phantoms",
         "title": "two phantoms", "contender": name,
         "budget": {"kind": "steps", "amount": 200}, "fold": fold, "seed": seed, "learning_rate": 1e-3,
         "steps": 200, "dtype": "bf16", "device": "cpu", "threads": 1,
-        "processor_seconds": 60.0, "patients": patients, "mean_dice": 1.0,
+        "processor_seconds": seconds, "patients": patients, "mean_dice": 1.0,
         "curve": curve,
     }  # fmt: skip
     (folder / f"{name}_fold-{fold}_seed-{seed}.json").write_text(json.dumps(document))
