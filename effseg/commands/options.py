@@ -24,7 +24,8 @@ def add_spacing(group: argparse._ArgumentGroup) -> None:
         type=float,
         nargs="+",
         metavar="MM",
-        help="voxel size in mm to resample to, one number or three (default: each scan's own)",
+        help="voxel size in mm to resample to, one number or three (right, anterior, superior axis; "
+        "default: each scan's own)",
     )
 
 

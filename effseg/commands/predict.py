@@ -88,7 +88,8 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
         type=int,
         nargs="+",
         metavar="VOXELS",
-        help="a sliding window of this size, one number or three (default: whole volumes)",
+        help="a sliding window of this size, one number or three (right, anterior, superior axis; "
+        "default: whole volumes)",
     )
 
 

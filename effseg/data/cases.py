@@ -35,12 +35,14 @@ class Found:
     """cases: those of a folder that are whole, in name order. missing: what should be there as well and is
     not, or not whole: {name of the case, or of the file: what is wrong}. fewer: more cases are missing of
     which nothing but their number is known, in words; "" where none are. unpaired: like missing, label files
-    NAME_seg without NAME_ct, which a folder of pairs may hold for another use."""
+    NAME_seg without NAME_ct, which a folder of pairs may hold for another use. segmented: label files that
+    `effseg predict` has written among the scans, which are none."""
 
     cases: list[Case]
     missing: dict[str, str] = field(default_factory=dict)
     fewer: str = ""
     unpaired: dict[str, str] = field(default_factory=dict)
+    segmented: tuple[Path, ...] = ()
 
 
 def look_for_cases(folder: str | Path, *, labelled: bool) -> Found:
@@ -205,9 +207,10 @@ def _scans(folder: Path) -> Found:
     """Every scan of a folder."""
     listing = list_folder(folder)
     description = read_dataset_json(folder)
-    scans = [path for path in listing.files if made_by(path) is None]
+    segmented = tuple(path for path in listing.files if made_by(path) is not None)
+    scans = [path for path in listing.files if path not in segmented]
     files = [path for path in (*scans, *listing.broken) if not stem(path).endswith("_seg")]
-    found = Found([], _unread(listing))
+    found = Found([], _unread(listing), segmented=segmented)
     for name, images in _group(files, description).items():
         wrong = _wrong(name, images, listing, description)
         if wrong:

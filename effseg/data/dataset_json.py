@@ -28,11 +28,14 @@ class DatasetJson:
 def read_dataset_json(folder: str | Path) -> DatasetJson:
     """Of dataset.json in `folder`, or above a folder of images; nothing is known where there is none.
 
-    Raises InputError where it cannot be read or used (an unsupported `file_ending`).
+    One above tells how files are named, not which of the data set's files lie in this folder: of `training`
+    and `files` nothing is known then. Raises InputError where it cannot be read or used (an unsupported
+    `file_ending`).
     """
     folder = Path(folder)
     path = folder / DATASET_JSON
-    if not is_there(path) and folder.absolute().name.startswith("images"):
+    above = not is_there(path) and folder.absolute().name.startswith("images")
+    if above:
         path = folder.absolute().parent / DATASET_JSON
     if not is_there(path):
         return DatasetJson()
@@ -50,11 +53,12 @@ def read_dataset_json(folder: str | Path) -> DatasetJson:
     training = entries.get("numTraining")
     if training is not None and (isinstance(training, bool) or not str(training).isdecimal()):
         raise InputError(f"{path}: numTraining: expected a number, got {training!r}")
+    files = None if "dataset" not in entries else _files(entries["dataset"], path)
     return DatasetJson(
         None if names is None else tuple(str(names[str(index)]) for index in range(len(names))),
         "channel_names" in entries,
-        None if training is None else int(training),
-        None if "dataset" not in entries else _files(entries["dataset"], path),
+        None if training is None or above else int(training),
+        None if above else files,
     )
 
 

@@ -56,11 +56,18 @@ class Grid:
 
     def to_ras(self, array: np.ndarray) -> np.ndarray:
         """A view of `array`, which has the file's shape, with its axes in RAS+ order."""
-        return apply_orientation(array, self.orientation)
+        return apply_orientation(array, self._turned())
 
     def from_ras(self, array: np.ndarray) -> np.ndarray:
         """A view of `array`, which has `ras_shape`, with its axes in the file's order."""
-        return apply_orientation(array, ornt_transform(RAS, self.orientation))
+        return apply_orientation(array, ornt_transform(RAS, self._turned()))
+
+    def _turned(self) -> np.ndarray:
+        """The orientation, with axes of one voxel never reversed: their views would have a negative stride,
+        which `np.ascontiguousarray` leaves and torch refuses."""
+        orientation = np.array(self.orientation)
+        orientation[np.array(self.shape) == 1, 1] = 1
+        return orientation
 
     def difference(self, other: "Grid") -> str | None:
         """What tells the two grids apart once both are in RAS+, in words; None where they agree."""

@@ -16,6 +16,7 @@ NO_NORM, FROM_0_TO_1, RGB = SCHEMES = ("noNorm", "rescale_to_0_1", "rgb_to_0_1")
 PADDING = -1100.0  # what is below fills what no detector saw
 AIR_OR_FAT = -50.0  # HU: in every patient there is some
 SCARCE = 1e-4  # of the voxels: less air and fat than in any scan of a patient
+LARGEST = 1e15  # the square of a sum of such values is a float32
 _SAMPLE = 1 << 21
 
 
@@ -52,8 +53,14 @@ def is_window(window: Any) -> bool:
 def scaled(image: np.ndarray, scalings: Sequence[Scaling]) -> np.ndarray:
     """A float32 copy of `image` (C, X, Y, Z), its channels scaled but for those that have a window.
 
-    Raises InputError for values that are no RGB.
+    Raises InputError for values that are no RGB, or above `LARGEST` without a window that would cut them off:
+    one of them, as converters write where there is no data, would make a whole volume equal or not finite.
     """
+    for channel, how in zip(image, scalings, strict=True):
+        low, high = float(channel.min()), float(channel.max())
+        if not isinstance(how, tuple) and max(-low, high) > LARGEST:
+            extreme = low if -low > high else high
+            raise InputError(f"expected intensities from {-LARGEST:g} to {LARGEST:g}, found {extreme:g}")
     image = image.astype(np.float32)
     for channel, how in zip(image, scalings, strict=True):
         low, high = float(channel.min()), float(channel.max())

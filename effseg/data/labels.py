@@ -1,6 +1,7 @@
 """Which value in the label files is which class of the network."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from effseg.data.description import DATASET_JSON, MIRROR_PAIRS, description_file, read_json, same_text
-from effseg.errors import InputError
+from effseg.errors import InputError, InputWarning
 
 __all__ = ["LabelMap", "as_label_map", "label_names", "load_label_map"]
 
@@ -89,9 +90,22 @@ class LabelMap:
         return classes
 
     def to_values(self, classes: np.ndarray) -> np.ndarray:
-        """Classes (of any shape) to file values: uint8, or uint16 where a value is above 255."""
-        table = np.array(self.values, np.uint8 if max(self.values) <= 255 else np.uint16)
-        return table[classes]
+        """Classes (of any shape) to file values: uint8, or uint16 where a value is above 255.
+
+        `ignore_index` becomes `ignore`. Raises InputError for other numbers that are no class.
+        """
+        values = self.values if self.ignore is None else (*self.values, self.ignore)
+        table = np.zeros(max(self.num_classes, (self.ignore_index or 0) + 1), np.uint16)
+        table[: self.num_classes] = self.values
+        known = classes < self.num_classes
+        if self.ignore is not None:
+            table[self.ignore_index] = self.ignore
+            known |= classes == self.ignore_index
+        known &= classes >= 0
+        if not known.all():
+            found = classes[~known].flat[0]
+            raise InputError(f"classes: expected 0 to {self.num_classes - 1}, found {found}")
+        return table.astype(np.uint8 if max(values) <= 255 else np.uint16)[classes]
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold, for `from_dict`."""
@@ -129,13 +143,19 @@ Labels = LabelMap | Mapping[int, str] | Sequence[str]
 def as_label_map(labels: Labels, classes: int) -> LabelMap:
     """A label map of `classes` classes from one, from {value: name}, or from names of the values 0, 1, ...
 
-    The background, value 0, may be left out. Raises InputError where the number of classes is another one.
+    The background, value 0, may be left out. Raises InputError where the number of classes is another one, or
+    values do not ascend, as classes do.
     """
     if isinstance(labels, LabelMap):
         label_map = labels
     else:
         if isinstance(labels, Mapping):
             named = {int(value): str(name) for value, name in labels.items()}
+            if list(named) != sorted(named):
+                raise InputError(
+                    "labels: expected values that ascend, as the network's classes do, got "
+                    + ", ".join(f"{value}:{name}" for value, name in named.items())
+                )
         elif isinstance(labels, str):
             raise InputError(f"labels: expected a sequence of names, got {labels!r}")
         else:
@@ -164,7 +184,7 @@ def load_label_map(folder: str | Path, selection: str | None = None) -> LabelMap
     left out become background. Classes follow the order of the values. A label named "ignore" is one which
     no loss counts.
     Raises InputError where the file is missing or malformed, has no foreground, or the selection names
-    nothing in it.
+    nothing in it. Warns of a value 0 with an organ's name.
     """
     path = description_file(folder)
     groups = _groups(path)
@@ -246,6 +266,12 @@ def _label_map(values: Mapping[str, int], organs: Sequence[str], path: Path) -> 
     background = [name for name, value in values.items() if value == 0]
     if any(value == 0 and name.lower() == IGNORE for name, value in values.items()):
         raise InputError(f"{path}: the label 0 must be the background, found {background[0]!r}")
+    if background and background[0].lower() not in NO_ORGAN:
+        warnings.warn(
+            f"{path}: label {background[0]!r} has the value 0, which is the background's: it is not learnt",
+            InputWarning,
+            stacklevel=2,
+        )
     ignore = next((value for name, value in values.items() if name.lower() == IGNORE), None)
     chosen = sorted((value, name) for name, value in values.items() if name in organs)
     chosen = [(value, name) for value, name in chosen if value != 0 and value != ignore]

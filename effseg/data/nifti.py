@@ -128,13 +128,18 @@ def write_labels(
     Shape, affine, qform, sform, their codes and the voxel sizes are those of the file that `grid` comes
     from, in mm. `names` (value -> name) goes into the header as a JSON comment, with `made_by` (see
     `effseg.data.origin`). The file is whole or absent.
-    Raises InputError where it cannot be written (disk full, no such folder, another suffix).
+    Raises InputError where it cannot be written (disk full, no such folder, another suffix), and for labels
+    that are no whole numbers from 0 to 65535.
     """
     path = Path(path)
     if not path.name.lower().endswith(SUFFIXES):
         raise InputError(f"{path}: expected a name that ends in .nii.gz or .nii")
     if labels.shape != grid.ras_shape:
         raise ValueError(f"labels: expected shape {grid.ras_shape} in RAS order, got {labels.shape}")
+    if labels.dtype.kind not in "biuf":
+        raise InputError(f"labels: expected whole numbers, got {labels.dtype}")
+    for plane in labels:
+        _check_labels(plane)
     header = grid.header.copy()
     header.set_data_offset(0)
     header.set_data_dtype(np.uint8 if labels.max(initial=0) <= 255 else np.uint16)
@@ -153,6 +158,17 @@ def write_labels(
             image.to_filename(temporary)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _check_labels(plane: np.ndarray) -> None:
+    """Raise InputError unless uint16 holds every value as it is."""
+    good = (plane >= 0) & (plane <= LARGEST_LABEL)
+    if plane.dtype.kind == "f":
+        good &= plane == np.rint(plane)
+    if not good.all():
+        raise InputError(
+            f"labels: expected whole numbers from 0 to {LARGEST_LABEL}, found {plane[~good].flat[0]:g}"
+        )
 
 
 def _read(path: Path) -> tuple[np.ndarray, tuple[float, float], Grid]:

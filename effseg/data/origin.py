@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 
 ENTRY = "made_by"  # beside "labels" in the JSON comment that `effseg.data.nifti.write_labels` writes
 
@@ -16,10 +17,16 @@ def checksum(*parts: Any) -> str:
 
 
 def made_by(path: Path) -> str | None:
-    """The checksum in the header of a label file; None for a file that has none or cannot be read."""
+    """The checksum in the header of a label file; None for a file that has none or cannot be read, or holds
+    other voxels than labels: a scan that was saved under a label file's header has its checksum, too."""
     try:
-        header: Any = nib.load(path).header
-        texts = [extension.get_content() for extension in header.extensions if extension.get_code() == 6]
+        image: Any = nib.load(path)
+        scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0)
+        if scaled or image.get_data_dtype() not in (np.uint8, np.uint16):
+            return None
+        texts = [
+            extension.get_content() for extension in image.header.extensions if extension.get_code() == 6
+        ]
         entries = [json.loads(text) for text in texts]
     except Exception:  # any file may lie there, and nibabel's errors are of many kinds
         return None

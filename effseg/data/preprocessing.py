@@ -20,7 +20,7 @@ __all__ = ["Prepared", "Preprocessing"]
 AIR = -1.5  # the window's lower end, after `Preprocessing.normalise`
 CROPS = ("body", "none")
 MOST_VOXELS = 1 << 31  # after resampling
-MOST_OF_ONE = 1000  # voxels along an axis that one of the scan may become; more is a header's mistake
+MOST_OF_ONE = 1000  # voxels that one may become along an axis, or become one; more is a header's mistake
 
 Shape = tuple[int, int, int]
 
@@ -95,7 +95,8 @@ class Preprocessing:
 
         wanted: mask (X, Y, Z) of voxels that the crop must hold, wherever the body seems to be.
         Warns of a CT that cannot be in HU. Raises InputError where the scan holds no body, has another number
-        of channels than there are windows, or would have more than 2**31 voxels, or 1000 instead of one.
+        of channels than there are windows, would have more than 2**31 voxels, or 1000 along an axis instead
+        of one, or one instead of 1000.
         """
         shape, spacing = scan.grid.ras_shape, scan.spacing
         windows = self.windows(len(scan.array))
@@ -121,7 +122,8 @@ class Preprocessing:
                 raise InputError(f"{scan.paths[0]}: {error}") from error
         if self.spacing is not None:
             resampled = self._resampled(image.shape[1:], spacing)
-            most = max(step / wanted for step, wanted in zip(spacing, self.spacing, strict=True))
+            ratios = [step / wanted for step, wanted in zip(spacing, self.spacing, strict=True)]
+            most = max(max(ratio, 1 / ratio) for ratio in ratios)
             if math.prod(resampled) > MOST_VOXELS or most > MOST_OF_ONE:
                 raise InputError(
                     f"{scan.paths[0]}: voxels of {_by(spacing)} mm would become {_by(resampled)} voxels of "

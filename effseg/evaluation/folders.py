@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,14 +196,26 @@ def _predictions_beside(folder: Path, true: Mapping[str, Path]) -> dict[str, Pat
 
 
 def _label_files(folder: Path) -> dict[str, Path]:
-    """Label files by case name; where some are called NAME_seg, the others are scans."""
+    """Label files by case name; where some are called NAME_seg, their scans are none, nor is any NAME_ct."""
     if not folder.is_dir():
         raise InputError(f"{folder}: {'expected a folder' if folder.exists() else 'no such folder'}")
     files = _files(folder)
-    marked = [path for path in files if stem(path).endswith("_seg")]
+    marked = {stem(path).removesuffix("_seg") for path in files if stem(path).endswith("_seg")}
+    if marked:
+        files = [path for path in files if not _is_scan(stem(path), marked)]
     if not files:
         raise InputError(f"{folder}: expected label files NAME.nii.gz or NAME_seg.nii.gz, found none")
-    return _by_name(folder, marked or files)
+    return _by_name(folder, files)
+
+
+def _is_scan(name: str, marked: Container[str]) -> bool:
+    """Whether a file's name is that of a scan where the labels of the cases `marked` are called NAME_seg."""
+    case, _, channel = name.rpartition("_")
+    return (
+        name in marked
+        or name.endswith(("_ct", "_0000"))
+        or (case in marked and len(channel) == 4 and channel.isdecimal())
+    )
 
 
 def _files(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from effseg.data.identity import case_identity
 from effseg.data.listing import nifti_suffix
 from effseg.data.nifti import Scan, read_image, write_labels
 from effseg.data.origin import checksum, made_by
+from effseg.data.selection import listed
 from effseg.errors import InputError
 from effseg.inference.predictor import Segmenter
 
@@ -42,6 +43,8 @@ def predict_files(
         raise InputError(f"{source}: no such file or folder")
     found = Found([case_of(source)]) if source.is_file() else look_for_cases(source, labelled=False)
     failures = list(found.missing.values())
+    if found.segmented:
+        say(f"no scans, but label files of effseg predict: {listed([path.name for path in found.segmented])}")
     targets = _targets(found.cases, source, output) if found.cases else []
     todo = _unfinished(predictor, list(zip(found.cases, targets, strict=True)), overwrite, resume)
     if len(todo) < len(targets):
@@ -103,6 +106,10 @@ def _origin(predictor: Segmenter, case: Case) -> str:
     return checksum(predictor.fingerprint, identity)
 
 
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
 def _targets(cases: Sequence[Case], source: Path, output: Path) -> list[Path]:
     """Where each case's labels go; raises InputError where one may not go there."""
     if nifti_suffix(output.name) and not output.is_dir():
@@ -113,10 +120,13 @@ def _targets(cases: Sequence[Case], source: Path, output: Path) -> list[Path]:
         if output.exists() and not output.is_dir():
             raise InputError(f"{output}: expected a folder or a name that ends in .nii.gz or .nii")
         targets = [output / f"{case.name}.nii.gz" for case in cases]
+    scans = source.parent if source.is_file() else source
     inputs = {image.resolve() for case in cases for image in case.images}
     for target in targets:
         if target.resolve() in inputs:
             raise InputError(f"{target}: is a scan to segment; choose another output")
+        if target != output and target.exists() and made_by(target) is None and _same(target.parent, scans):
+            raise InputError(f"{target}: lies among the scans and may be one; choose another output")
     folder = next(parent for parent in targets[0].absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{targets[0]}: cannot be written: {folder} is no folder that may be written to")

@@ -61,15 +61,19 @@ class Predictor:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A checksum of the weights and of all settings but the arithmetic's precision."""
+        """A checksum of the network, its weights and all settings but the arithmetic's precision."""
         digest = hashlib.sha256()
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        settings: tuple[Any, ...] = (self.preprocessing.to_dict(), self.label_map.to_dict(), self.patch_size)
-        if self.preprocessing.spacing is not None:
-            settings += ("back to the scan's grid by probabilities",)
-        return checksum(digest.hexdigest(), *settings, self.largest_component)
+        return checksum(
+            digest.hexdigest(),
+            self.model.function,
+            self.preprocessing.to_dict(),
+            self.label_map.to_dict(),
+            self.patch_size,
+            self.largest_component,
+        )
 
     def __call__(self, scan: Scan) -> np.ndarray:
         """See :func:`predict_scan`."""

@@ -119,7 +119,10 @@ def _logits_of_patches(
         device=torch.device("cpu"),
     )
     with _evaluating(model, bf16):
-        return inferer(image, model)
+        logits = inferer(image, model)
+    if not logits.isfinite().all():
+        raise InputError("the network gives logits that are not finite")
+    return logits
 
 
 def keep_largest_components(classes: np.ndarray) -> np.ndarray:

@@ -35,6 +35,9 @@ class SegmentationModel(nn.Module):
     """Whether the network reads torch.autocast itself, because its operators are our own. False: its
     operators are torch's, and torch casts their arguments by its rules for the device."""
 
+    ways: ClassVar[frozenset[str]] = frozenset()
+    """Arguments of the constructor that say how a prediction is computed, and change no number of it."""
+
     def __init__(self, name: str, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.name = name
@@ -66,6 +69,12 @@ class SegmentationModel(nn.Module):
             values = logits[:, :, row]
             found[:, :, row] = values.to(accumulation_dtype(values.dtype)).softmax(1)
         return found
+
+    @property
+    def function(self) -> dict[str, Any]:
+        """What the network computes beside its weights: class, and the arguments that numbers depend on."""
+        numbers = {key: value for key, value in self.arguments.items() if key not in self.ways}
+        return {"class": type(self).__name__, "name": self.name, "arguments": numbers}
 
     def save(
         self,

@@ -88,6 +88,7 @@ class EffSegNet(SegmentationModel):
     """
 
     follows_autocast = True
+    ways = frozenset(("memory", "memory_budget", "recompute", "offload", "auxiliary"))
 
     def __init__(
         self,

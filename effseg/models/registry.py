@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from functools import partial
@@ -57,7 +58,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Se
     """Read a checkpoint that a model's `save` wrote; the network comes back in evaluation mode.
 
     Only numbers and JSON are read from the file, nothing in it is executed. Raises InputError, naming the
-    file, for anything that is not a whole checkpoint of this package, FileNotFoundError where none is.
+    file, for anything that is not a whole checkpoint of this package, or holds weights or running statistics
+    that are not finite, FileNotFoundError where none is.
     """
     path = Path(path)
     header, weights = read(path)
@@ -67,6 +69,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Se
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     model.load_state_dict(weights)
+    _check_finite(path, model)
     model.extra = header["extra"]
     return model.to(device).eval()
 
@@ -81,6 +84,13 @@ def _build(path: Path, header: dict[str, Any]) -> SegmentationModel:
         return CLASSES[name](**arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: cannot build {name}: {' '.join(str(error).split())}") from None
+
+
+def _check_finite(path: Path, model: SegmentationModel) -> None:
+    statistics = ((key, value) for key, value in model.named_buffers() if "running_" in key)
+    for key, tensor in itertools.chain(model.named_parameters(), statistics):
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: {key!r}: expected finite numbers")
 
 
 def _check_weights(path: Path, expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> None:

@@ -249,6 +249,11 @@ class TestListed:
         touch(folder, "imagesTs/d_0000.nii.gz")
         assert names(find_cases(folder, labelled=False)) == ["d"]
 
+    def test_a_folder_inside_has_its_own_files(self, folder: Path) -> None:
+        touch(folder, "imagesTs/d_0000.nii.gz", "images_clinic/e_0000.nii.gz")
+        for inside, name in (("imagesTr", "c"), ("imagesTs", "d"), ("images_clinic", "e")):
+            assert names(find_cases(folder / inside, labelled=False)) == [name]
+
     @pytest.mark.parametrize(
         ("files", "message"),
         [

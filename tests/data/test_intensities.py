@@ -1,5 +1,7 @@
 """What the numbers of a channel are taken for."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -75,6 +77,17 @@ def test_schemes_are_nnunets() -> None:
         scaled(np.array([[[[3, 256]]]]), ("rgb_to_0_1",))
     with pytest.raises(InputError, match="window: expected two HU values"):
         parse_window(["noNorm", "anything"])
+
+
+@pytest.mark.parametrize("value", [np.finfo(np.float32).min, 1e25, 1e300])
+def test_values_for_no_data_are_told(value: float) -> None:
+    """Where a window cuts them off they do no harm."""
+    image = np.array([[[[1.0, value]]], [[[2.0, 3.0]]]])
+    expected = re.escape(f"expected intensities from -1e+15 to 1e+15, found {value:g}")
+    for how in (None, "noNorm", "rescale_to_0_1"):
+        with pytest.raises(InputError, match=expected):
+            scaled(image, (how, (0.0, 1.0)))
+    scaled(image.clip(-1e38, 1e38), ((0.0, 1.0), "noNorm"))
 
 
 def test_statistics_of_what_is_not_masked() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from effseg.data.labels import LabelMap, load_label_map
-from effseg.errors import InputError
+from effseg.errors import InputError, InputWarning
 
 GROUPS = {
     "head": {"1": "Brainstem", "5": "LeftParotid", "300": "RightParotid"},
@@ -93,6 +93,13 @@ class TestLoad:
             load_label_map(tmp_path)
 
 
+def test_an_organ_of_the_value_0_is_told(tmp_path: Path) -> None:
+    """As where numbers begin at 0 and the background was forgotten."""
+    folder = write(tmp_path, "labels.json", {"0": "liver", "1": "spleen"})
+    with pytest.warns(InputWarning, match="label 'liver' has the value 0, which is the background's"):
+        assert load_label_map(folder).names == ("background", "spleen")
+
+
 class TestClasses:
     LABEL_MAP = LabelMap(("background", "a", "b"), (0, 7, 300), ignore=9, left_out=(4,))
 
@@ -109,6 +116,12 @@ class TestClasses:
         classes = self.LABEL_MAP.to_classes(np.array([4, 9, 0], np.int64))
         np.testing.assert_array_equal(classes, [0, 255, 0])
         assert self.LABEL_MAP.ignore_index == 255
+        np.testing.assert_array_equal(self.LABEL_MAP.to_values(classes), [0, 9, 0])
+
+    @pytest.mark.parametrize(("found", "dtype"), [(3, np.uint8), (254, np.uint8), (-1, np.int16)])
+    def test_numbers_that_are_no_class(self, found: int, dtype: type) -> None:
+        with pytest.raises(InputError, match=f"classes: expected 0 to 2, found {found}"):
+            self.LABEL_MAP.to_values(np.array([[0, 1], [2, found]], dtype))
 
     @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint16])
     def test_unknown_values_are_named(self, dtype: type) -> None:

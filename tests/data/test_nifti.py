@@ -160,6 +160,18 @@ class TestVoxels:
 
 
 class TestLabels:
+    @pytest.mark.parametrize("value", [-1, 65536, 1.5, np.nan, np.inf])
+    def test_what_a_label_file_cannot_hold(self, tmp_path: Path, value: float) -> None:
+        """Such as -1 and -100 for voxels to ignore; whole numbers of a float type are labels."""
+        scan = read_image(save(tmp_path / "scan.nii", np.zeros(SHAPE, np.int16)))
+        labels = np.full(SHAPE, 300, np.float32 if isinstance(value, float) else np.int32)
+        write_labels(tmp_path / "good.nii", labels, scan.grid)
+        assert (read_labels(tmp_path / "good.nii") == 300).all()
+        labels[2, 1, 3] = value
+        with pytest.raises(InputError, match=f"labels: expected whole numbers .*, found {value:g}"):
+            write_labels(tmp_path / "bad.nii", labels, scan.grid)
+        assert not (tmp_path / "bad.nii").exists()
+
     def test_names_are_kept_in_the_header(self, tmp_path: Path) -> None:
         scan = read_image(save(tmp_path / "scan.nii", np.zeros(SHAPE, np.int16)))
         write_labels(tmp_path / "labels.nii.gz", np.ones(SHAPE, np.uint8), scan.grid, {1: "Œsophagus"})

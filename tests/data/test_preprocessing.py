@@ -102,7 +102,7 @@ class TestCrop:
         assert prepared.rescued == 1
         assert Preprocessing(crop="none").prepare(scan_of(torso()), wanted).rescued == 0
 
-    @pytest.mark.parametrize("sizes", [(1e6, 1e6, 1e6), (1.0, 32768.0, 1.0)])
+    @pytest.mark.parametrize("sizes", [(1e6, 1e6, 1e6), (1.0, 32768.0, 1.0), (1e-3, 9e-4, 1.0)])
     def test_absurd_voxel_sizes_are_refused(self, sizes: tuple[float, float, float]) -> None:
         scan = scan_of(torso(), sizes)
         with pytest.raises(InputError, match=r"voxels of .* would become .* voxels of 1 x 1 x 1 mm"):

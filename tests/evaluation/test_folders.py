@@ -149,6 +149,19 @@ class TestPairs:
             ("p2", "p2.nii.gz", "p2_seg.nii.gz"),
         ]
 
+    def test_one_name_that_ends_in_seg_hides_no_other(self, tmp_path):
+        names = (
+            "liver_seg.nii.gz",
+            "liver.nii.gz",
+            "liver_0001.nii.gz",
+            "x.nii.gz",
+            "x_ct.nii.gz",
+            "y_0000.nii.gz",
+        )
+        labels = self.touch(tmp_path / "labels", *names)
+        found = self.touch(tmp_path / "found", "liver_seg.nii.gz", "x.nii.gz")
+        assert [name for name, *_ in self.names(found, labels)] == ["liver", "x"]
+
     def test_nnunet_folder(self, tmp_path):
         found = self.touch(tmp_path / "found", "p1.nii.gz")
         self.touch(tmp_path / "data/labelsTr", "p1.nii.gz", "p2.nii.gz")

@@ -52,6 +52,13 @@ class TestScan:
         segment(model, torch.zeros(1, 1, 8, 4, 4), patch_size=(4, 4, 4))
         assert len(model.seen) == 3
 
+    def test_patches_without_finite_logits(self) -> None:
+        model = Nearest()
+        with torch.no_grad():
+            model.centres[1] = torch.inf
+        with pytest.raises(InputError, match="the network gives logits that are not finite"):
+            segment(model, torch.zeros(1, 1, 4, 4, 4), patch_size=(4, 4, 4))
+
     def test_channels(self, tmp_path: Path) -> None:
         scan = read_image(write(tmp_path / "scan.nii", torso()))
         with pytest.raises(

@@ -35,7 +35,7 @@ class TestTold:
         [
             (["liver", "spleen"], LabelMap(("background", "liver", "spleen"), (0, 1, 2))),
             (["air", "liver", "spleen"], LabelMap(("air", "liver", "spleen"), (0, 1, 2))),
-            ({5: "spleen", 1: "liver"}, LabelMap(("background", "liver", "spleen"), (0, 1, 5))),
+            ({1: "liver", 5: "spleen"}, LabelMap(("background", "liver", "spleen"), (0, 1, 5))),
         ],
     )
     def test_told_when_it_is_loaded(self, tmp_path: Path, labels: object, expected: LabelMap) -> None:
@@ -50,7 +50,15 @@ class TestTold:
         assert predictor.patch_size == (8, 8, 8)
 
     @pytest.mark.parametrize(
-        "labels", [["liver"], {1: "a", 2: "b", 3: "c"}, ["a", "b", "c", "d"], "liver", ["a", "b", "c"]]
+        "labels",
+        [
+            ["liver"],
+            {1: "a", 2: "b", 3: "c"},
+            {5: "b", 1: "a"},
+            ["a", "b", "c", "d"],
+            "liver",
+            ["a", "b", "c"],
+        ],
     )
     def test_labels_of_another_number(self, tmp_path: Path, labels: object) -> None:
         with pytest.raises(InputError, match="labels: expected"):

@@ -102,6 +102,40 @@ class TestFiles:
             predict_files(predictor, tmp_path / "scans", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    def test_a_scan_under_the_header_of_labels_is_a_scan(self, tmp_path: Path, predictor: Predictor) -> None:
+        """As `nib.Nifti1Image(masked, labels.affine, labels.header)` makes it, stored in whatever type."""
+        scans, told = tmp_path / "scans", []
+        for name in ("a", "b", "c"):
+            write(scans / f"{name}.nii.gz", torso())
+        predict_files(predictor, scans / "c.nii.gz", scans / "done.nii.gz")
+        labels = nib.load(scans / "done.nii.gz")
+        for name, dtype in (("a", np.int16), ("b", np.uint8)):
+            masked = nib.Nifti1Image(torso().astype(np.float32), labels.affine, labels.header)
+            masked.set_data_dtype(dtype)  # uint8 is scaled by nibabel
+            masked.to_filename(scans / f"{name}.nii.gz")
+        written = predict_files(predictor, scans, tmp_path / "out", say=told.append)
+        assert [path.name for path in written] == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+        assert told == ["no scans, but label files of effseg predict: done.nii.gz"]
+
+    def test_no_scan_beside_is_overwritten(self, tmp_path: Path, predictor: Predictor) -> None:
+        source = write(tmp_path / "a_ct.nii.gz", torso())
+        other = write(tmp_path / "a.nii.gz", torso())
+        with pytest.raises(InputError, match=r"a\.nii\.gz: lies among the scans and may be one"):
+            predict_files(predictor, source, tmp_path, overwrite=True)
+        np.testing.assert_array_equal(np.asarray(nib.load(other).dataobj), torso())
+        other.unlink()
+        for _ in range(2):
+            predict_files(predictor, source, tmp_path, overwrite=True)
+
+    def test_a_slice_of_any_orientation(self, tmp_path: Path, predictor: Predictor) -> None:
+        """One sagittal slice, axes superior, anterior, left: torch takes no negative stride."""
+        affine = np.array([[0, 0, -1.0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+        source = write(tmp_path / "a.nii.gz", torso()[:, :, 5:6], affine)
+        for spacing in (None, (2.0, 2.0, 2.0)):
+            one = Predictor(Nearest(), Preprocessing(crop="none", spacing=spacing), LABEL_MAP)
+            (written,) = predict_files(one, source, tmp_path / "out", overwrite=True)
+            assert nib.load(written).shape == (*SHAPE[:2], 1)
+
     def test_links_and_files_in_other_formats_are_told(self, tmp_path: Path, predictor: Predictor) -> None:
         write(tmp_path / "scans" / "a.nii.gz", torso())
         (tmp_path / "scans" / "b.nii.gz").symlink_to("/mnt/nas/b.nii.gz")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from effseg.data.preprocessing import Preprocessing
 from effseg.errors import InputError
+from effseg.models.effsegnet import EffSegNet
 from effseg.models.registry import load
 from effseg.models.unet3d import UNet3D
 
@@ -135,6 +136,19 @@ def test_missing_and_unknown_tensors_are_named(saved, tmp_path):
         load(rewrite(saved, tmp_path / "a.safetensors", weights=without_head))
     with pytest.raises(InputError, match="holds an unknown 'zebra'"):
         load(rewrite(saved, tmp_path / "b.safetensors", weights=lambda t: t | {"zebra": torch.zeros(1)}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("head.bias", torch.nan), ("head.weight", torch.inf), ("encoder.0.enter.norm.running_var", torch.inf)],
+)
+def test_numbers_that_are_not_finite_are_named(tmp_path, key, value):
+    """Every voxel would be background."""
+    model = EffSegNet(1, 2, "tiny", norm="batch")
+    model.state_dict()[key].fill_(value)
+    model.save(tmp_path / "bad.safetensors")
+    with pytest.raises(InputError, match=rf"bad\.safetensors: '{key}': expected finite numbers"):
+        load(tmp_path / "bad.safetensors")
 
 
 def test_windows_of_another_number_of_channels_are_not_saved(model, tmp_path):
