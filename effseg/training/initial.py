@@ -12,6 +12,9 @@ from effseg.training.checkpoint import Checkpoints
 
 _NAMES = ("best.safetensors", "final.safetensors")
 
+_SAME_FUNCTION = {"in_channels", "num_classes", "memory", "memory_budget", "recompute", "offload"}
+"""Arguments of a network that change how it is computed, or what its tensors' shapes tell."""
+
 
 def initial_weights(given: Path) -> Path:
     """The file that `given`, a .safetensors file or a run's folder, stands for: the run's best network, else
@@ -51,18 +54,12 @@ def take_weights(model: SegmentationModel, file: Path, names: tuple[str, ...]) -
     """Put the weights in `file` into `model`, whose classes are `names`, and return what was done, in words.
 
     Tensors that belong to the classes (the head) keep what `model` has where their number differs.
-    Raises InputError where the file is of another network.
+    Raises InputError where the file is of another network, or of one with another norm.
     """
     source = load(file)
+    _check_same_function(model, source, file)
     own, theirs = model.state_dict(), source.state_dict()
     classes, before = model.arguments["num_classes"], source.arguments["num_classes"]
-    if own.keys() != theirs.keys():
-        norms = {network.arguments.get("norm") for network in (model, source)}
-        kinds = [
-            network.name if len(norms) == 1 else f"{network.name} with {network.arguments.get('norm')} norm"
-            for network in (model, source)
-        ]
-        raise InputError(f"init: {file}: expected weights of {kinds[0]}, got those of {kinds[1]}")
     anew = [key for key, tensor in own.items() if tensor.shape != theirs[key].shape]
     for key in anew:
         of_classes = (own[key].shape[0], theirs[key].shape[0]) == (classes, before)
@@ -81,3 +78,22 @@ def take_weights(model: SegmentationModel, file: Path, names: tuple[str, ...]) -
     if isinstance(known, list) and tuple(known) != names:
         return f"{said}; its classes were {', '.join(map(str, known))}, now they are {', '.join(names)}"
     return said
+
+
+def _check_same_function(model: SegmentationModel, source: SegmentationModel, file: Path) -> None:
+    """Raise InputError unless weights mean in `model` what they did in `source`, that of `file`: keys and
+    shapes alone do not tell, group norm's are those of instance norm."""
+    own, theirs = model.arguments, source.arguments
+    different = [key for key in {**own, **theirs} if own.get(key) != theirs.get(key)]
+    telling = [key for key in different if key not in _SAME_FUNCTION]
+    same_keys = model.state_dict().keys() == source.state_dict().keys()
+    if model.name == source.name and not telling and same_keys:
+        return
+    kinds = [network.name for network in (model, source)]
+    if model.name == source.name:
+        told = [
+            ", ".join(f"{key} = {arguments.get(key)}" for key in telling or different)
+            for arguments in (own, theirs)
+        ]
+        kinds = [f"{kind} with {what}" for kind, what in zip(kinds, told, strict=True)]
+    raise InputError(f"init: {file}: expected weights of {kinds[0]}, got those of {kinds[1]}")

@@ -16,9 +16,9 @@ def saved(path, classes=3, channels=1, **options):
     return model.state_dict()
 
 
-def fresh(classes=3, channels=1):
+def fresh(classes=3, channels=1, **options):
     torch.manual_seed(2)
-    return effseg.EffSegNet(channels, classes, preset="tiny", memory="raw")
+    return effseg.EffSegNet(channels, classes, **{"preset": "tiny", "memory": "raw"} | options)
 
 
 def names(classes):
@@ -61,12 +61,37 @@ def test_other_networks_are_refused(tmp_path):
         InputError, match=r"^init: .*expected weights of effseg-tiny, got those of effseg-base"
     ):
         take_weights(fresh(), path, names(3))
-    saved(path, norm="batch")
-    with pytest.raises(InputError, match=r"effseg-tiny with instance norm, got .* with batch norm"):
-        take_weights(fresh(), path, names(3))
     saved(path, classes=5)
     with pytest.raises(InputError, match=r"^init: "):
         take_weights(build_model("unet3d", 1, 3), path, names(3))
+
+
+@pytest.mark.parametrize(
+    ("option", "own", "other"),
+    [
+        ("norm", "instance", "group"),  # whose tensors have the same keys and shapes
+        ("norm", "group", "instance"),
+        ("norm", "instance", "batch"),
+        ("auxiliary", False, True),
+        ("thick_axis", None, 2),
+    ],
+)
+def test_weights_of_another_function_are_refused(tmp_path, option, own, other):
+    path = tmp_path / "w.safetensors"
+    saved(path, **{option: other})
+    model = fresh(**{option: own})
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    told = f"^init: .*expected weights of effseg-tiny with {option} = {own}, got .* with {option} = {other}$"
+    with pytest.raises(InputError, match=told):
+        take_weights(model, path, names(3))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_how_a_network_is_computed_does_not_matter(tmp_path):
+    weights = saved(tmp_path / "w.safetensors", memory="stream", recompute=1)
+    model = fresh()
+    take_weights(model, tmp_path / "w.safetensors", names(3))
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 def test_which_file_of_a_run(tmp_path):
