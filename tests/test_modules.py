@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from effseg import ConvNormAct3d, ResidualBlock3d
+from effseg.errors import InputError
 from effseg.operators.normalisation import make_norm, normalisation
 
 NORMS = ["instance", "batch", "group"]
@@ -82,6 +83,34 @@ def test_running_statistics_of_instance_and_batch_norm(momentum):
         terms = normalisation(ours, mean, var, y[0, 0].numel())
         got = (y - terms.mean[..., None, None, None]) * terms.scale[..., None, None, None]
         assert_exact(got, stock.eval()(y))
+
+
+@pytest.mark.parametrize(
+    ("norm", "samples", "refused"),
+    [
+        (nn.BatchNorm3d(4), 1, True),
+        (nn.BatchNorm3d(4, track_running_stats=False).eval(), 1, True),  # has no others
+        (nn.InstanceNorm3d(4, track_running_stats=True), 2, True),
+        (nn.BatchNorm3d(4), 2, False),
+        (nn.BatchNorm3d(4).eval(), 1, False),
+        (nn.InstanceNorm3d(4), 1, False),
+        (nn.GroupNorm(2, 4), 1, False),
+    ],
+    ids=str,
+)
+def test_statistics_of_one_voxel_are_refused(norm, samples, refused):
+    """Of a variance of 0, which evaluation would divide by; torch refuses those, and instance norm's."""
+    before = copy.deepcopy(norm.state_dict())
+    mean, var = torch.randn(samples, 4), torch.zeros(samples, 4)
+    if not refused:
+        normalisation(norm, mean, var, 1)
+        return
+    with pytest.raises(ValueError, match="more than 1"):
+        norm(mean[..., None, None, None])
+    with pytest.raises(InputError, match="norm: expected more than one voxel per channel"):
+        normalisation(norm, mean, var, 1)
+    for name, value in norm.state_dict().items():
+        assert name == "num_batches_tracked" or torch.equal(value, before[name])
 
 
 @pytest.mark.parametrize("norm", NORMS)

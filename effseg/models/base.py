@@ -76,6 +76,11 @@ class SegmentationModel(nn.Module):
         numbers = {key: value for key, value in self.arguments.items() if key not in self.ways}
         return {"class": type(self).__name__, "name": self.name, "arguments": numbers}
 
+    def lowest_level(self, size: tuple[int, int, int]) -> tuple[int, int, int] | None:
+        """Voxels of the coarsest feature maps of a volume of `size`, (D, H, W) both; None where the network
+        does not say."""
+        return None
+
     def save(
         self,
         path: str | os.PathLike[str],

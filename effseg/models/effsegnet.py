@@ -83,8 +83,9 @@ class EffSegNet(SegmentationModel):
     storage follow ``torch.autocast`` of the image's device, else the weights' dtype; statistics and the
     loss are float32 (float64 for float64).
 
-    Memory of a training step: see ``effseg plan``. Raises `InputError` (a `ValueError`) for unknown options
-    and for shapes that do not fit.
+    Memory of a training step: see ``effseg plan``. Raises `InputError` (a `ValueError`) for unknown options,
+    for shapes that do not fit, and in training with batch norm for a single image of one voxel on the lowest
+    level.
     """
 
     follows_autocast = True
@@ -219,6 +220,14 @@ class EffSegNet(SegmentationModel):
         else:
             features = self._last(trunk, self.slab_elements)
         return self._head(features, whole)
+
+    def lowest_level(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Voxels of the coarsest feature maps of a volume of `size`, which is divided by all strides."""
+        levels = levels_of(self.architecture, self.arguments["in_channels"], self.arguments["thick_axis"])
+        d, h, w = size
+        for level in levels:
+            d, h, w = (-(-extent // step) for extent, step in zip((d, h, w), level.stride, strict=True))
+        return d, h, w
 
     @property
     def streams(self) -> bool:

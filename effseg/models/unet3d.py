@@ -56,6 +56,11 @@ class UNet3D(SegmentationModel):
         )
         self.head = nn.Conv3d(64, num_classes, 1)
 
+    def lowest_level(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Voxels of the coarsest feature maps of a volume of `size`: an eighth, rounded up."""
+        d, h, w = (-(-extent // 8) for extent in size)
+        return d, h, w
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """image (N, C, D, H, W) -> logits (N, K, D, H, W)."""
         check_image(image, self.arguments["in_channels"])

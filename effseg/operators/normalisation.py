@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from effseg.common.settings import Setting
+from effseg.errors import InputError
 from effseg.expressions.base import Normalisation
 
 Norm = nn.InstanceNorm3d | nn.BatchNorm3d | nn.GroupNorm
@@ -60,8 +61,9 @@ def make_norm(norm: str, channels: int) -> Norm:
 
 def normalisation(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> Normalisation:
     """What `norm` does to values of mean and biased variance (N, C) over `voxels`; running statistics are
-    updated in training and used in evaluation, as torch does. One voxel per channel, where torch raises, is
-    normalised to beta: whole volumes may be that small on the deepest level. Raises `TypeError` for others.
+    updated in training and used in evaluation, as torch does. Instance norm of one voxel per channel, where
+    torch raises, gives beta: whole volumes may be that small on the deepest level. Raises `InputError` where
+    batch norm would take a batch's statistics of one value (`check_spread`), `TypeError` for other norms.
     """
     if type(norm) not in (nn.InstanceNorm3d, nn.BatchNorm3d, nn.GroupNorm):
         raise TypeError(f"norm: expected InstanceNorm3d, BatchNorm3d or GroupNorm, got {type(norm).__name__}")
@@ -123,8 +125,13 @@ def moving_alone(offset: Tensor | None, like: Tensor) -> Normalisation:
 
 @torch.no_grad()
 def track(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> None:
-    """Update the running statistics of a norm in training as torch does."""
-    if isinstance(norm, nn.GroupNorm) or norm.running_mean is None or norm.running_var is None:
+    """Update the running statistics of a norm in training as torch does. Raises as `check_spread` does."""
+    if isinstance(norm, nn.GroupNorm):
+        return
+    tracked = norm.running_mean is not None and norm.running_var is not None
+    if norm.training or not tracked:
+        check_spread(merging(norm)[0], mean.shape[0], voxels, tracked)
+    if norm.running_mean is None or norm.running_var is None:
         return
     if not norm.training or _frozen.get():
         return
@@ -137,6 +144,22 @@ def track(norm: Norm, mean: Tensor, var: Tensor, voxels: int) -> None:
         if norm.momentum is None:
             momentum = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
     update_running((norm.running_mean, norm.running_var), mean, var, voxels, momentum, samples)
+
+
+def check_spread(how: Merging, samples: int, voxels: int, tracked: bool) -> None:
+    """Raise InputError where the statistics of a batch are those of a single value a channel, and batch norm
+    takes them or running ones take them in (tracked).
+
+    Their variance is 0: a layer gives beta in training, whatever it reads, and divides by sqrt(eps) in
+    evaluation, so that a network is worth nothing.
+    """
+    alone = voxels == 1 and (samples == 1 or not how.samples)
+    if alone and (how.samples or tracked):
+        kind = "batch norm" if how.samples else "a norm with running statistics"
+        raise InputError(
+            f"norm: expected more than one voxel per channel where {kind} is trained, got 1: use larger "
+            f"images{' or more of them' if how.samples else ''}, or another norm"
+        )
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from effseg.parallel import rows
 from effseg.training.average import WeightAverage
 from effseg.training.batches import Batches
 from effseg.training.checkpoint import Checkpoints, load_checkpoint, writing
+from effseg.training.checks import check_batch_norm
 from effseg.training.config import FREE_ON_RESUME, TrainingConfig
 from effseg.training.data import TrainingData, load_training_data
 from effseg.training.display import Display, duration, peak_memory
@@ -65,6 +66,7 @@ class _Run:
         self.data = load_training_data(config, world, self._say, anew=overwrite)
         torch.manual_seed(config.seed)
         self.model = _network(config, self.data, world.device)
+        check_batch_norm(self.model, self.data, config)
         self.model.to(world.device)
         self.sampler = Sampler(
             len(self.data.training), config.seed, config.batch_size, world.volumes.rank, world.volumes.size

@@ -10,6 +10,7 @@ from tolerances import EXACT, joined, moved_by_rounding, relative_error
 
 import effseg
 from effseg import EffSegNet, UNet3D
+from effseg.errors import InputError
 from effseg.models.levels import PRESETS
 from effseg.models.stock import StockEffSegNet
 
@@ -126,6 +127,29 @@ def test_any_size(size):
     assert all(torch.isfinite(g).all() for g in gradients(ours, image, labels))
     assert ours(image).shape == (1, 5, *size)
     assert torch.equal(ours.segment(image).long(), ours(image).argmax(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "stream"}, {"recompute": 4}], ids=str)
+def test_batch_norm_of_one_voxel_is_refused(options):
+    """As torch and the 3D U-Net do: its running variance would be 0."""
+    ours = EffSegNet(1, 5, norm="batch", **options)
+    image, labels = torch.randn(1, 1, 32, 4, 8), torch.zeros(1, 32, 4, 8, dtype=torch.uint8)
+    with pytest.raises(InputError, match="norm: expected more than one voxel per channel"):
+        ours.loss(image, labels)
+    assert torch.isfinite(ours.loss(image.expand(2, -1, -1, -1, -1), labels.expand(2, -1, -1, -1)))
+    assert torch.isfinite(ours.eval().loss(image, labels))
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (32, 33, 64), (65, 7, 200)])
+@pytest.mark.parametrize("thick_axis", [None, 1])
+@pytest.mark.parametrize("preset", ["base", "tiny"])
+def test_voxels_of_the_lowest_level(preset, thick_axis, size):
+    with torch.device("meta"):
+        model, image = StockEffSegNet(1, 5, preset, "batch", thick_axis=thick_axis), torch.empty(1, 1, *size)
+        seen = []
+        model.encoder[-1].enter.conv.register_forward_hook(lambda *args: seen.append(args[-1].shape[2:]))
+        model.eval()(image)
+    assert seen == [model.lowest_level(size)]
 
 
 @pytest.mark.parametrize("preset", ["base", "tiny"])

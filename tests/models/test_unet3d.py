@@ -26,6 +26,15 @@ def test_any_size_comes_back(model, size):
     assert model(torch.randn(2, 1, *size)).shape == (2, 4, *size)
 
 
+@pytest.mark.parametrize("size", [(1, 8, 9), (17, 16, 33)])
+def test_voxels_of_the_lowest_level(size):
+    with torch.device("meta"):
+        network, seen = UNet3D(1, 4).eval(), []
+        network.encoder[-1].register_forward_hook(lambda *args: seen.append(args[-1].shape[2:]))
+        network(torch.empty(1, 1, *size))
+    assert seen == [network.lowest_level(size)]
+
+
 def test_upsampled_tensors_are_cropped_at_the_far_end(model):
     """Far from the far border, an odd-sized image and the same image with more behind it agree."""
     image = torch.randn(1, 1, 90, 8, 8)

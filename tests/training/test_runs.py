@@ -171,8 +171,14 @@ def test_averaged_weights_are_validated_and_saved(config):
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.usefixtures("no_pictures")
 def test_the_norm_is_the_networks(config, norm):
-    result = train(config.replace(norm=norm, steps=2))
+    result = train(config.replace(norm=norm, steps=2, batch_size=2))
     assert effseg.load(result.final).arguments["norm"] == norm
+
+
+def test_batch_norm_of_one_voxel_does_not_begin(config):
+    with pytest.raises(InputError, match=r"^norm: expected more than one voxel at the lowest level"):
+        train(config.replace(norm="batch"))
+    assert not (config.output / "config.json").exists()
 
 
 @pytest.mark.usefixtures("no_pictures")

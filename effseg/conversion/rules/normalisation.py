@@ -20,7 +20,13 @@ from effseg.conversion.values import Convolution, Value, stored_as
 from effseg.expressions.base import Deferred, Normalisation
 from effseg.expressions.layers import UpAdd, convolved, plain, raw
 from effseg.expressions.normed import normed
-from effseg.operators.normalisation import Merging, layer_terms, moving_alone, update_running
+from effseg.operators.normalisation import (
+    Merging,
+    check_spread,
+    layer_terms,
+    moving_alone,
+    update_running,
+)
 
 
 @rule(torch.instance_norm, F.instance_norm)
@@ -86,10 +92,13 @@ def _normalised(
     """The raw output of a convolution, stored, or any other tensor, stored; normalised where it is used. In
     `stream` less is stored: see `effseg.conversion.streamed`.
 
-    A convolution's bias moves y by as much as the mean, and is left to the three numbers per channel.
+    A convolution's bias moves y by as much as the mean, and is left to the three numbers per channel. Raises
+    InputError for a batch norm of one voxel, as torch does (a ValueError).
     """
     if not isinstance(input, LazyTensor) or (uses_running and running is None):
         return NotImplemented
+    if not uses_running:
+        check_spread(how, input.shape[0], prod(input.shape[2:]), running is not None)
     value = unfinished(input)
     found = _measured(input, value)
     moved = found.mean if found.offset is None else found.mean + found.offset.to(found.mean.dtype)
