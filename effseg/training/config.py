@@ -16,8 +16,8 @@ FREE_ON_RESUME = frozenset(
     {"data", "output", "workers", "device", "cache", "checkpoint_interval", "allow_missing", "split_volume"}
 )
 
-# or it is compared as what it comes to: classes, pairs of them, weights to begin with.
-COMPARED_ELSEWHERE = frozenset({"labels", "mirror_pairs", "init"})
+# or it is compared as what it comes to: classes, pairs of them, weights to begin with, cases a step.
+COMPARED_ELSEWHERE = frozenset({"labels", "mirror_pairs", "init", "batch_size"})
 
 
 @dataclass(frozen=True)

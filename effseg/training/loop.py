@@ -24,12 +24,12 @@ from effseg.parallel import rows
 from effseg.training.average import WeightAverage
 from effseg.training.batches import Batches
 from effseg.training.checkpoint import Checkpoints, load_checkpoint, writing
-from effseg.training.checks import check_batch_norm
+from effseg.training.checks import check_batch_norm, check_global_batch
 from effseg.training.config import FREE_ON_RESUME, TrainingConfig
 from effseg.training.data import TrainingData, load_training_data
 from effseg.training.display import Display, duration, peak_memory
 from effseg.training.distributed import World, join_world
-from effseg.training.folder import open_run, remove_run, write_config
+from effseg.training.folder import open_run, read_config, remove_run, write_config
 from effseg.training.initial import check_same_weights, describe_file, initial_weights, take_weights
 from effseg.training.lock import locked
 from effseg.training.optimizer import Stepper, uses_bf16
@@ -71,6 +71,9 @@ class _Run:
         self.sampler = Sampler(
             len(self.data.training), config.seed, config.batch_size, world.volumes.rank, world.volumes.size
         )
+        if self.data.resumed is not None:
+            before = world.from_main(lambda: read_config(config.output))
+            check_global_batch(self.data.resumed.global_batch, before, config, self.sampler, self.model)
         self.steps = self.sampler.steps(config.epochs) if config.epochs else config.steps
         self.checkpoints = Checkpoints(config.output / "checkpoints")
         newest = None if overwrite else world.from_main(self._newest_checkpoint)
@@ -225,7 +228,8 @@ class _Run:
     def _begin(self, newest: Path | None) -> RunRecord:
         """Put the weights to begin with into the model, unless it is further on; returns the run's record."""
         given, resumed = self.config.init, self.data.resumed
-        record = replace(self.data.record, label_map=self.data.label_map)
+        batch = self.sampler.global_batch
+        record = replace(self.data.record, label_map=self.data.label_map, global_batch=batch)
         if resumed is not None and given is not None:
             self.world.on_main(lambda: check_same_weights(given, resumed.init, self.config.output))
         if newest is not None:

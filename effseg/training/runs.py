@@ -29,7 +29,8 @@ Split = tuple[list[Case], list[Case]]
 class RunRecord:
     """preprocessing: with what is made of every channel. training, validation: names of cases. files:
     `case_identity` by case. mirror: pairs of classes that mirrored volumes exchange, None without mirroring.
-    init: file of the weights it began with, and their checksum; None for random ones."""
+    init: file of the weights it began with, and their checksum; None for random ones. global_batch: cases
+    that all processes see in a step; None in records of earlier versions."""
 
     label_map: LabelMap
     preprocessing: Preprocessing
@@ -38,6 +39,7 @@ class RunRecord:
     files: Mapping[str, Any]
     mirror: Pairs | None = None
     init: Mapping[str, str] | None = None
+    global_batch: int | None = None
 
     def write(self, folder: Path) -> None:
         entries = {
@@ -48,6 +50,7 @@ class RunRecord:
             "validation": list(self.validation),
             "mirror": None if self.mirror is None else [list(pair) for pair in self.mirror],
             "init": None if self.init is None else dict(self.init),
+            "global_batch": self.global_batch,
             "files": dict(self.files),
         }
         with atomic_path(folder / NAME) as temporary:
@@ -66,7 +69,7 @@ def read_record(folder: Path) -> RunRecord | None:
         )
     entries = read_json(path)
     try:
-        mirror = entries["mirror"]
+        mirror, batch = entries["mirror"], entries.get("global_batch")
         if entries["format"] != FORMAT:
             raise ValueError(f"format {entries['format']}")
         return RunRecord(
@@ -77,6 +80,7 @@ def read_record(folder: Path) -> RunRecord | None:
             entries["files"],
             None if mirror is None else tuple((int(first), int(second)) for first, second in mirror),
             entries["init"],
+            None if batch is None else int(batch),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: expected a run's record of format {FORMAT}, got: {error!r}") from error

@@ -25,7 +25,8 @@ class Sampler:
 
     A step takes the next `world_size` * `batch_size` cases; of these rank r takes the r-th part. So two
     processes with one case each see in a step what one process with two cases sees. The last batch of an
-    epoch is filled from the next epoch.
+    epoch is filled from the next epoch. What a step sees, and how many steps there are, depends on the
+    product alone, which a run therefore keeps to its end.
     """
 
     cases: int

@@ -1,4 +1,4 @@
-"""What a network cannot learn from is told before the first step."""
+"""What a run cannot begin or go on with is told before its first step."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,8 @@ import effseg
 from effseg.errors import InputError
 from effseg.models.base import SegmentationModel
 from effseg.training import TrainingConfig
-from effseg.training.checks import check_batch_norm
+from effseg.training.checks import check_batch_norm, check_global_batch
+from effseg.training.sampling import Sampler
 
 
 def check(network, *sizes, **values):
@@ -47,3 +48,52 @@ def test_a_network_that_does_not_say_is_left_to_its_norms():
             self.norm = torch.nn.BatchNorm3d(1)
 
     check(Other(), (8, 8, 8), model="other")
+
+
+GROUP = effseg.EffSegNet(1, 3, preset="tiny", norm="group")
+
+
+def goes_on(recorded, before, now, processes, network=GROUP, split_volume=1):
+    """`before` and `now` are batch sizes; the processes that share a volume count as one."""
+    configs = [
+        TrainingConfig(data="d", output="r", model="effseg-tiny", batch_size=size, split_volume=shared)
+        for size, shared in ((before, 1), (now, split_volume))
+    ]
+    check_global_batch(recorded, *configs, Sampler(4, 0, now, world_size=processes), network)
+
+
+def test_the_cases_of_a_step_may_be_shared_otherwise():
+    goes_on(1, 1, 1, processes=1)
+    goes_on(2, 1, 1, processes=2, split_volume=3)
+    goes_on(2, 1, 2, processes=1)
+    goes_on(4, 2, 1, processes=4)
+    goes_on(None, 1, 1, processes=2)  # begun by a version that did not record it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            (1, 1, 1, 2),
+            r"of 1 volumes a step .*, but now it is 2 .*: go on with 1 process of batch_size 1,",
+        ),
+        ((2, 1, 1, 1), r"go on with 2 processes of batch_size 1 or 1 process of batch_size 2, or begin anew"),
+        ((6, 3, 3, 4), r"but now it is 12 .*: go on with 2 processes of batch_size 3, or"),
+        ((None, 1, 2, 1), "batch_size = 1, but now it is 2: begin anew"),
+    ],
+)
+def test_other_numbers_of_cases_a_step_are_refused(arguments, told):
+    with pytest.raises(InputError, match=f"^r holds a run.*{told}") as error:
+        goes_on(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_who_shares_a_volume_is_told_in_processes():
+    with pytest.raises(InputError, match="with 6 processes of batch_size 1 or 3 processes of batch_size 2"):
+        goes_on(2, 1, 1, processes=1, split_volume=3)
+
+
+def test_batch_norm_goes_on_with_as_many_cases_a_process(tiny):
+    goes_on(2, 1, 1, processes=2, network=tiny)
+    with pytest.raises(InputError, match="go on with 2 processes of batch_size 1, or begin anew"):
+        goes_on(2, 1, 2, processes=1, network=tiny)

@@ -81,6 +81,7 @@ def test_default_rate_depends_on_the_network():
 def test_a_continuation_may_only_differ_where_no_number_changes():
     run = make(steps=10)
     make(steps=10, workers=4, checkpoint_interval=7).check_continues(run)
+    make(steps=10, batch_size=2).check_continues(run)  # more processes, or fewer: see test_checks.py
     with pytest.raises(InputError, match="seed = 0, but now it is 1"):
         make(steps=10, seed=1).check_continues(run)
 

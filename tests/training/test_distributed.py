@@ -63,6 +63,10 @@ def test_two_processes_equal_one_with_the_whole_batch(folder, monkeypatch):
         expected = [float(row[name]) for row in one]
         assert [float(row[name]) for row in two] == pytest.approx(expected, rel=1e-6)
     assert one[-1]["dice_mean"]
+    again = configured(folder, output=runs[1], steps=4, norm="group")
+    train(again.replace(batch_size=2))  # one process sees in a step what two saw
+    with pytest.raises(InputError, match="go on with 1 process of batch_size 2, or begin anew"):
+        train(again)
     for name in ("final", "best"):
         expected, got = (load_file(run / f"{name}.safetensors") for run in runs)
         assert expected.keys() == got.keys()

@@ -122,6 +122,7 @@ def test_what_is_recorded(begun, phantoms):
     assert sorted(record["training"] + record["validation"]) == [f"phantom_00{i}" for i in range(6)]
     assert len(record["validation"]) == 2
     assert sorted(record["files"]) == sorted(record["training"] + record["validation"])
+    assert record["global_batch"] == 1
     size = (phantoms / "imagesTr" / "phantom_003_0000.nii.gz").stat().st_size
     assert record["files"]["phantom_003"]["images"][0]["bytes"] == size
 
@@ -243,6 +244,25 @@ def test_a_run_of_an_earlier_version_is_refused(go_on):
     (go_on.run / "data.json").unlink()
     with pytest.raises(InputError, match=r"a run of an earlier version, .* begin anew"):
         go_on()
+
+
+def test_another_number_of_volumes_a_step_is_refused(go_on):
+    """With --epochs it would end early, as done."""
+    files = {path: path.read_bytes() for path in go_on.run.rglob("*") if path.is_file()}
+    with pytest.raises(
+        InputError, match=r"a run of 1 volumes a step .* go on with 1 process of batch_size 1"
+    ):
+        go_on(batch_size=2)
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_a_run_that_did_not_record_its_volumes_a_step_goes_on(go_on):
+    path = go_on.run / "data.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["global_batch"]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert "continues after step 1" in go_on()
+    assert json.loads(path.read_text(encoding="utf-8"))["global_batch"] == 1
 
 
 def test_a_record_alone_is_no_run(phantoms, begun, tmp_path, monkeypatch):
