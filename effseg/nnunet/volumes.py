@@ -23,6 +23,7 @@ from effseg.nnunet.predictor import Predictor
 from effseg.training.data import class_weights
 from effseg.training.sampling import Sampler
 from effseg.training.schedule import learning_rate
+from effseg.training.statistics import RunningStatistics
 
 MOST_WORKERS = 4  # a whole volume is being augmented in each
 CLIP_NORM = 5.0
@@ -144,11 +145,12 @@ class nnUNetTrainerEffSegFull(nnUNetTrainer):
     def train_step(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         image, labels = self._on_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
+        statistics = RunningStatistics(self.network)
         with self._autocast():
             loss = self.network(image, labels, **self.loss_options)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
-        if torch.isfinite(norm):
+        if statistics.keep_if_finite(norm, self.is_ddp):
             self.optimizer.step()
         self._tell_memory(image)
         return {"loss": loss.detach().cpu().numpy()}

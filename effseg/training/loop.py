@@ -133,8 +133,9 @@ class _Run:
             state.processor_seconds += time.process_time() - processor_started
             epoch = self.sampler.epoch(step) + 1
             display.step(step + 1, epoch, done.loss)
-            if not math.isfinite(done.gradient_norm):
-                display.say(f"step {step + 1}: gradient not finite, step skipped ({state.skipped} so far)")
+            if done.skipped:
+                what = "gradient" if not math.isfinite(done.gradient_norm) else "running statistics"
+                display.say(f"step {step + 1}: {what} not finite, step skipped ({state.skipped} so far)")
             dice = None
             if self.data.validation and self._due(step, config.validation_interval):
                 dice = self._validate(display)

@@ -1,4 +1,4 @@
-"""One optimiser step: forward, backward, clip, update, or no update where the gradient is not finite."""
+"""One optimiser step: forward, backward, clip, update, or nothing where the gradient is not finite."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from effseg.training.config import TrainingConfig
 from effseg.training.distributed import World
 from effseg.training.schedule import learning_rate
 from effseg.training.state import RunState
+from effseg.training.statistics import RunningStatistics
 
 MOST_SKIPPED_IN_A_ROW = 20
 
@@ -33,6 +34,8 @@ class StepResult:
     learning_rate: float
     loss: float
     gradient_norm: float
+    skipped: bool
+    """The network is as it was before: the gradient or running statistics were not finite."""
 
 
 class Stepper:
@@ -63,17 +66,19 @@ class Stepper:
     def __call__(self, step: int, image: torch.Tensor, labels: torch.Tensor, state: RunState) -> StepResult:
         """Do step `step` (from 0) on a batch that lies on the device; count it in `state`.
 
-        Raises InputError when the gradient was not finite many times in a row: this run cannot go on.
+        Where the gradient or a norm's running statistics are not finite, weights and statistics stay as they
+        were. Raises InputError when that happened many times in a row: this run cannot go on.
         """
         rate = learning_rate(step, self.steps, self.config.peak_rate, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        statistics = RunningStatistics(self.loss)
         with self.world.splitting(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.loss(image, labels)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-        result = StepResult(rate, float(loss.detach()), float(norm))
-        finite = bool(torch.isfinite(norm))
+        finite = statistics.keep_if_finite(norm, self.world.several)
+        result = StepResult(rate, float(loss.detach()), float(norm), not finite)
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -82,8 +87,9 @@ class Stepper:
         state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
         if state.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise InputError(
-                f"step {step + 1}: the gradient was not finite {MOST_SKIPPED_IN_A_ROW} times in a row "
-                f"(last loss {result.loss}): lower learning_rate ({self.config.peak_rate}) or use dtype fp32"
+                f"step {step + 1}: the gradient or running statistics were not finite "
+                f"{MOST_SKIPPED_IN_A_ROW} times in a row (last loss {result.loss}): lower learning_rate "
+                f"({self.config.peak_rate}) or use dtype fp32"
             )
         return result
 

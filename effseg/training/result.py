@@ -13,7 +13,8 @@ class TrainingResult:
     losses: of every step since the start of the run. steps_per_second: of this call, without validation;
     NaN when nothing was left to do. processor_seconds: what all steps since the start of the run
     took of this process's threads, without validation and checkpoints, whatever else the machine did.
-    peak_memory: bytes, see `display.peak_memory`. skipped: steps whose gradient was not finite.
+    peak_memory: bytes, see `display.peak_memory`. skipped: steps without an update, since
+    their gradient or running statistics were not finite.
     """
 
     final: Path

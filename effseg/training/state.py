@@ -8,8 +8,9 @@ from typing import Any
 class RunState:
     """step: done steps. seconds: spent so far, over all continuations. processor_seconds: of the process's
     threads, in its steps, for comparisons that a busy machine must not decide. skipped: steps without an
-    update, since their gradient was not finite; skipped_in_a_row: the last ones of them. best_dice,
-    last_dice: per organ, of the best and the last validation; best_step: when the best was, 0 for never."""
+    update, since their gradient or running statistics were not finite; skipped_in_a_row: the last ones of
+    them. best_dice, last_dice: per organ, of the best and the last validation; best_step: when the best was,
+    0 for never."""
 
     step: int = 0
     seconds: float = 0.0

@@ -12,6 +12,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from effseg.errors import InputError
 from effseg.nnunet import TRAINERS, VARIABLE, announce
+from effseg.nnunet.network import WholeVolumeNet
 from effseg.nnunet.patches import nnUNetTrainerEffSeg
 from effseg.nnunet.volumes import nnUNetTrainerEffSegFull
 
@@ -148,6 +149,27 @@ def test_whole_volumes_of_any_size(make_trainer, monkeypatch, memory):
     assert (found["tp_hard"] + found["fn_hard"]).tolist() == [
         int((volume((7, 10, 8))["target"] == k).sum()) for k in (1, 2)
     ]
+
+
+class Normed(Tiny):
+    """By batch norm, which tracks statistics."""
+
+    @classmethod
+    def build_network_architecture(
+        cls, plans_manager, configuration_manager, num_input_channels, num_output_channels, *_
+    ):
+        return WholeVolumeNet(num_input_channels, num_output_channels, preset="tiny", norm="batch")
+
+
+def test_a_step_that_is_not_finite_leaves_the_network_as_it_was(make_trainer):
+    trainer, batch = whole(make_trainer(Normed)), volume((40, 12, 13))
+    trainer.network.train()
+    trainer.train_step(batch)
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    batch["data"][0, 0, 0, 0, 0] = torch.nan
+    trainer.train_step(batch)
+    for name, value in trainer.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_ignored_voxels_count_nowhere(make_trainer):

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from gloo_processes import in_processes
 from torch import nn
 
 from effseg.errors import InputError
@@ -26,9 +28,9 @@ class Model(nn.Module):
         return (self.weight * image).sum()
 
 
-def make(model, **values):
+def make(model, world=WORLD, **values):
     config = TrainingConfig(data="d", output="r", learning_rate=0.1, weight_decay=0.0, warmup=0.0, **values)
-    return Stepper(model, config, 100, WORLD, {"batch_dice": True})
+    return Stepper(model, config, 100, world, {"batch_dice": True})
 
 
 def step(stepper, state, number, value):
@@ -59,12 +61,64 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(value):
     assert (state.step, state.skipped, state.skipped_in_a_row) == (2, 1, 0)
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm3d(1)
+
+    def loss(self, image, labels, **options):
+        return self.norm(image).square().sum()
+
+
+OVERFLOWS = 1e25  # in the variance, which makes scale and gradient 0, and running statistics infinite
+
+
+def copied(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("value", [math.nan, OVERFLOWS])
+def test_a_skipped_step_leaves_no_trace_in_running_statistics(value):
+    torch.manual_seed(0)
+    model, state, image = Normed(), RunState(), torch.randn(1, 1, 2, 2, 2)
+    stepper = make(model)
+    stepper(0, image, None, state)
+    before = copied(model)
+    image[0, 0, 0, 0, 0] = value
+    done = stepper(1, image, None, state)
+    assert done.skipped
+    assert math.isfinite(done.gradient_norm) == (value == OVERFLOWS)
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (2, 1, 1)
+    assert all(torch.equal(kept, before[name]) for name, kept in model.state_dict().items())
+    image[0, 0, 0, 0, 0] = 3.0
+    assert not stepper(2, image, None, state).skipped
+    assert not any(torch.equal(new, before[name]) for name, new in model.state_dict().items())
+
+
+def skip_in_one_of_two():
+    """What two processes have after a step of which the second's running statistics overflow."""
+    torch.manual_seed(0)
+    world, model, state = World(dist.get_rank(), 2, torch.device("cpu")), Normed(), RunState()
+    stepper, image = make(model, world), torch.randn(1, 1, 2, 2, 2)
+    before = copied(model)
+    if world.rank == 1:
+        image[0, 0, 0, 0, 0] = OVERFLOWS
+    stepper(0, image, None, state)
+    return state.skipped, all(torch.equal(kept, before[name]) for name, kept in model.state_dict().items())
+
+
+def test_processes_skip_together():
+    assert in_processes(2, skip_in_one_of_two) == [(1, True), (1, True)]
+
+
 def test_twenty_in_a_row_end_the_run():
     model, state = Model(), RunState()
     stepper = make(model)
     for number in range(19):
         step(stepper, state, number, math.nan)
-    with pytest.raises(InputError, match="step 20: the gradient was not finite 20 times in a row"):
+    with pytest.raises(
+        InputError, match=r"step 20: the gradient or running statistics were .* 20 times in a row"
+    ):
         step(stepper, state, 19, math.nan)
 
 
