@@ -23,6 +23,7 @@ from effseg.models.registry import build_model, load
 from effseg.parallel import rows
 from effseg.training.average import WeightAverage
 from effseg.training.batches import Batches
+from effseg.training.best import best_so_far
 from effseg.training.checkpoint import Checkpoints, load_checkpoint, writing
 from effseg.training.checks import check_batch_norm, check_global_batch
 from effseg.training.config import FREE_ON_RESUME, TrainingConfig
@@ -81,6 +82,8 @@ class _Run:
         self.stepper = Stepper(self.model, config, self.steps, world, self._loss_options())
         self.average = WeightAverage(self.model, config.ema) if config.ema else None
         self.state = self._restore(newest)
+        if not overwrite:
+            self._restore_best()
         if world.is_main:
             if overwrite:  # not before, or a mistake in the data would cost the earlier run
                 remove_run(config.output)
@@ -255,6 +258,15 @@ class _Run:
         if self.average is not None:
             self.average.load_state(saved["average"])
         return RunState.from_dict(saved["run"])
+
+    def _restore_best(self) -> None:
+        """What best.safetensors is, which may be of steps after the last checkpoint, lost by a kill."""
+        state, organs = self.state, len(self.data.organs)
+        step, dice = self.world.from_main(lambda: best_so_far(self.config.output, organs))
+        if step > state.step:
+            mean = mean_dice(dice)
+            self._say(f"best.safetensors, of step {step} after the last checkpoint, stays: Dice {mean:.3f}")
+        state.best_step, state.best_dice = step, dice
 
     def _write_down(self) -> None:
         """The run's record, then its configuration: from then on the folder is this run's."""

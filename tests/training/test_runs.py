@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import effseg
@@ -119,6 +120,56 @@ def test_a_stopped_run_continues_bit_for_bit(config, monkeypatch, options):
         expected, got = (load_file(getattr(run, name)) for run in (whole, result))
         assert all(torch.equal(value, got[key]) for key, value in expected.items())
     assert result.best_dice == pytest.approx(whole.best_dice, nan_ok=True, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_interval", "again"),
+    [(2, (0.45, 0.48)), (4, (0.1, 0.2, 0.45, 0.48))],
+    ids=["after", "before"],
+)
+@pytest.mark.usefixtures("no_pictures")
+def test_the_best_network_is_the_one_in_its_file(config, monkeypatch, capsys, checkpoint_interval, again):
+    """Also where a kill took all steps since a checkpoint, or the start, and other Dice comes of them."""
+    config = config.replace(validation_interval=1, checkpoint_interval=checkpoint_interval)
+
+    def validate_as(*values):
+        dice = iter(values)
+        monkeypatch.setattr(loop, "validate", lambda cases, segment, number, *_: [next(dice)] * (number - 1))
+
+    validate_as(0.3, 0.5, 0.7)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    best = config.output / "best.safetensors"
+    file = best.read_bytes()
+    validate_as(*again)
+    result = train(config, console=Console(width=500))
+    printed = capsys.readouterr().out
+    assert "best.safetensors, of step 3 after the last checkpoint, stays: Dice 0.700" in printed
+    assert (result.best_step, set(result.best_dice.values())) == (3, {0.7})
+    assert best.read_bytes() == file
+    told = effseg.load(best).extra["training"]
+    assert (told["step"], set(told["dice"].values())) == (3, {0.7})
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_best_network_that_is_gone_is_not_the_best(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    best = config.output / "best.safetensors"
+    weights = best.read_bytes()
+    effseg.EffSegNet(1, 3, preset="tiny").save(best)
+    with pytest.raises(InputError, match="expected this run's best network"):
+        train(config)
+    best.unlink()
+    result = train(config)
+    assert result.best_step == 4
+    assert effseg.load(best).extra["training"]["step"] == 4
+    best.write_bytes(weights)
+    assert train(config).best_step == 2
 
 
 @pytest.mark.usefixtures("no_pictures")
