@@ -12,8 +12,8 @@ from effseg.training.checkpoint import Checkpoints
 
 _NAMES = ("best.safetensors", "final.safetensors")
 
-_SAME_FUNCTION = {"in_channels", "num_classes", "memory", "memory_budget", "recompute", "offload"}
-"""Arguments of a network that change how it is computed, or what its tensors' shapes tell."""
+_SHAPES = {"in_channels", "num_classes"}
+"""Arguments of a network that its tensors' shapes tell."""
 
 
 def initial_weights(given: Path) -> Path:
@@ -85,7 +85,7 @@ def _check_same_function(model: SegmentationModel, source: SegmentationModel, fi
     shapes alone do not tell, group norm's are those of instance norm."""
     own, theirs = model.arguments, source.arguments
     different = [key for key in {**own, **theirs} if own.get(key) != theirs.get(key)]
-    telling = [key for key in different if key not in _SAME_FUNCTION]
+    telling = [key for key in different if key not in _SHAPES | model.ways]
     same_keys = model.state_dict().keys() == source.state_dict().keys()
     if model.name == source.name and not telling and same_keys:
         return
