@@ -57,7 +57,8 @@ class PlannedNetwork:
 def read_plans(path: Path, configuration: str = "3d_fullres", classes: int | None = None) -> PlannedNetwork:
     """A configuration of a plans file.
 
-    classes: background included; None: those of the dataset.json beside the file. Raises InputError where
+    classes: background included; None: those of the dataset.json beside the file, which a cascade needs in
+    any case, whose network is shown every label of the stage before as a channel. Raises InputError where
     the file is none of nnU-Net's, has no such configuration or one that is not 3D.
     """
     plans = _read(path)
@@ -72,7 +73,8 @@ def read_plans(path: Path, configuration: str = "3d_fullres", classes: int | Non
         return PlannedNetwork(
             configuration=configuration,
             architecture=architecture,
-            channels=len(plans["foreground_intensity_properties_per_channel"]),
+            channels=len(plans["foreground_intensity_properties_per_channel"])
+            + (0 if entries.get("previous_stage") is None else _foreground(path.parent / "dataset.json")),
             classes=classes or _classes(path.parent / "dataset.json"),
             patch=_size(entries["patch_size"]),
             batch=int(entries["batch_size"]),
@@ -110,9 +112,21 @@ def _classes(path: Path) -> int:
     """Outputs of the network: one per label, or one per region, which have no background."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; --classes says how many there are, background included")
-    labels = {k: v for k, v in _read(path)["labels"].items() if k != "ignore"}
+    labels = _labels(path)
     has_regions = any(isinstance(value, list) and len(value) > 1 for value in labels.values())
     return len(labels) - has_regions
+
+
+def _foreground(path: Path) -> int:
+    """Labels above 0, those that regions are made of each once."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, of whose labels a cascade's network has a channel each")
+    labels = _labels(path).values()
+    return len({int(v) for value in labels for v in (value if isinstance(value, list) else [value])} - {0})
+
+
+def _labels(path: Path) -> dict[str, Any]:
+    return {k: v for k, v in _read(path)["labels"].items() if k != "ignore"}
 
 
 def _size(values: Any) -> Size:

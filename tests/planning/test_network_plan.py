@@ -39,6 +39,19 @@ def test_regions_have_no_background(dataset):
     assert read_plans(dataset({"background": 0, "whole": [1, 2], "core": 2})).classes == 2
 
 
+def test_a_cascade_sees_the_labels_of_the_stage_before(dataset):
+    """As determine_num_input_channels of nnU-Net counts them: each label above 0 once, of regions, too."""
+    path = dataset({"background": 0, "whole": [1, 2], "core": 2, "edge": [3], "ignore": 4})
+    plans = json.loads(path.read_text())
+    plans["configurations"]["cascade"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    path.write_text(json.dumps(plans))
+    assert read_plans(path).channels == 1
+    assert read_plans(path, "cascade").channels == read_plans(path, "cascade", classes=9).channels == 1 + 3
+    (path.parent / "dataset.json").unlink()
+    with pytest.raises(InputError, match="no such file, of whose labels a cascade's network has a channel"):
+        read_plans(path, "cascade", classes=9)
+
+
 def test_configurations_inherit():
     network = read_plans(PLANS, "small_batch", classes=3)
     assert (network.batch, network.patch) == (1, (16, 32, 32))
