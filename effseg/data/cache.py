@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 
 from effseg.common.atomic import atomic_path
 from effseg.data.cases import Case
+from effseg.data.identity import case_identity
 from effseg.data.labels import LabelMap
 from effseg.data.nifti import read_image, read_labels
 from effseg.data.preprocessing import Prepared, Preprocessing
@@ -70,21 +71,26 @@ class _Stored:
 
 
 def prepare_case(
-    case: Case, preprocessing: Preprocessing, label_map: LabelMap, folder: str | Path | None = None
+    case: Case,
+    preprocessing: Preprocessing,
+    label_map: LabelMap,
+    folder: str | Path | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> CachedCase:
     """Read and prepare a labelled case to learn from, or take it from `folder` where it was prepared before.
 
     The crop holds every labelled voxel; where it is larger for that than the scan alone would make it, the
     case's notes say so.
     In `folder` a case is three files, NAME-KEY.image.npy, .labels.npy and .json, 3 bytes a voxel for CT.
-    KEY is a hash of the files' paths, sizes and times of change, of `preprocessing` and of `label_map`:
-    what was prepared otherwise is never taken. The .json is written last, so that a case is whole or
-    absent, and processes that prepare the same case at once write the same bytes; files that cannot be read
-    any more are made again. Without `folder` the
-    case stays in memory.
+    KEY is a hash of the files' paths and contents, of `preprocessing` and of `label_map`: what was prepared
+    otherwise is never taken. Contents and not times: archives, containers and synchronised folders put other
+    labels of the same size and time in a file's place, and copying changes times alone. The .json is written
+    last, so that a case is whole or absent, and processes that prepare the same case at once write the same
+    bytes; files that cannot be read any more are made again. Without `folder` the case stays in memory.
+    identity: what `case_identity` says of the files, for which it reads them; None: it is asked.
     Raises InputError for files that cannot be used, labels without foreground allowed.
     """
-    stored = _obtain("training", case, preprocessing, label_map, folder)
+    stored = _obtain("training", case, preprocessing, label_map, folder, identity)
     entries = stored.entries
     counts = np.array(entries["counts"], np.int64)
     spacing = tuple(entries["spacing"])
@@ -92,13 +98,17 @@ def prepare_case(
 
 
 def prepare_whole_case(
-    case: Case, preprocessing: Preprocessing, label_map: LabelMap, folder: str | Path | None = None
+    case: Case,
+    preprocessing: Preprocessing,
+    label_map: LabelMap,
+    folder: str | Path | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> WholeCase:
     """Read and prepare a labelled case to be predicted and scored; see `prepare_case`.
 
     The crop is that of prediction: the scan alone decides on it.
     """
-    stored = _obtain("whole", case, preprocessing, label_map, folder)
+    stored = _obtain("whole", case, preprocessing, label_map, folder, identity)
     entries = stored.entries
     x, y, z = (slice(start, stop) for start, stop in entries["box"])
     prepared = Prepared(stored.image, (x, y, z), tuple(entries["scan_shape"]), tuple(entries["spacing"]))
@@ -106,13 +116,19 @@ def prepare_whole_case(
 
 
 def _obtain(
-    kind: _Kind, case: Case, preprocessing: Preprocessing, label_map: LabelMap, folder: str | Path | None
+    kind: _Kind,
+    case: Case,
+    preprocessing: Preprocessing,
+    label_map: LabelMap,
+    folder: str | Path | None,
+    identity: Mapping[str, Any] | None,
 ) -> _Stored:
     if case.labels is None:
         raise InputError(f"{case.images[0]}: expected labels for case {case.name!r}, it has none")
     if folder is None:
         return _prepare(kind, case, case.labels, preprocessing, label_map)
-    stem = Path(folder) / f"{case.name}-{_key(kind, case, preprocessing, label_map)}"
+    key = _key(kind, case, identity or case_identity(case), preprocessing, label_map)
+    stem = Path(folder) / f"{case.name}-{key}"
     record = stem.with_name(stem.name + ".json")
     stored = _load(stem, record) if record.is_file() else None
     if stored is None:
@@ -179,17 +195,17 @@ def _warnings() -> Iterator[list[str]]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _key(kind: _Kind, case: Case, preprocessing: Preprocessing, label_map: LabelMap) -> str:
-    files = []
-    for path in (*case.images, case.labels):
-        assert path is not None
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from error
-        files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
-    identity = (_FORMAT, kind, files, preprocessing.to_dict(), label_map.to_dict())
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+def _key(
+    kind: _Kind,
+    case: Case,
+    identity: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    label_map: LabelMap,
+) -> str:
+    # Paths, since notes name them, and how a file is read depends on its ending.
+    paths = [str(path.resolve()) for path in (*case.images, case.labels) if path is not None]
+    prepared = (_FORMAT, kind, paths, dict(identity), preprocessing.to_dict(), label_map.to_dict())
+    return hashlib.sha256(json.dumps(prepared, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _store(case: _Stored, stem: Path, record: Path) -> None:

@@ -2,13 +2,14 @@
 
 import hashlib
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nibabel.openers import ImageOpener
 
 from effseg.data.cases import Case
-from effseg.errors import InputError
+from effseg.errors import DamagedFile
 
 HEADER_BYTES = 544  # of NIfTI-2 with the flag of extensions, the longer one
 BLOCKS, BLOCK_BYTES = 64, 4096
@@ -20,16 +21,18 @@ def case_identity(case: Case) -> dict[str, Any]:
     Of a compressed scan, which is large: its size in bytes, checksums of its header and of 64 blocks spread
     over the file, the last of which holds gzip's own checksum of all. Of others and of labels: their size and
     a checksum of the whole file. Names and times do not count.
-    Raises InputError for a file that cannot be read.
+    Raises DamagedFile for a file that cannot be read.
     """
+    images = [_read(_scan_identity, path) for path in case.images]
+    return {"images": images, "labels": None if case.labels is None else _read(_file_identity, case.labels)}
+
+
+def _read(identity: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
     try:
-        images = [_scan_identity(path) for path in case.images]
-        labels = None if case.labels is None else _file_identity(case.labels)
+        return identity(path)
     except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        name = getattr(error, "filename", None) or f"case {case.name}"
-        raise InputError(f"{name}: cannot be read: {reason}") from error
-    return {"images": images, "labels": labels}
+        raise DamagedFile(f"{path}: damaged, or cannot be read: {reason}") from error
 
 
 def header_bytes(path: Path) -> bytes:

@@ -1,7 +1,7 @@
 """The cases of a run: found, checked, prepared once, and counted."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -109,7 +109,6 @@ def load_training_data(
         check_labels(resumed, label_map, mirror, config)
     parts = world.from_main(lambda: split(config, say, anew))
     preprocessing = _preprocessing(config, say)
-    settings = label_map, preprocessing, mirror
     if resumed is not None:
         check_preprocessing(resumed, preprocessing, config)
     how: dict[str, Any] = {
@@ -117,8 +116,9 @@ def load_training_data(
         "label_map": label_map,
         "folder": config.cache or config.output / "cache",
     }
-    training = _prepare(parts[0], partial(prepare_case, **how), config, world, say)
-    validation = _prepare(parts[1], partial(prepare_whole_case, **how), config, world, say)
+    known = {} if resumed is None else {same_text(name): files for name, files in resumed.files.items()}
+    training, files = _prepare(parts[0], partial(prepare_case, **how), known, config, world, say)
+    validation, others = _prepare(parts[1], partial(prepare_whole_case, **how), known, config, world, say)
     if not training:
         raise InputError(f"{config.data}: no case is left to train on")
     cases: list[CachedCase | WholeCase] = [*training, *validation]
@@ -129,27 +129,13 @@ def load_training_data(
         training,
         validation,
         _augmentation(mirror, config, world.device) if config.augment else None,
-        resumed or world.from_main(partial(_record, *settings, parts, (training, validation))),
+        resumed or RunRecord(label_map, preprocessing, tuple(files), tuple(others), files | others, mirror),
         resumed,
     )
     _check(data, config)
     for one, other in twins(data.record):
         say(f"validation case {one} is the same scan as training case {other}: its score is no proof")
     return data
-
-
-def _record(
-    label_map: LabelMap,
-    preprocessing: Preprocessing,
-    mirror: Pairs | None,
-    parts: tuple[list[Case], list[Case]],
-    prepared: tuple[list[CachedCase], list[WholeCase]],
-) -> RunRecord:
-    """Of the cases that could be prepared."""
-    training, validation = (tuple(case.name for case in part) for part in prepared)
-    used = {*training, *validation}
-    files = {case.name: case_identity(case) for part in parts for case in part if case.name in used}
-    return RunRecord(label_map, preprocessing, training, validation, files, mirror)
 
 
 def _augmentation(mirror: Pairs | None, config: TrainingConfig, device: torch.device) -> Augmentation:
@@ -240,18 +226,24 @@ def _preprocessing(config: TrainingConfig, say: Callable[[str], None]) -> Prepro
 
 def _prepare(
     cases: list[Case],
-    prepare: Callable[[Case], Prepared],
+    prepare: Callable[..., Prepared],
+    known: Mapping[str, Any],
     config: TrainingConfig,
     world: World,
     say: Callable[[str], None],
-) -> list[Prepared]:
-    """What `prepare` makes of the cases; without the damaged ones where `config.allow_missing`."""
+) -> tuple[list[Prepared], dict[str, Any]]:
+    """What `prepare` makes of the cases, and their `case_identity` by name, both in order; without damaged
+    ones where `config.allow_missing`. known: identities by `same_text`; other cases' files are read for it by
+    one process."""
     mine, errors = world.share(cases), []
     damaged: list[tuple[str, str]] = []
+    found: list[tuple[str, Any]] = []
     said = time.monotonic()
     for number, case in enumerate(mine, start=1):
         try:
-            prepare(case)
+            identity = known.get(same_text(case.name)) or case_identity(case)
+            prepare(case, identity=identity)
+            found.append((case.name, identity))
         except DamagedFile as error:
             damaged.append((case.name, str(error)))
         except InputError as error:
@@ -266,7 +258,9 @@ def _prepare(
         raise InputError(f"{describe_missing(lost)} (--allow-missing goes on without)")
     if lost:
         say(f"goes on without: {describe_missing(lost)}")
-    return [prepare(case) for case in cases if case.name not in lost]
+    by_name = dict(world.gather(found))
+    files = {case.name: by_name[case.name] for case in cases if case.name not in lost}
+    return [prepare(case, identity=files[case.name]) for case in cases if case.name in files], files
 
 
 def _tell(notes: Sequence[str], say: Callable[[str], None]) -> None:

@@ -1,14 +1,17 @@
 """Prepared cases on disk and in memory."""
 
+import gzip
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from effseg.data import cache
-from effseg.data.cache import prepare_case
+from effseg.data.cache import prepare_case, prepare_whole_case
 from effseg.data.cases import find_cases
 from effseg.data.labels import load_label_map
 from effseg.data.preprocessing import Preprocessing
@@ -79,12 +82,11 @@ def test_damaged_files_are_made_again(
     assert path.read_bytes() == data
 
 
-def test_another_setting_label_map_or_file_is_prepared_anew(
+def test_another_setting_or_label_map_is_prepared_anew(
     dataset: Path, case: cache.Case, tmp_path: Path
 ) -> None:
     label_map = load_label_map(dataset)
     one_organ = load_label_map(dataset, label_map.names[1])
-    assert case.labels is not None
 
     def stored() -> int:
         return len(list(tmp_path.glob("*.json")))
@@ -94,10 +96,36 @@ def test_another_setting_label_map_or_file_is_prepared_anew(
     assert stored() == 2
     assert prepare_case(case, PREPROCESSING, one_organ, tmp_path).labels.max() == 1
     assert stored() == 3
-    status = case.labels.stat()
-    os.utime(case.labels, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
-    prepare_case(case, PREPROCESSING, label_map, tmp_path)
-    assert stored() == 4
+
+
+@pytest.mark.parametrize("prepare", [prepare_case, prepare_whole_case])
+@pytest.mark.parametrize("what", ["image", "labels"])
+def test_what_a_file_holds_counts_and_not_its_size_and_time(
+    dataset: Path, case: cache.Case, tmp_path: Path, what: str, prepare: Callable[..., Any]
+) -> None:
+    """As archives and containers put another file in its place, or the same one with another time."""
+    files = {"image": tmp_path / "image.nii", "labels": tmp_path / "labels.nii"}
+    assert case.labels is not None
+    for path, source in zip(files.values(), (case.images[0], case.labels), strict=True):
+        path.write_bytes(gzip.decompress(source.read_bytes()))
+        os.utime(path, (1, 1))
+    settings = Preprocessing(crop="none"), load_label_map(dataset), tmp_path / "cache"
+
+    def prepared() -> np.ndarray:
+        found = prepare(cache.Case(case.name, (files["image"],), files["labels"]), *settings)
+        return np.array(getattr(found, what))
+
+    before, data = prepared(), files[what].read_bytes()
+    voxels = np.frombuffer(data, np.uint8, offset=352)
+    changed = np.where(voxels == 1, 2, voxels).astype(np.uint8)
+    files[what].write_bytes(data[:352] + changed.tobytes())
+    os.utime(files[what], (1, 1))
+    assert files[what].stat().st_size == len(data)
+    after = prepared()
+    assert not np.array_equal(after, before)
+    os.utime(files[what], (2, 2))
+    np.testing.assert_array_equal(prepared(), after)
+    assert len(list(settings[2].glob("*.json"))) == 2
 
 
 def test_writing_to_a_mapped_array_does_not_reach_the_file(
@@ -136,5 +164,5 @@ def test_an_unknown_label_value_names_the_file(dataset: Path, case: cache.Case) 
 
 def test_a_file_that_is_gone(case: cache.Case, dataset: Path, tmp_path: Path) -> None:
     gone = cache.Case("gone", (tmp_path / "gone.nii.gz",), case.labels)
-    with pytest.raises(InputError, match=r"gone\.nii\.gz: No such file"):
+    with pytest.raises(InputError, match=r"gone\.nii\.gz: damaged, or cannot be read: No such file"):
         prepare_case(gone, PREPROCESSING, load_label_map(dataset), tmp_path)

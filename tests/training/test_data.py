@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from effseg import phantom
+from effseg.data.identity import case_identity
 from effseg.errors import InputError
 from effseg.training import TrainingConfig
 from effseg.training.data import class_weights, load_training_data, split
@@ -64,6 +65,23 @@ def test_what_a_run_learns_from(folder, tmp_path):
     assert data.organs == phantom.NAMES[1:]
     assert data.counts.sum() == sum(case.labels.size for case in data.training)
     assert (tmp_path / "run" / "cache").is_dir()
+
+
+def test_the_files_of_a_case_are_read_once_to_tell_which_they_are(folder, tmp_path, monkeypatch):
+    """For the cache and for the record, which a continued run compares with what is there now."""
+    read = []
+    for module in ("effseg.data.cache", "effseg.training.data", "effseg.training.runs"):
+        counted = lambda case: read.append(case.name) or case_identity(case)  # noqa: E731
+        monkeypatch.setattr(f"{module}.case_identity", counted)
+    config = TrainingConfig(data=folder, output=tmp_path, crop="none")
+    record = load_training_data(config, ALONE, print).record
+    assert sorted(read) == sorted(record.files) == [f"phantom_00{i}" for i in range(6)]
+    record.write(tmp_path)
+    (tmp_path / "config.json").touch()
+    del read[:]
+    assert load_training_data(config, ALONE, print).resumed == record
+    assert sorted(read) == sorted(record.files)
+    assert len(list((tmp_path / "cache").glob("*.json"))) == 6
 
 
 def test_organs_that_no_training_case_shows_are_named(folder, tmp_path):
