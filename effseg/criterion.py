@@ -15,6 +15,8 @@ from effseg.parallel.halo import picked
 from effseg.parallel.partition import current, own_shape
 
 Labels = Tensor | Sequence[Tensor]
+WHOLE = 1e-3
+"""How far a label of a float type may lie from a whole number: farther than any rounding of one."""
 
 
 class SegmentationLoss(nn.Module):
@@ -24,13 +26,14 @@ class SegmentationLoss(nn.Module):
     supervision); or MONAI DynUNet's stack of them, (N, outputs, K, D, H, W). Logits of a converted network
     (`effseg.convert`) are lazy: their head, softmax and sums then run slab by slab and no logits are ever
     stored; of other networks the loss is `effseg.losses.dice_cross_entropy`. labels: (N, D, H, W) or
-    (N, 1, D, H, W) of any integer type (a float type is taken if it holds whole numbers, as MONAI's do), or
-    one such tensor for every output; one tensor is taken at the nearest voxels for smaller outputs.
+    (N, 1, D, H, W) of any integer type (a float type is taken if it holds whole numbers to 1e-3, as MONAI's
+    do), or one such tensor for every output; one tensor is taken at the nearest voxels for smaller outputs.
 
     weights: of the outputs; by default 1, 1/2, 1/4, ... and 0 for the last of several, divided by their sum,
     as in nnU-Net (Isensee et al., Nature Methods 2021); an output of weight 0 gets a gradient of 0. options:
     those of `dice_cross_entropy`.
-    Memory kept for backward with lazy logits: the labels. Raises `ValueError` where shapes do not fit.
+    Memory kept for backward with lazy logits: the labels. Raises `ValueError` where shapes do not fit, and
+    for labels that are neither a class nor ignored (stored logits on a GPU: torch's assertion there).
     """
 
     def __init__(self, weights: Sequence[float] | None = None, **options: Any) -> None:
@@ -42,7 +45,11 @@ class SegmentationLoss(nn.Module):
 
     def forward(self, outputs: Tensor | Sequence[Tensor], labels: Labels) -> Tensor:
         given = _listed(outputs)
-        wanted = [labels] * len(given) if isinstance(labels, Tensor) else list(labels)
+        ignored = self.options.get("ignore_index")
+        if isinstance(labels, Tensor):
+            wanted = [integers(labels, ignored)] * len(given)
+        else:
+            wanted = [integers(own, ignored) for own in labels]
         if not given or len(wanted) != len(given):
             raise InputError(f"labels: expected one for each of {len(given)} outputs, got {len(wanted)}")
         losses = [
@@ -96,13 +103,32 @@ def _listed(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(outputs.unbind(1)) if outputs.dim() == 6 else [outputs]
 
 
+def integers(labels: Tensor, ignore_index: int | None) -> Tensor:
+    """Labels of any shape; those of a float type rounded, in int16, or int32 where `ignore_index` wants it.
+
+    What is no whole number to `WHOLE`, is not finite or does not fit becomes a number that is neither a class
+    nor ignored: the loss counts such labels on their device and refuses them when it knows their number, so
+    that the host does not wait once more, and a compiled step needs no answer.
+    """
+    if not labels.is_floating_point():
+        return labels
+    narrow = torch.iinfo(torch.int16)
+    wide = ignore_index is not None and not narrow.min <= ignore_index <= narrow.max
+    dtype = torch.int32 if wide else torch.int16
+    unknown = torch.iinfo(dtype).min
+    if unknown == ignore_index:
+        unknown += 1
+    found = labels.round().to(dtype)
+    # From what came out, which is near neither to NaN nor to what has wrapped around.
+    is_whole = (labels - found).abs_() <= WHOLE
+    return found.masked_fill_(~is_whole, unknown)
+
+
 def nearest(labels: Tensor, logits: Tensor, rows: int = 0) -> Tensor:
     """Labels (N, D, H, W), integer, on the grid of the logits: those of the voxels nearest to its centres
     (torch's "nearest-exact"). rows: of the labels of a whole volume that processes share."""
     if labels.dim() == 5 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.is_floating_point():
-        labels = labels.to(torch.int16)
     if labels.dim() != 4:
         raise InputError(f"labels: expected (N, D, H, W) or (N, 1, D, H, W), got {tuple(labels.shape)}")
     first = 1

@@ -20,7 +20,7 @@ from effseg import operators
 from effseg.algorithms.interface import Sums
 from effseg.expressions.base import Deferred, Normalisation
 from effseg.expressions.layers import Plain, convolved, plain, raw, residual, upsample_add
-from effseg.losses import LossOptions
+from effseg.losses import LossOptions, unknown_labels
 from effseg.offload.memory import HostMemory
 from effseg.operators import checks
 from effseg.operators.checks import convolution_window
@@ -284,5 +284,5 @@ def _head_input(x: Tensor | Deferred, weight: Tensor | None) -> Deferred:
 def _loss(options: LossOptions, sums: Sums, x: Deferred) -> Tensor:
     # Compiled operators check by themselves: whether to raise is not known when they are traced.
     if not torch.compiler.is_compiling() and not isinstance(sums.unknown, FakeTensor):
-        checks.unknown_labels(sums.unknown, sums.voxels.shape[1])
+        unknown_labels(sums.unknown, sums.voxels.shape[1])
     return options.of_sums(sums).to(torch.float64 if x.dtype == torch.float64 else torch.float32)

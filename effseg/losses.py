@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 from effseg.errors import InputError
 from effseg.parallel.partition import current
@@ -114,7 +115,8 @@ def dice_cross_entropy(
     The target is a boolean one-hot tensor, as in nnU-Net's memory-efficient soft Dice (Isensee et al.,
     Nature Methods 2021). Logits of a converted network (`effseg.convert`) are never made if its last layer is
     a 1x1x1 convolution, and their probabilities never are. Raises InputError where shapes or dtypes do not
-    fit.
+    fit, and for labels that are neither a class nor ignored; of stored logits on a GPU, torch's assertion
+    there does.
     """
     if (own := getattr(logits, OWN_LOSS, None)) is not None:
         options = LossOptions(
@@ -135,6 +137,7 @@ def dice_cross_entropy(
         class_weights = class_weights.to(logits)
     group = GroupSum(process_group)
     targets = labels.long()
+    _check_values(targets, logits.shape[1], ignore_index)
     dice, voxels = _mean_dice(logits, targets, ignore_index, include_background, batch_dice, smooth, group)
     ce = _cross_entropy(logits, targets, voxels, class_weights, ignore_index, label_smoothing, group)
     return dice_weight * (1 - dice) + ce_weight * ce
@@ -239,4 +242,22 @@ def _check(logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tens
     if class_weights is not None and class_weights.shape != (logits.shape[1],):
         raise InputError(
             f"class_weights: expected shape ({logits.shape[1]},), got {tuple(class_weights.shape)}"
+        )
+
+
+def _check_values(targets: torch.Tensor, classes: int, ignore_index: int | None) -> None:
+    """On a CPU alone: a GPU would be waited for. A fake tensor has no values, a traced one none yet."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(targets, FakeTensor):
+        return
+    unknown = (targets < 0) | (targets >= classes)
+    if ignore_index is not None:
+        unknown &= targets != ignore_index
+    unknown_labels(unknown.sum(), classes)
+
+
+def unknown_labels(unknown: torch.Tensor, classes: int) -> None:
+    """Refuse labels. unknown: of any shape, how many are neither a class nor ignored."""
+    if count := int(unknown.sum()):
+        raise InputError(
+            f"labels: expected 0 to {classes - 1} or ignore_index, {count} voxels have other values"
         )

@@ -5,10 +5,14 @@ import copy
 import pytest
 import torch
 from convertible import make
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import effseg
 from effseg.conversion import LazyTensor
 from effseg.criterion import nearest, nnunet_weights
+from effseg.errors import InputError
 from effseg.losses import dice_cross_entropy
 
 
@@ -78,6 +82,88 @@ def test_outputs_are_weighted_as_in_nnunet():
         effseg.SegmentationLoss((1, 1, 1))(stacked, labels),
         sum(dice_cross_entropy(o, labels) for o in stacked.unbind(1)),
     )
+
+
+def outputs_of(kind):
+    """Logits (1, 3, 4, 5, 6) of a network: stored, or lazy ones of a converted network."""
+    torch.manual_seed(0)
+    image = torch.randn(1, 2, 4, 5, 6)
+    network = nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.InstanceNorm3d(4), nn.Conv3d(4, 3, 1))
+    found = (network if kind == "stored" else effseg.convert(network, leave_alone=False))(image)
+    assert isinstance(found, LazyTensor) == (kind == "lazy")
+    return found
+
+
+KINDS = ("stored", "lazy")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_labels_of_a_float_type_are_rounded(kind, dtype):
+    outputs, criterion = outputs_of(kind), effseg.SegmentationLoss(ignore_index=255)
+    labels = labels_for(outputs)
+    labels[0, 0, 0, :3] = 255
+    expected = criterion(outputs, labels)
+    for noise in (0, 1e-6, -1e-6, -9e-4):  # as resampling leaves
+        assert criterion(outputs, labels.to(dtype) + noise) == expected
+
+
+@pytest.mark.parametrize("ignored", [-1, 255, 32767, 65535, -32768, -(2**31)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_may_be_ignored(kind, ignored):
+    outputs, criterion = outputs_of(kind), effseg.SegmentationLoss(ignore_index=ignored)
+    labels = labels_for(outputs)
+    labels[0, 0] = ignored
+    expected = criterion(outputs, labels)
+    assert criterion(outputs, labels.double()) == expected
+    labels = labels.double()
+    labels[0, 1, 1, :4] = torch.nan
+    with pytest.raises(InputError, match="ignore_index, 4 voxels have other values"):
+        criterion(outputs, labels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "bad",
+    [0.5, 1.01, -0.01, 3.0, -1.0, 65538.0, 2.0**32, 1e30, torch.nan, torch.inf, 3, -1, 65538, 2**32 + 2],
+)
+def test_what_is_no_class_is_refused(kind, bad):
+    """Not taken for another class, whatever an integer type would make of it."""
+    outputs = outputs_of(kind)
+    labels = labels_for(outputs).to(torch.float32 if isinstance(bad, float) else torch.int64)
+    labels[0, 2, 3, 3:5] = bad
+    with pytest.raises(
+        InputError, match=r"^labels: expected 0 to 2 or ignore_index, 2 voxels have other valu"
+    ):
+        effseg.SegmentationLoss()(outputs, labels)
+
+
+def test_labels_of_a_float_type_are_not_waited_for():
+    """The host asks the device for as much as with integers: one number."""
+
+    class Watch(TorchDispatchMode):
+        asked = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.asked += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    outputs = outputs_of("lazy")
+    for dtype in (torch.int64, torch.float32):
+        with Watch() as watch:
+            effseg.SegmentationLoss()(outputs, labels_for(outputs).to(dtype))
+        assert watch.asked == 1
+
+
+def test_labels_of_a_float_type_in_a_compiled_and_in_a_fake_step():
+    logits, criterion = torch.randn(1, 3, 4, 5, 6), effseg.SegmentationLoss()
+    labels = labels_for(logits)
+    run = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(logits, labels.float() - 1e-6), criterion(logits, labels))
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        run(logits, labels.float() + 0.5)
+    with FakeTensorMode():
+        assert criterion(torch.randn(1, 3, 4, 5, 6), torch.full((1, 4, 5, 6), 0.5)).shape == ()
 
 
 @pytest.mark.parametrize("size", [(4, 4, 4), (5, 3, 7), (10, 9, 8), (20, 9, 1)])

@@ -69,14 +69,6 @@ def head(channels: int, weight: Tensor | None, bias: Tensor | None) -> int:
     return classes
 
 
-def unknown_labels(unknown: Tensor, classes: int) -> None:
-    """unknown: (N,), how many labels are neither a class nor ignored."""
-    if count := int(unknown.sum()):
-        raise ValueError(
-            f"labels: expected 0 to {classes - 1} or ignore_index, {count} voxels have other values"
-        )
-
-
 def labels(value: Tensor, x: Deferred) -> Tensor:
     """Labels as (N, D, H, W), of this process's rows of x."""
     if not isinstance(value, Tensor):

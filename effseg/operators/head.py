@@ -13,7 +13,7 @@ from effseg.algorithms.pullback import Pullback, rows
 from effseg.common.formats import label_dtype
 from effseg.expressions.base import Deferred, Spec, readable
 from effseg.expressions.slabs import slabs
-from effseg.operators.checks import unknown_labels
+from effseg.losses import unknown_labels
 from effseg.operators.materialise import thickness
 from effseg.operators.operator import Operator
 from effseg.parallel.partition import current, own_shape

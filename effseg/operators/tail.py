@@ -14,7 +14,7 @@ from effseg.algorithms.interface import Algorithm, Head, Sums
 from effseg.common.formats import accumulation_dtype
 from effseg.expressions.base import Deferred, Spec
 from effseg.expressions.slabs import Window
-from effseg.operators.checks import unknown_labels
+from effseg.losses import unknown_labels
 from effseg.operators.head import COUNTS, head_gradients
 from effseg.operators.norm_backward import NormBackward
 from effseg.operators.norm_sums import NormSums

@@ -62,3 +62,9 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     models.write_scan(previous / "a.nii.gz", np.zeros((28, 30, 25), np.uint8), OWN)
     with pytest.raises(InputError, match="scan's 28 x 30 x 26 voxels, got 28 x 30 x 25"):
         predictor.predict_folder(scans, tmp_path / "ours", previous=previous)
+    labels = np.full((28, 30, 26), 65538, np.float32)
+    models.write_scan(previous / "a.nii.gz", labels, OWN)
+    with pytest.raises(InputError, match="labels from -32768 to 32767, got 65538"):
+        predictor.predict_folder(scans, tmp_path / "ours", previous=previous)
+    with pytest.raises(InputError, match="labels from -32768 to 32767, got nan"):
+        predictor(labels[None], OWN, labels * np.nan)

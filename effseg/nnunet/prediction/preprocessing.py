@@ -94,7 +94,8 @@ def prepare(
     image: (C, z, y, x) float32, used up; properties: as of nnU-Net's readers, returned with those that
     nnU-Net's preprocessing adds. plans, configuration: nnU-Net's managers. previous: labels (z, y, x) of a
     cascade's previous stage, which become the last channel, as numbers.
-    Raises InputError for values that are not finite and for schemes that are none of nnU-Net's.
+    Raises InputError for values that are not finite, for labels that int16 does not hold and for schemes that
+    are none of nnU-Net's.
     """
     if previous is not None and previous.shape != image.shape[1:]:
         raise InputError(
@@ -117,7 +118,13 @@ def prepare(
     labels = None
     if previous is not None:
         # Rounded: what is stored as 1.9999 is 2.
-        labels = np.rint(previous.transpose(forward)[planes, rows, columns]).astype(np.int16)
+        rounded = np.rint(previous.transpose(forward)[planes, rows, columns])
+        with np.errstate(invalid="ignore"):
+            labels = rounded.astype(np.int16)
+        if (labels != rounded).any():
+            wrong = rounded[labels != rounded][0]
+            raise InputError(f"previous stage: expected labels from -32768 to 32767, got {wrong:g}")
+        del rounded
         labels[(labels == 0) & (_outside(cropped) == OUTSIDE)] = OUTSIDE
     _normalise(cropped, plans, configuration, labels)
     found = _resampled(cropped, spacing, configuration)
