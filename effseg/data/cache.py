@@ -19,7 +19,7 @@ from effseg.data.nifti import read_image, read_labels
 from effseg.data.preprocessing import Prepared, Preprocessing
 from effseg.errors import InputError, InputWarning
 
-_FORMAT = 2  # raise it when prepared volumes change without a change of the settings
+_FORMAT = 3  # raise it when prepared volumes change without a change of the settings
 
 _Kind = Literal["training", "whole"]
 
@@ -30,6 +30,7 @@ class CachedCase:
 
     image: (C, D, H, W) int16 (HU) or float32, before the window. labels: (D, H, W) classes in the label
     map's dtype. spacing: mm along D, H, W. counts: (K,) int64 voxels of each class, ignored ones left out.
+    outside: `Preprocessing.outside` of the image.
     notes: what a person should know of the case, a line each.
     Arrays from disk are mapped copy-on-write: writing to them changes this process's copy only.
     """
@@ -39,6 +40,7 @@ class CachedCase:
     labels: np.ndarray
     spacing: tuple[float, float, float]
     counts: np.ndarray
+    outside: tuple[float, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -93,8 +95,10 @@ def prepare_case(
     stored = _obtain("training", case, preprocessing, label_map, folder, identity)
     entries = stored.entries
     counts = np.array(entries["counts"], np.int64)
-    spacing = tuple(entries["spacing"])
-    return CachedCase(case.name, stored.image, stored.labels, spacing, counts, tuple(entries["notes"]))
+    spacing, outside = tuple(entries["spacing"]), tuple(entries["outside"])
+    return CachedCase(
+        case.name, stored.image, stored.labels, spacing, counts, outside, tuple(entries["notes"])
+    )
 
 
 def prepare_whole_case(
@@ -178,7 +182,9 @@ def _prepare(
     counts = np.zeros(label_map.num_classes, np.int64)
     for plane in labels:
         counts += np.bincount(plane.ravel(), minlength=label_map.num_classes)[: label_map.num_classes]
-    return _Stored(prepared.image, labels, entries | {"counts": counts.tolist()})
+    # Of the whole volume: patches of it are not looked through for what lies outside.
+    outside = preprocessing.outside(prepared.image)
+    return _Stored(prepared.image, labels, entries | {"counts": counts.tolist(), "outside": outside})
 
 
 @contextmanager

@@ -37,12 +37,15 @@ class Changes:
     mirrored: Pairs | None = None
 
 
-def change(image: Tensor, labels: Tensor, changes: Changes, seed: int) -> tuple[Tensor, Tensor]:
+def change(
+    image: Tensor, labels: Tensor, changes: Changes, seed: int, fill: Tensor | float = AIR
+) -> tuple[Tensor, Tensor]:
     """image (C, D, H, W) float32 and labels (D, H, W), integer: the same tensors, changed in place.
 
     Nothing else stays: a caching allocator, which has placed them, then gives the step that follows the
-    blocks it had. seed: of the noise. While this runs a float32 copy of the labels and a copy of both are
-    live, and grids and noise of a slab.
+    blocks it had. seed: of the noise. fill: what comes in where the pose changes, of all channels or
+    (C, 1, 1, 1). While this runs a float32 copy of the labels and a copy of both are live, and grids and
+    noise of a slab.
     """
     noise = _noise(image, changes.noise, seed)
     if changes.matrix is None:
@@ -56,10 +59,10 @@ def change(image: Tensor, labels: Tensor, changes: Changes, seed: int) -> tuple[
         return image, labels
     labels.copy_(_move_labels(labels, changes, image))
     _exchange(image, labels, changes)
-    image.sub_(AIR)  # grid_sample fills with 0
+    image.sub_(fill)  # grid_sample fills with 0
     moved = torch.empty_like(image)
     for lo, hi, grid in _grids(changes.matrix, image):
-        slab = grid_sample(image[None], grid, align_corners=False)[0].add_(AIR)
+        slab = grid_sample(image[None], grid, align_corners=False)[0].add_(fill)
         _change_intensities(slab, changes, noise)
         _put(moved, 1, lo, hi, slab, changes.mirrored is not None)
     return image.copy_(moved), labels

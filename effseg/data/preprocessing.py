@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from effseg.data.body import Box, body_box, grow, hold
-from effseg.data.intensities import Scaling, Window, is_window, no_hu, parse_window, scaled
+from effseg.data.intensities import FROM_0_TO_1, RGB, Scaling, Window, is_window, no_hu, parse_window, scaled
 from effseg.data.nifti import Scan
 from effseg.data.resampling import resample_labels, resample_linear
 from effseg.errors import InputError, InputWarning
@@ -18,6 +18,8 @@ from effseg.errors import InputError, InputWarning
 __all__ = ["Prepared", "Preprocessing"]
 
 AIR = -1.5  # the window's lower end, after `Preprocessing.normalise`
+Outside = Sequence[float] | None
+"""What lies outside of a normalised volume: a value a channel, as `Preprocessing.outside` says; None: air."""
 CROPS = ("body", "none")
 MOST_VOXELS = 1 << 31  # after resampling
 MOST_OF_ONE = 1000  # voxels that one may become along an axis, or become one; more is a header's mistake
@@ -157,6 +159,19 @@ class Preprocessing:
                     _scale(channel, window)
         return copy
 
+    def outside(self, image: np.ndarray | torch.Tensor) -> tuple[float, ...]:
+        """What lies outside of a prepared volume (C, D, H, W), normalised or not: a normalised value for each
+        channel.
+
+        A channel with a window has air there, "rescale_to_0_1" and "rgb_to_0_1" 0, the lowest value and
+        black. In a standardised channel, or one left as it is, no number means nothing whatever was measured,
+        and 0 is tissue: its mean, or water in HU. There it is the lowest value of the volume, which is that
+        of what a scanner or a mask has left out: padding, or the air around a patient in MR.
+        Raises InputError for another number of windows than channels.
+        """
+        windows = self.windows(len(image))
+        return tuple(_outside(channel, how) for channel, how in zip(image, windows, strict=True))
+
     def restore(self, labels: np.ndarray, prepared: Prepared) -> np.ndarray:
         """Labels (D, H, W) on the prepared grid -> (X, Y, Z) on the scan's, 0 outside of the crop.
 
@@ -215,6 +230,23 @@ class Preprocessing:
             for extent, step, wanted in zip(shape, spacing, self.spacing, strict=True)
         )
         return x, y, z
+
+
+def filling(outside: Outside, image: torch.Tensor) -> torch.Tensor:
+    """`outside` on the device of an image (C, D, H, W): (C, 1, 1, 1) of its dtype.
+
+    Raises InputError for another number of values than channels.
+    """
+    values = [AIR] * len(image) if outside is None else list(outside)
+    if len(values) != len(image):
+        raise InputError(f"outside: expected one value a channel, {len(image)}, got {len(values)}")
+    return torch.tensor(values, dtype=image.dtype).to(image.device).view(-1, 1, 1, 1)
+
+
+def _outside(channel: np.ndarray | torch.Tensor, how: Scaling) -> float:
+    if isinstance(how, tuple):
+        return AIR
+    return 0.0 if how in (FROM_0_TO_1, RGB) else float(channel.min())
 
 
 def _scale(values: torch.Tensor, window: Window) -> None:

@@ -96,7 +96,13 @@ class Predictor:
         prepared = self.preprocessing.prepare(scan)
         image = self.preprocessing.normalise(prepared.image)[None]
         with _computing(scan, prepared):
-            found = probabilities(self.model, image, bf16=self.bf16, patch_size=self.patch_size)
+            found = probabilities(
+                self.model,
+                image,
+                bf16=self.bf16,
+                patch_size=self.patch_size,
+                outside=self.preprocessing.outside(prepared.image),
+            )
         return Probabilities(found, prepared.box)
 
 

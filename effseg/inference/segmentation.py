@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 
 from effseg.common.formats import label_dtype
-from effseg.data.preprocessing import AIR, Prepared, Preprocessing
+from effseg.data.preprocessing import Outside, Prepared, Preprocessing, filling
 from effseg.errors import InputError
 from effseg.inference.probabilities import Probabilities, most_probable
 from effseg.models.base import SegmentationModel
@@ -34,27 +34,34 @@ def segment_prepared(
     `most_probable`: labels would lose what is finer than a voxel.
     """
     image = preprocessing.normalise(prepared.image)[None]
+    outside = preprocessing.outside(prepared.image)
     if prepared.image.shape[1:] == prepared.box_shape:
-        classes = segment(model, image, bf16=bf16, patch_size=patch_size)[0].numpy()
+        classes = segment(model, image, bf16=bf16, patch_size=patch_size, outside=outside)[0].numpy()
         return preprocessing.restore(classes, prepared)
-    values = probabilities(model, image, bf16=bf16, patch_size=patch_size)
+    values = probabilities(model, image, bf16=bf16, patch_size=patch_size, outside=outside)
     del image
     return most_probable([Probabilities(values, prepared.box)], prepared.scan_shape)
 
 
 @torch.no_grad()
 def segment(
-    model: SegmentationModel, image: torch.Tensor, *, bf16: bool = False, patch_size: Size | None = None
+    model: SegmentationModel,
+    image: torch.Tensor,
+    *,
+    bf16: bool = False,
+    patch_size: Size | None = None,
+    outside: Outside = None,
 ) -> torch.Tensor:
     """Classes (N, D, H, W) uint8 or int16, on the CPU, of a normalised image (N, C, D, H, W).
 
     The whole volume at once; with `patch_size` MONAI's sliding window with Gaussian weights, whose logits
-    are put together on the CPU. The model runs in evaluation mode and comes back in the mode it was in.
-    Where processes share a volume (`effseg.parallel.split`) each gives the whole image, computes its rows of
-    it and gets the whole result; not with `patch_size`.
+    are put together on the CPU. outside: what patches show around a smaller volume, a value a channel as
+    `Preprocessing.outside` gives it, or air. The model runs in evaluation mode and comes back in the mode it
+    was in. Where processes share a volume (`effseg.parallel.split`) each gives the whole image, computes its
+    rows of it and gets the whole result; not with `patch_size`.
     """
     if patch_size is not None:
-        logits = _logits_of_patches(model, image, bf16, patch_size)
+        logits = _logits_of_patches(model, image, bf16, patch_size, outside)
         return logits.argmax(1).to(label_dtype(logits.shape[1]))
     device, total = next(model.parameters()).device, image.shape[2]
     rows = slice(*own_rows(total))
@@ -64,7 +71,12 @@ def segment(
 
 @torch.no_grad()
 def probabilities(
-    model: SegmentationModel, image: torch.Tensor, *, bf16: bool = False, patch_size: Size | None = None
+    model: SegmentationModel,
+    image: torch.Tensor,
+    *,
+    bf16: bool = False,
+    patch_size: Size | None = None,
+    outside: Outside = None,
 ) -> np.ndarray:
     """Probabilities (K, D, H, W) float16, on the CPU, of one normalised image (1, C, D, H, W); see `segment`.
 
@@ -74,7 +86,7 @@ def probabilities(
     """
     device, total = next(model.parameters()).device, image.shape[2]
     if patch_size is not None:
-        logits = _logits_of_patches(model, image, bf16, patch_size)[0]
+        logits = _logits_of_patches(model, image, bf16, patch_size, outside)[0]
         found = torch.empty(logits.shape, dtype=torch.float16)
         for row in range(total):
             found[:, row] = logits[:, row].float().softmax(0)
@@ -102,7 +114,7 @@ def _evaluating(model: SegmentationModel, bf16: bool) -> Iterator[None]:
 
 
 def _logits_of_patches(
-    model: SegmentationModel, image: torch.Tensor, bf16: bool, patch_size: Size
+    model: SegmentationModel, image: torch.Tensor, bf16: bool, patch_size: Size, outside: Outside
 ) -> torch.Tensor:
     from monai.inferers import SlidingWindowInferer
 
@@ -113,16 +125,29 @@ def _logits_of_patches(
         patch_size,
         overlap=OVERLAP,
         mode="gaussian",
-        padding_mode="constant",
-        cval=AIR,
         sw_device=next(model.parameters()).device,
         device=torch.device("cpu"),
     )
+    padded, inside = _surrounded(image, patch_size, outside)
     with _evaluating(model, bf16):
-        logits = inferer(image, model)
+        logits = inferer(padded, model)[inside]
     if not logits.isfinite().all():
         raise InputError("the network gives logits that are not finite")
     return logits
+
+
+def _surrounded(image: torch.Tensor, size: Size, outside: Outside) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    """image (N, C, D, H, W) in the middle of one of at least `size`, and where: MONAI pads all channels with
+    one value."""
+    sizes = [max(extent, wanted) for extent, wanted in zip(image.shape[2:], size, strict=True)]
+    starts = [(wanted - extent) // 2 for extent, wanted in zip(image.shape[2:], sizes, strict=True)]
+    own = (slice(start, start + extent) for start, extent in zip(starts, image.shape[2:], strict=True))
+    inside = (slice(None), slice(None), *own)
+    if sizes == list(image.shape[2:]):
+        return image, inside
+    padded = filling(outside, image[0]).expand(*image.shape[:2], *sizes).clone()
+    padded[inside] = image
+    return padded, inside
 
 
 def keep_largest_components(classes: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effseg.data.augmentation import Augmentation, Spacing, augmentation
 from effseg.data.mirroring import Pairs
-from effseg.data.preprocessing import AIR
+from effseg.data.preprocessing import AIR, Outside
 from effseg.training.batches import Batches
 from effseg.training.sampling import Sampler
 
@@ -24,6 +24,7 @@ class PreprocessedCase:
     dataset: Any
     name: str
     spacing: Spacing
+    outside: Outside = None  # `augmentation_of` finds it in the whole volume, which it is always given
 
     @property
     def image(self) -> Any:
@@ -60,13 +61,18 @@ def augmentation_of(mirror: Pairs | None, transpose_forward: Sequence[int]) -> A
     """effseg's augmentation of normalised volumes whose axes are in the order of nnU-Net's plans.
 
     Intensities are moved so that each channel's lowest is what effseg takes for air, and back. With `mirror`,
-    volumes are mirrored along the file's first axis, left to right in most: see `augmentation`.
+    volumes are mirrored along the file's first axis, left to right in most: see `augmentation`. `outside` is
+    not asked for: it is the lowest.
     """
     standard = augmentation(mirror)
     x = list(transpose_forward).index(FILE_X)
 
     def augment(
-        image: Tensor, labels: Tensor, seed: int, spacing: Spacing = (1.0, 1.0, 1.0)
+        image: Tensor,
+        labels: Tensor,
+        seed: int,
+        spacing: Spacing = (1.0, 1.0, 1.0),
+        outside: Outside = None,
     ) -> tuple[Tensor, Tensor]:
         to_air = AIR - image.amin((1, 2, 3), keepdim=True)
         others = [step for axis, step in enumerate(spacing) if axis != x]

@@ -14,6 +14,7 @@ import torch
 
 from effseg.data.augmentation import Augmentation, Spacing
 from effseg.data.cache import CachedCase
+from effseg.data.preprocessing import Outside
 from effseg.training.sampling import Draw, Sampler
 
 FOREGROUND_SHARE = 1 / 3  # of the patches are centred on a voxel of a random organ
@@ -103,12 +104,12 @@ class Batches:
             region, inside = (own, WHOLE) if self.augment is None else (WHOLE, own)
         image = self.normalise(case.image[region])
         labels = torch.from_numpy(np.array(case.labels[region[1:]]))
-        return _Sample(image, labels, inside, draw.seed, case.spacing)
+        return _Sample(image, labels, inside, draw.seed, case.spacing, case.outside)
 
     def _augmented(self, sample: _Sample) -> Volume:
         image, labels = sample.image, sample.labels
         if self.augment is not None:
-            image, labels = self.augment(image, labels, sample.seed, sample.spacing)
+            image, labels = self.augment(image, labels, sample.seed, sample.spacing, sample.outside)
         return image[sample.inside].contiguous(), labels[sample.inside[1:]].contiguous()
 
 
@@ -120,6 +121,7 @@ class _Sample(NamedTuple):
     inside: Region
     seed: int
     spacing: Spacing
+    outside: Outside
 
     def on(self, device: torch.device | None) -> _Sample:
         image, labels = (t.to(device, non_blocking=True) for t in (self.image, self.labels))

@@ -9,7 +9,8 @@ import torch
 from effseg.data import device_augmentation
 from effseg.data.augmentation import RandomPoseD, augmentation
 from effseg.data.mirroring import Pairs
-from effseg.data.preprocessing import AIR
+from effseg.data.preprocessing import AIR, filling
+from effseg.errors import InputError
 
 
 def sample(shape: tuple[int, int, int] = (20, 18, 16)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,6 +136,38 @@ class TestPose:
         assert torch.equal(moved["labels"][0, :17, 2:], labels[3:, :-2])
         assert not moved["labels"][0, 17:].any()
 
+    def test_every_channel_has_its_own_outside(self) -> None:
+        """The same on the CPU and on a device."""
+        image, labels = torch.cat([sample()[0]] * 3), sample()[1]
+        outside = (AIR, 0.0, -1000.0)
+        matrix = np.eye(4)
+        matrix[:3, 3] = 3, -2, 0
+        fill = filling(outside, image)
+        here = RandomPoseD(1.0, (1.0, 1.0, 1.0), fill)
+        here.randomize = lambda shape: matrix  # type: ignore[method-assign]
+        changes = device_augmentation.Changes(matrix)
+        for moved in (
+            here({"image": image, "labels": labels[None]})["image"],
+            device_augmentation.change(image.clone(), labels.clone(), changes, 0, fill)[0],
+        ):
+            torch.testing.assert_close(moved[:, 17:], fill.expand(3, 3, 18, 16))
+            torch.testing.assert_close(moved[:, :, :2], fill.expand(3, 20, 2, 16))
+            torch.testing.assert_close(moved[:, :17, 2:], image[:, 3:, :-2], atol=2e-3, rtol=0)
+
+    @pytest.mark.parametrize("on_device", [False, True])
+    def test_no_outside_is_air_to_the_bit(self, on_device: bool) -> None:
+        image, labels = sample()
+        augment = augmentation(on_device=on_device)
+        for seed in range(4):
+            given = augment(image.clone(), labels.clone(), seed, (1.0, 2.0, 3.0), (AIR,))
+            expected = augment(image.clone(), labels.clone(), seed, (1.0, 2.0, 3.0))
+            assert all(map(torch.equal, given, expected))
+
+    @pytest.mark.parametrize("on_device", [False, True])
+    def test_another_number_of_values_than_channels_is_refused(self, on_device: bool) -> None:
+        with pytest.raises(InputError, match="outside: expected one value a channel, 1, got 2"):
+            augmentation(on_device=on_device)(*sample(), 0, (1.0, 1.0, 1.0), (AIR, 0.0))
+
     def test_slabs_do_not_show(self, monkeypatch: pytest.MonkeyPatch) -> None:
         image, labels = sample()
         matrix = RandomPoseD(1.0, (3.0, 1.0, 2.0)).set_random_state(5).randomize((20, 18, 16))
@@ -195,8 +228,8 @@ class TestOnDevice:
         here, there = augmentation(mirror), augmentation(mirror, on_device=True)
         noisy = 0
         for seed in range(24):
-            expected = here(image, labels, seed, (1.0, 2.0, 3.0))
-            given = there(image.clone(), labels, seed, (1.0, 2.0, 3.0))
+            expected = here(image, labels, seed, (1.0, 2.0, 3.0), (AIR, 0.25))
+            given = there(image.clone(), labels, seed, (1.0, 2.0, 3.0), (AIR, 0.25))
             assert torch.equal(given[1], expected[1])
             assert given[1].dtype == labels.dtype
             assert type(given[0]) is torch.Tensor

@@ -14,7 +14,7 @@ from effseg.data import cache
 from effseg.data.cache import prepare_case, prepare_whole_case
 from effseg.data.cases import find_cases
 from effseg.data.labels import load_label_map
-from effseg.data.preprocessing import Preprocessing
+from effseg.data.preprocessing import AIR, Preprocessing
 from effseg.errors import InputError
 from effseg.phantom import write_dataset
 
@@ -46,10 +46,17 @@ def test_disk_and_memory_agree(dataset: Path, case: cache.Case, tmp_path: Path) 
         np.testing.assert_array_equal(found.labels, kept.labels)
         np.testing.assert_array_equal(found.counts, kept.counts)
         assert found.spacing == kept.spacing
+        assert found.outside == kept.outside == (AIR,)
     np.testing.assert_array_equal(
         kept.counts, np.bincount(kept.labels.ravel(), minlength=label_map.num_classes)
     )
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_is_outside_is_the_whole_volumes(dataset: Path, case: cache.Case, tmp_path: Path) -> None:
+    """A number of float32, as it was, from the file."""
+    settings = Preprocessing((None,)), load_label_map(dataset), tmp_path
+    assert prepare_case(case, *settings).outside == (float(prepare_case(case, *settings).image.min()),)
 
 
 def test_what_is_stored_is_read_and_not_prepared_again(

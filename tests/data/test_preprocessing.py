@@ -195,6 +195,21 @@ class TestChannels:
         louder = preprocessing.normalise(preprocessing.prepare(self.scan(gain=40.0)).image)
         torch.testing.assert_close(louder, image, rtol=1e-4, atol=1e-4)
 
+    def test_what_is_outside_of_each_channel(self) -> None:
+        scan = self.scan()
+        scan = Scan(np.concatenate([scan.array[:1], *[scan.array[1:]] * 4]), scan.grid, scan.paths * 3)
+        scan.array[4] = np.clip(scan.array[4], 3, 255)
+        kinds = ((-200.0, 400.0), None, "noNorm", "rescale_to_0_1", "rgb_to_0_1")
+        preprocessing = Preprocessing(window=kinds, crop="none")
+        image = preprocessing.prepare(scan).image
+        found = preprocessing.outside(image)
+        assert found == (AIR, float(image[1].min()), float(scan.array[2].min()), 0.0, 0.0)
+        assert found[1] < -0.5 < 0 < found[2]
+        assert preprocessing.outside(preprocessing.normalise(image)) == found
+        assert Preprocessing().outside(image) == (AIR,) * 5
+        with pytest.raises(InputError, match="window: expected one a channel, 2, got 5"):
+            preprocessing.outside(image[:2])
+
     def test_the_body_is_looked_for_in_the_ct(self) -> None:
         scan = self.scan()
         swapped = Scan(scan.array[::-1], scan.grid, scan.paths)

@@ -5,16 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from nearest import LABEL_MAP, PREPROCESSING, SHAPE, Nearest, expected, torso, write
 
 from effseg.data.nifti import read_image
-from effseg.data.preprocessing import Preprocessing
+from effseg.data.preprocessing import AIR, Preprocessing
 from effseg.errors import InputError
-from effseg.inference import (
-    keep_largest_components,
-    predict_scan,
-    segment,
-)
+from effseg.inference import Predictor, keep_largest_components, predict_scan, segment
+from effseg.inference.segmentation import probabilities
 
 
 class TestScan:
@@ -58,6 +56,33 @@ class TestScan:
             model.centres[1] = torch.inf
         with pytest.raises(InputError, match="the network gives logits that are not finite"):
             segment(model, torch.zeros(1, 1, 4, 4, 4), patch_size=(4, 4, 4))
+
+    def test_around_a_smaller_volume_patches_show_what_is_outside(self, tmp_path: Path) -> None:
+        """In the middle, as MONAI would have it."""
+        seen: list[torch.Tensor] = []
+        model = Nearest(2)
+        model.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+        image = torch.rand(1, 2, 3, 4, 8)
+        outside = (AIR, 7.0)
+        found = segment(model, image, patch_size=(6, 8, 8), outside=outside)
+        assert found.shape == (1, 3, 4, 8)
+        expected = [F.pad(image[:, c], (0, 0, 2, 2, 1, 2), value=v) for c, v in enumerate(outside)]
+        assert torch.equal(seen[0], torch.stack(expected, 1))
+        probable = probabilities(model, image, patch_size=(6, 8, 8), outside=outside)
+        np.testing.assert_array_equal(probable.argmax(0), found[0])
+        segment(model, image, patch_size=(6, 8, 8))
+        assert seen[-1][:, :, 0].unique() == AIR
+
+    @pytest.mark.parametrize("spacing", [None, (3.0, 3.0, 3.0)])
+    def test_outside_of_a_scan_without_a_window_is_its_lowest_value(self, tmp_path: Path, spacing) -> None:  # type: ignore[no-untyped-def]
+        seen: list[torch.Tensor] = []
+        model = Nearest()
+        model.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+        scan = read_image(write(tmp_path / "scan.nii", torso()))
+        how = {"preprocessing": Preprocessing(("noNorm",), spacing), "label_map": LABEL_MAP}
+        predict_scan(model, scan, **how, patch_size=(32, 32, 32))
+        Predictor(model, **how, patch_size=(32, 32, 32)).probabilities(scan)
+        assert [float(image[0, 0, 0, 0, 0]) for image in seen] == pytest.approx([-1000.0, -1000.0])
 
     def test_channels(self, tmp_path: Path) -> None:
         scan = read_image(write(tmp_path / "scan.nii", torso()))

@@ -15,6 +15,7 @@ class Case:
     labels: np.ndarray
     counts: np.ndarray
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    outside: tuple[float, ...] = (-3.0,)
 
 
 def make_cases(shapes):
@@ -38,7 +39,7 @@ def scale(image):
     return torch.from_numpy(image).float() / 1000
 
 
-def jitter(image, labels, seed, spacing):
+def jitter(image, labels, seed, spacing, outside):
     noise = torch.from_numpy(np.random.default_rng(seed).normal(size=tuple(image.shape)).astype(np.float32))
     return image + noise, labels
 
@@ -70,7 +71,7 @@ def test_threads_change_nothing_and_any_step_can_be_first(patch_size):
 
 
 def test_an_error_in_a_thread_reaches_the_caller():
-    def fail(image, labels, seed, spacing):
+    def fail(image, labels, seed, spacing, outside):
         raise RuntimeError("cannot augment")
 
     batches = Batches(make_cases([(8, 9, 10)]), Sampler(1, seed=0), scale, fail)
@@ -81,8 +82,9 @@ def test_an_error_in_a_thread_reaches_the_caller():
 def test_patches_are_cut_from_the_volume_after_augmentation_of_their_surroundings():
     shape, seen = (12, 14, 16), []
 
-    def watch(image, labels, seed, spacing):
+    def watch(image, labels, seed, spacing, outside):
         seen.append(tuple(image.shape[1:]))
+        assert outside == (-3.0,)  # the whole volume's
         return image, labels
 
     cases = make_cases([shape])
@@ -134,7 +136,7 @@ def test_augmentation_on_a_device(patch_size):
 def test_a_device_is_where_augmentation_runs():
     seen = []
 
-    def augment(image, labels, seed, spacing):
+    def augment(image, labels, seed, spacing, outside):
         seen.append((image.device.type, labels.device.type))
         return image, labels
 
