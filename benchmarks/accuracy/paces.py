@@ -18,11 +18,10 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.contenders import CONTENDERS, Contender
-from benchmarks.accuracy.runs import Budget, Place, Run, configuration
+from benchmarks.accuracy.runs import Budget, Place, Run, check_same, configuration
 from benchmarks.accuracy.studies import SEARCH, Study
 from effseg.benchmarking import record, results
 from effseg.common.atomic import atomic_path
-from effseg.errors import InputError
 from effseg.models.registry import build_model
 
 ROUNDS, WARM = 9, 2
@@ -34,16 +33,17 @@ def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[s
     """Seconds of processor time a step, by contender: the median over the rounds.
 
     Kept in the study's results. Who is missing there races the quickest one that is known, and its pace is
-    told in that one's seconds of the first race: runs are there that were as long as those say.
+    told in that one's seconds of the first race: runs are there that were as long as those say. Raises
+    InputError where they were raced in another arithmetic.
     """
     path = place.results / study.name / FILE
     kept: dict[str, Any] = results.parsed(path) if path.exists() else {}
+    machine = kept["races"][0]["machine"] if kept else {}  # which says how many threads there were
+    check_same(path, machine | kept, place.arithmetic)
     known = known_paces(path.parent)
     missing = [contender for contender in contenders if contender.name not in known]
     if not missing:
         return {contender.name: known[contender.name] for contender in contenders}
-    if kept.get("dtype", place.dtype) != place.dtype:
-        raise InputError(f"{path}: raced in {kept['dtype']}, expected {place.dtype}: use another output")
     named = {contender.name: contender for contender in (*CONTENDERS.values(), *contenders)}
     quickest = min(set(known) & set(named), key=lambda name: known[name], default=None)
     racing = missing if quickest is None else [named[quickest], *missing]
@@ -60,6 +60,7 @@ def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[s
     conditions = record.begin().to_dict()
     document = {
         "dtype": place.dtype,
+        "device": place.arithmetic["device"],
         "rounds": ROUNDS - WARM,
         "seconds_per_step": scaled,
         "races": [

@@ -89,6 +89,14 @@ class Place:
     device: str = "cpu"
     dtype: str = "bf16"
 
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What scores are computed in, and of how many threads processor time is, but on a GPU. Which CPU it
+        was is no part of it: it changes rounding, and tables tell times by machine."""
+        device = find_device(self.device).type
+        threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}
+        return {"dtype": self.dtype, "device": device} | threads
+
 
 def carry_out(run: Run, place: Place, console: Console | None = None) -> dict[str, Any]:
     """Train, or go on from a killed run's last checkpoint, score, and write the file; what is in it.
@@ -219,6 +227,17 @@ def patient_dice(organs: Mapping[str, float | None]) -> float:
 def _number(value: float) -> float | None:
     """JSON knows no NaN."""
     return value if math.isfinite(value) else None
+
+
+def check_same(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises InputError where what is kept in a file is of other conditions than are asked for now."""
+    differing = [name for name, value in expected.items() if found.get(name, value) != value]
+    if differing:
+        was, now = (
+            ", ".join(f"{name.replace('_', ' ')} {one[name]}" for name in differing)
+            for one in (found, expected)
+        )
+        raise InputError(f"{path}: of {was}, expected {now}: use another output")
 
 
 def read_runs(folder: Path) -> Iterator[dict[str, Any]]:
