@@ -25,7 +25,7 @@ from effseg.conversion.boundary import (
     refuse_tracing,
 )
 from effseg.conversion.examine import examine
-from effseg.conversion.lazy import LazyTensor, logits_loss, real
+from effseg.conversion.lazy import LazyTensor, keep_parameters, logits_loss, real
 from effseg.conversion.recompute import Block, blocks_run_again, is_block
 from effseg.conversion.report import MOST_KEPT, ConversionReport, StepBytes, one_line, step_bytes
 from effseg.conversion.stream_plan import last_convolutions
@@ -131,7 +131,9 @@ class Deferring(Converted):
             Noticing(),
         ):
             found = own(*args, **kwargs)
-        return mapped(lambda x: carrier.carried(_logits(x) if defers else ordinary(x)), found)
+        outputs = mapped(lambda x: carrier.carried(_logits(x) if defers else ordinary(x)), found)
+        keep_parameters()
+        return outputs
 
     def _streaming(self, defers: bool) -> Streaming:
         """defers: whether logits are lazy, so that a loss can make what leads to them."""
@@ -351,16 +353,13 @@ def _shared(model: nn.Module) -> dict[int, Any]:
 
 
 def _logits(x: Tensor) -> Tensor:
-    """Lazy ones stay so; parameters are remembered for whoever reads them after an optimizer's step."""
-    if not isinstance(x, LazyTensor):
+    """Lazy ones stay so."""
+    if not isinstance(x, LazyTensor) or x.has_head:
         return x
-    if not x.has_head:
-        found = ordinary(x)
-        if found.shape[1] > 1:
-            setattr(found, OWN_LOSS, logits_loss)
-        return found
-    x.keep_parameters()
-    return x
+    found = ordinary(x)
+    if found.shape[1] > 1:
+        setattr(found, OWN_LOSS, logits_loss)
+    return found
 
 
 _mixtures: dict[tuple[type, type], type] = {}

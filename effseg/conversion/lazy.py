@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -75,7 +75,6 @@ class LazyTensor(Tensor):
     _memory_is_seen: bool  # by code that may look at the stored values again
     _node: Any  # of autograd's graph, unless foreign code gave it another
     _around: Surroundings
-    _snapshot: Value | None  # constant, with parameters as they were
 
     @staticmethod
     def __new__(cls, value: Value, strides: Sequence[int] | None = None) -> LazyTensor:
@@ -103,7 +102,7 @@ class LazyTensor(Tensor):
                 raise RuntimeError(NEEDS_LOGITS)
             self._attach(self._constant())
         elif not isinstance(self._value, Tensor) and self._versions != mutation.versions(self.operands()):
-            self._attach(computed(self._before_change()))
+            raise RuntimeError(CHANGED)
         elif not isinstance(self._value, Tensor) and self._around.are_outside():
             self._store()
         return self._value
@@ -234,24 +233,14 @@ class LazyTensor(Tensor):
         return operands(self._value)
 
     def keep_parameters(self) -> None:
-        """Remember parameters as they are, for whoever reads the values after an optimizer's step."""
-        if not isinstance(self._value, Tensor):
-            parts = [t.clone() if _is_parameter(t) else t for t in self.operands()]
-            self._snapshot = constant(recipe(self._value)(parts))
-
-    def _before_change(self) -> Value:
-        """Of operands of which some have changed, if only parameters have."""
-        changed = [
-            t
-            for t, before in zip(self.operands(), self._versions, strict=True)
-            if mutation.versions((t,)) != (before,)
-        ]
-        if self._snapshot is None or not all(map(_is_parameter, changed)):
-            raise RuntimeError(CHANGED)
-        return self._snapshot
+        """Be made of copies of parameters, whose gradients those get: fused optimizers, and code that changes
+        `.data`, change parameters without torch's counting it."""
+        parts = self.operands()
+        if self._versions == mutation.versions(parts) and any(map(_is_parameter, parts)):
+            self.settle(recipe(self._value)([t.clone() if _is_parameter(t) else t for t in parts]))
 
     def _remember(self, value: Value) -> None:
-        self._value, self._snapshot = value, None
+        self._value = value
         self._memory_is_kept = self._memory_is_lent = self._memory_is_seen = False
         self._versions = mutation.versions(operands(value))
         if isinstance(value, Tensor):
@@ -390,9 +379,9 @@ def _check_hook(func: Any, x: LazyTensor) -> None:
 
 
 def _is_parameter(t: Tensor) -> bool:
-    """Or a view of one."""
+    """Or a view of one, frozen or not."""
     base = t._base if t._is_view() and t._base is not None else t
-    return base.is_leaf and base.requires_grad
+    return isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)
 
 
 def lazy(value: Any, seen: bool = True) -> Any:
@@ -407,6 +396,13 @@ def lazy(value: Any, seen: bool = True) -> Any:
     made = LazyTensor(value, value.stride() if seen else None)
     made._memory_is_seen = seen
     return made
+
+
+def keep_parameters() -> None:
+    """Of all that is recorded: a network's outputs, and what its modules remember, may be read after an
+    optimizer's step."""
+    for what in mutation.pending():
+        what.keep_parameters()
 
 
 def real(value: Any) -> Any:

@@ -26,6 +26,7 @@ class Recorded(Protocol):
 
     def operands(self) -> tuple[Tensor, ...]: ...
     def read(self) -> Tensor: ...
+    def keep_parameters(self) -> None: ...
 
 
 class _Pending(threading.local):
@@ -46,12 +47,17 @@ def settled(what: Recorded) -> None:
     _pending.by_id.pop(id(what), None)
 
 
+def pending() -> list[Recorded]:
+    """What is recorded and alive in this thread."""
+    return list(_pending.by_id.values())
+
+
 def before(written: list[Tensor]) -> None:
     """Run what reads the memory of these tensors, which are about to change."""
     if not written or not _pending.by_id:
         return
     changing = {t.untyped_storage()._cdata for t in written}
-    for what in list(_pending.by_id.values()):
+    for what in pending():
         if any(t.untyped_storage()._cdata in changing for t in what.operands()):
             what.read()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from convertible import make
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import effseg
 from effseg.conversion import LazyTensor
@@ -76,6 +77,66 @@ def test_no_gradient_is_lost_in_a_function_of_ones_own():
         (each(image) * weights).sum().backward()
         grads.append(network.body[0].weight.grad.clone())
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def change_data(parameters):
+    for parameter in parameters:
+        parameter.data.add_(1)
+
+
+@torch.no_grad()
+def change_vector(parameters):
+    vector_to_parameters(parameters_to_vector(parameters) + 1, parameters)
+
+
+CHANGES = {
+    "step": lambda parameters: torch.optim.SGD(parameters, 1.0).step(),
+    "fused step": lambda parameters: torch.optim.AdamW(parameters, 1.0, fused=True).step(),
+    "data": change_data,
+    "vector": change_vector,
+}
+
+
+@pytest.mark.parametrize("memory", ["raw", "block", "stream"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_parameters_leaves_logits_as_they_were(change, memory):
+    """One that torch counts (the first) and others; of frozen parameters, too."""
+    network, image = make("small")
+    network.decoder.seg_layers[-1].bias.requires_grad_(False)
+    labels, found = torch.randint(2, (2, *image.shape[2:])), []
+    for each in (network, effseg.convert(copy.deepcopy(network), memory=memory, leave_alone=False)):
+        logits = each(image)
+        effseg.SegmentationLoss()(logits, labels).backward()
+        CHANGES[change](list(each.parameters()))
+        assert isinstance(logits, LazyTensor) == (each is not network)
+        found.append(logits.detach())
+        assert not torch.allclose(each(image).detach(), found[-1])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+class Remembering(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.InstanceNorm3d(2, affine=True), nn.ReLU())
+        self.auxiliary, self.head = nn.Conv3d(2, 2, 1), nn.Conv3d(2, 2, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        self.seen = self.auxiliary(x)
+        return self.head(x)
+
+
+def test_a_change_of_parameters_leaves_what_modules_remember():
+    network, image = Remembering().double(), torch.randn(1, 1, 4, 4, 4, dtype=torch.float64)
+    converted, found = effseg.convert(copy.deepcopy(network), leave_alone=False), []
+    for each in (network, converted):
+        each(image)
+        change_data(each.parameters())
+        each.seen.square().mean().backward()
+        found.append([each.seen.detach(), each.auxiliary.weight.grad])
+    assert isinstance(converted.seen, LazyTensor)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
 
 
 def second_derivative(network, image):
