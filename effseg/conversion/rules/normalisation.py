@@ -29,7 +29,7 @@ from effseg.operators.normalisation import (
 )
 
 
-@rule(torch.instance_norm, F.instance_norm)
+@rule(F.instance_norm)
 def instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -39,13 +39,28 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    *_: Any,
 ) -> Any:
     running = _running(running_mean, running_var)
     return _normalised(input, Merging(eps), running, not use_input_stats, momentum, weight, bias)
 
 
-@rule(torch.batch_norm, F.batch_norm)
+@rule(torch.instance_norm)
+def torchs_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    """Of another order."""
+    return instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+@rule(F.batch_norm)
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -55,11 +70,26 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    *_: Any,
 ) -> Any:
     how = Merging(eps, samples=True)
     running = _running(running_mean, running_var)
     return _normalised(input, how, running, not training, momentum, weight, bias)
+
+
+@rule(torch.batch_norm)
+def torchs_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    """Of another order."""
+    return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 @rule(torch.group_norm, F.group_norm)
@@ -69,7 +99,7 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    *_: Any,
+    cudnn_enabled: bool = True,
 ) -> Any:
     if not isinstance(input, LazyTensor) or input.shape[1] % num_groups:
         return NotImplemented
