@@ -21,6 +21,10 @@ IN_PLACE = frozenset(
 )  # fmt: skip
 
 
+FIRST = ("input", "x", "a", "x1")
+"""Torch's names of what a function reads or changes."""
+
+
 class Recorded(Protocol):
     """Something that reads its operands later."""
 
@@ -70,7 +74,7 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Te
         bool(args[position]) if len(args) > position else bool(kwargs.get("inplace"))
     )
     if name in IN_PLACE or works_in_place or (name.endswith("_") and not name.endswith("__")):
-        found += tree_leaves(args[:1])
+        found += tree_leaves(args[:1] or [kwargs.get(first) for first in FIRST])
     if kwargs.get("out") is not None:
         found += tree_leaves(kwargs["out"])
     return [t for t in found if isinstance(t, Tensor)]

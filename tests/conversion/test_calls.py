@@ -77,6 +77,41 @@ BY_POSITION = {
 }
 
 
+BY_NAME = {
+    "torch.cat, axis": lambda net, x, y: torch.cat((x, y), axis=1),
+    "torch.concat, axis": lambda net, x, y: torch.concat(tensors=(x, y), axis=-4),
+    "torch.concatenate, axis": lambda net, x, y: torch.concatenate((x, y), axis=1),
+    "torch.cat, voxels": lambda net, x, y: torch.cat((x, y), axis=2),
+    "torch.add": lambda net, x, y: torch.add(x1=x, x2=y),
+    "Tensor.add": lambda net, x, y: x.add(x2=y),
+    "torch.add of old": lambda net, x, y: torch.add(x, 2, y),
+    "torch.relu": lambda net, x, y: torch.relu(x=y),
+    "torch.relu_": lambda net, x, y: after(torch.relu_(x=y), y),
+    "F.relu": lambda net, x, y: after(F.relu(input=y, inplace=True), y),
+    "F.relu of what others read": lambda net, x, y: changed_after_reading(x * 2, y, F.relu, "input"),
+    "torch.relu_ of what others read": lambda net, x, y: changed_after_reading(x * 2, y, torch.relu_, "x"),
+    "torch.conv3d": lambda net, x, y: torch.conv3d(x=x, weight=net.weight, padding=(1, 0, 0)),
+    "torch.batch_norm": lambda net, x, y: torch.batch_norm(
+        x, running_mean=None, running_var=None, training=True, momentum=0.1, eps=1e-5, cudnn_enabled=True,
+        bias=net.given.bias, weight=net.given.weight,
+    ),
+    "F.batch_norm": lambda net, x, y: F.batch_norm(
+        input=x, running_var=None, running_mean=None, training=True
+    ),
+    "F.max_pool3d": lambda net, x, y: F.max_pool3d(input=x, kernel_size=(2, 1, 2)),
+}  # fmt: skip
+
+
+def after(_, found):
+    return found
+
+
+def changed_after_reading(x, y, change, name):
+    both = torch.cat((x, y), 1)
+    change(**{name: x}, **({"inplace": True} if change is F.relu else {}))
+    return torch.cat((both, x), 1)
+
+
 def check(call):
     torch.manual_seed(0)
     network, image = Network(call).double(), torch.randn(2, 1, 4, 5, 6, dtype=torch.float64)
@@ -90,3 +125,10 @@ def check(call):
 @pytest.mark.parametrize("name", BY_POSITION)
 def test_arguments_by_position(name):
     check(BY_POSITION[name])
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.filterwarnings("ignore:This overload of add")
+def test_arguments_by_name(name):
+    """Torch's own, or numpy's."""
+    check(BY_NAME[name])

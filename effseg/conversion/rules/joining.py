@@ -95,7 +95,8 @@ def _nested(spec: Spec) -> int:
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
-def cat(tensors: Sequence[Any], dim: int = 0, *, out: None = None) -> Any:
+def cat(tensors: Sequence[Any], dim: int | None = None, *, axis: int | None = None, out: None = None) -> Any:
+    dim = axis if dim is None else dim
     shapes = {(t.shape[0], *t.shape[2:]) for t in tensors if t.dim() == 5}
     if dim not in (1, -4) or out is not None or len(shapes) != 1:
         return NotImplemented

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,20 @@ IDENTITY = 1.0
 
 
 def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Take these functions over. Torch knows more names of arguments than a handler (axis for dim, x for
+    input, as numpy does) and other orders of old: a call that a handler does not fit is left to torch."""
+
     def register(handler: Callable[..., Any]) -> Callable[..., Any]:
-        LazyTensor.handlers.update(dict.fromkeys(functions, handler))
+        signature = inspect.signature(handler)
+
+        def fitting(*args: Any, **kwargs: Any) -> Any:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError:
+                return NotImplemented
+            return handler(*args, **kwargs)
+
+        LazyTensor.handlers.update(dict.fromkeys(functions, fitting))
         return handler
 
     return register
