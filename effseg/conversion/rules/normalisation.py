@@ -129,6 +129,8 @@ def _normalised(
         return NotImplemented
     if not uses_running:
         check_spread(how, input.shape[0], prod(input.shape[2:]), running is not None)
+        if _values(how, input.shape) == 1:
+            return NotImplemented  # functional's norms refuse that, and torch's own do not
     value = unfinished(input)
     found = _measured(input, value)
     moved = found.mean if found.offset is None else found.mean + found.offset.to(found.mean.dtype)
@@ -140,6 +142,13 @@ def _normalised(
         return LazyTensor(_last(value, how, used, weight, bias, found))
     norm = layer_terms(how, used, found.mean, found.var, weight, bias, found.offset)
     return LazyTensor(found.normalised(norm))
+
+
+def _values(how: Merging, shape: torch.Size) -> int:
+    """Of how many a statistic is."""
+    samples, channels, *size = shape
+    each = prod(size) * (samples if how.samples else 1)
+    return each if how.groups is None else each * (channels // how.groups)
 
 
 class _Measured(NamedTuple):
