@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from effseg.losses import LossOptions
 from effseg.parallel.partition import current
 
 Handler = Callable[..., Any]
+S = TypeVar("S", bound=Tensor)
 NEEDS_LOGITS = (
     "expected lazy_logits=False in effseg.convert under DistributedDataParallel with find_unused_parameters "
     "or static_graph, which copies a network's outputs, so that lazy logits would be made after all"
@@ -164,6 +165,15 @@ class LazyTensor(Tensor):
         """The values as an ordinary tensor; computed once, with the settings under which it was made."""
         self._show()
         return self.read()
+
+    def as_subclass(self, cls: type[S]) -> S:
+        """The values as a tensor of another class (MONAI's MetaTensor): torch's asks no function protocol.
+        Raises `InputError` where the volume is split."""
+        if issubclass(cls, LazyTensor):
+            return self  # type: ignore[return-value]
+        _refuse_split("as_subclass")
+        watch.materialised(Tensor.as_subclass)
+        return self.laid_out_for_others().as_subclass(cls)
 
     def _show(self) -> None:
         """Let others look at the stored values and change them; those that are lent stay as they are."""
@@ -323,8 +333,7 @@ def logits_loss(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
 def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a function of torch with ordinary tensors; what it gives is lazy again. Raises `InputError` where
     the volume is split: nobody knows which rows of others it would read."""
-    if current() is not None:
-        raise InputError(SPLIT.format(resolve_name(func) or getattr(func, "__name__", func)))
+    _refuse_split(resolve_name(func) or getattr(func, "__name__", func))
     if func in HOOKS and isinstance(args[0], LazyTensor):
         _check_hook(func, args[0])
     written = mutation.written(func, args, kwargs)
@@ -351,6 +360,11 @@ def foreign(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return found
     results = tree_map(lambda x: originals.get(id(x), x), found)
     return tree_map(partial(lazy, seen=_see_views(results, originals.values())), results)
+
+
+def _refuse_split(operator: Any) -> None:
+    if current() is not None:
+        raise InputError(SPLIT.format(operator))
 
 
 def _viewed(x: LazyTensor) -> Tensor:
@@ -391,8 +405,7 @@ def lazy(value: Any, seen: bool = True) -> Any:
         return value
     if value.dim() != 5 or not value.is_floating_point() or value.numel() == 0:
         return value
-    if current() is not None:
-        raise InputError(SPLIT.format("of a tensor that no operator of this package gave"))
+    _refuse_split("of a tensor that no operator of this package gave")
     made = LazyTensor(value, value.stride() if seen else None)
     made._memory_is_seen = seen
     return made

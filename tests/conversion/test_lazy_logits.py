@@ -218,6 +218,43 @@ def test_a_metatensor_in_gives_one_out_with_its_metadata():
     torch.testing.assert_close(found.as_tensor(), expected.as_tensor())
 
 
+class Plain(torch.Tensor):
+    pass
+
+
+def test_logits_become_tensors_of_another_class():
+    network, image = make("small")
+    found = []
+    for each in (network, effseg.convert(copy.deepcopy(network), memory="stream")):
+        logits = each(image)
+        assert logits.as_subclass(type(logits)).shape == logits.shape
+        other = logits.as_subclass(Plain)
+        assert type(other) is Plain
+        assert type(logits.as_subclass(torch.Tensor)) is torch.Tensor
+        assert other.is_contiguous()
+        with torch.no_grad():
+            other[:, 0] = 0  # the same memory
+        assert not logits[:, 0].any()
+        torch.relu(other).square().sum().backward()
+        found.append([other.detach(), *(p.grad for p in each.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_monais_transforms_take_lazy_logits():
+    monai = pytest.importorskip("monai")
+    network, image = make("small")
+    converted = effseg.convert(copy.deepcopy(network))
+    for transform in (
+        monai.data.MetaTensor,
+        monai.transforms.Activations(softmax=True, dim=1),
+        monai.transforms.AsDiscrete(argmax=True, dim=1),
+    ):
+        found, expected = transform(converted(image)), transform(network(image))
+        assert type(found) is type(expected)
+        torch.testing.assert_close(found.as_tensor(), expected.as_tensor(), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("memory", ["raw", "block"])
 def test_logits_have_the_strides_of_torchs(memory):
     network, image = make("plain")
