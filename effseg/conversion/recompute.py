@@ -50,7 +50,8 @@ def keeps_its_output_alone(block: nn.Module, x: LazyTensor) -> bool:
     first = next((m for m in block.modules() if isinstance(m, nn.Conv3d)), None)
     if first is None or _wide(block) > 2 or not isinstance(x.value, Tensor):
         return False
-    return reads_image(plain(x.value), first.weight)
+    # Not first.weight: a parametrised one is computed, and its buffers change, whenever it is asked for.
+    return reads_image(plain(x.value), first.in_channels // first.groups, first.out_channels)
 
 
 def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTensor) -> Any:

@@ -185,12 +185,12 @@ def makes_again() -> bool:
     return streaming.get() is not None and torch.is_grad_enabled()
 
 
-def reads_image(x: Deferred, weight: Tensor) -> bool:
-    """Whether a convolution of x is to be made again wherever it is used: x is stored anyway, wants no
-    gradient, and has few channels."""
+def reads_image(x: Deferred, reads: int, gives: int) -> bool:
+    """Whether a convolution of x, each of whose `gives` channels is made of `reads`, is to be made again
+    wherever it is used: x is stored anyway, wants no gradient, and has few channels."""
     if not makes_again() or not isinstance(x.spec, Plain):
         return False
-    return not x.tensors[0].requires_grad and LEAST_WIDENING * weight.shape[1] <= weight.shape[0]
+    return not x.tensors[0].requires_grad and LEAST_WIDENING * reads <= gives
 
 
 def note_head(value: Layer) -> None:

@@ -51,7 +51,8 @@ class Convolution(NamedTuple):
     @property
     def reads_image(self) -> bool:
         """Whether it is to be made again wherever it is used: see `effseg.conversion.streamed`."""
-        return streamed.reads_image(self.x, self.weight)
+        gives, reads = self.weight.shape[:2]
+        return streamed.reads_image(self.x, reads, gives)
 
     def deferred(self) -> Deferred:
         """Not stored, as in `reads_image`."""
