@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from effseg.common.settings import Captured, Repeated, Setting
-from effseg.conversion.boundary import Noticing
+from effseg.conversion.boundary import Noticing, mapped
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import KeptOutputs
 from effseg.conversion.streamed import has_last, reads_image
-from effseg.expressions.base import Deferred, Spec
+from effseg.expressions.base import Deferred
 from effseg.expressions.layers import plain
 from effseg.operators.normalisation import frozen_running_statistics
 
@@ -55,30 +55,42 @@ def keeps_its_output_alone(block: nn.Module, x: LazyTensor) -> bool:
 
 
 def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTensor) -> Any:
-    """forward(x), of which only what its value is made of is kept for backward.
+    """forward(x), of which only what its features are made of is kept for backward.
 
-    Raw outputs that leave the block live on in what reads them; the second pass takes them from there.
+    Raw outputs that leave the block live on in what reads them; the second pass takes them from there. What
+    leaves it may stand anywhere in tuples, lists, mappings and dataclasses; tensors that are ordinary ones
+    inside of it, such as what a hook returned, stay so.
     """
     start = x.deferred(x.dtype)
-    kept, specs, buffers = KeptOutputs(), list[Spec](), Buffers(block)
+    kept, buffers = KeptOutputs(), Buffers(block)
 
-    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def run(*tensors: Tensor) -> tuple[Any, dict[int, Deferred]]:
+        """What forward returns, and by id what its lazy tensors are."""
+        ends: dict[int, Deferred] = {}
+
+        def leaving(found: Tensor) -> Tensor:
+            if isinstance(found, LazyTensor):
+                ends[id(found)] = _end(found)
+            return found
+
         with kept.active(), blocks_run_again.set(False), Noticing():
-            found = forward(LazyTensor(Deferred(start.spec, tensors)))
-            if not isinstance(found, LazyTensor):
-                raise TypeError(f"{type(block).__name__}: expected features, got {type(found).__name__}")
-            value = found.value
-            end = value if isinstance(value, Deferred) else plain(found.read(), rows=value.shape[2])
-        specs.append(end.spec)
-        return end.tensors
+            returned = forward(LazyTensor(Deferred(start.spec, tensors)))
+            mapped(leaving, returned)
+        return returned, ends
 
-    tensors = checkpoint(
+    returned, ends = checkpoint(
         run, *start.tensors, use_reentrant=False,
         context_fn=lambda: (nullcontext(), Repeated(partial(_second_pass, buffers, Captured()))),
     )  # fmt: skip
-    kept.keep(tensors)
+    kept.keep(tensor for end in ends.values() for tensor in end.tensors)
     buffers.first_pass_is_over()
-    return LazyTensor(Deferred(specs[0], tensors))
+    outside = {key: LazyTensor(end) for key, end in ends.items()}  # not inside, where a checkpoint is
+    return mapped(lambda found: outside.get(id(found), found), returned)
+
+
+def _end(found: LazyTensor) -> Deferred:
+    value = found.value
+    return value if isinstance(value, Deferred) else plain(found.read(), rows=value.shape[2])
 
 
 class Buffers:

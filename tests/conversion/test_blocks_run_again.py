@@ -76,3 +76,26 @@ def test_a_parametrised_weight_is_computed_once_in_forward(memory):
     converted, network = both(Network(wrapped=spectral_norm), memory)
     for _ in range(2):
         assert_same(step(converted), step(network))
+
+
+class Scaled(Pair):
+    """Returns features, coarser ones, a number of voxels and a mean, and the features once more."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return {"all": (y, F.max_pool3d(y, 2), y.shape[2:].numel()), "mean": y.mean(), "again": y}
+
+
+class OfScaled(Network):
+    def forward(self, image):
+        entered = self.enter(image)
+        y, coarse, voxels = self.middle(entered["again"])["all"]
+        assert entered["again"] is entered["all"][0]
+        x = y + F.interpolate(coarse, y.shape[2:]) * entered["mean"] / voxels
+        return self.head(F.leaky_relu(self.norm(self.last(x))))
+
+
+@AGAIN
+def test_what_leaves_a_block_may_be_several_tensors(memory):
+    converted, network = both(OfScaled(Scaled), memory)
+    assert_same(step(converted), step(network))
