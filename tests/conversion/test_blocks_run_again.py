@@ -99,3 +99,10 @@ class OfScaled(Network):
 def test_what_leaves_a_block_may_be_several_tensors(memory):
     converted, network = both(OfScaled(Scaled), memory)
     assert_same(step(converted), step(network))
+
+
+@AGAIN
+def test_an_operator_that_fills_what_it_saves_when_it_runs(memory):
+    """The noise of a randomised ReLU, the last that a block saves."""
+    converted, network = both(Network(act=nn.RReLU(0.1, 0.4)), memory)
+    assert_same(step(converted), step(network))
