@@ -7,6 +7,7 @@ the result is exact without any exchange of halos.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,15 @@ class _Reused(_Rows):
 
     def prepare(self, rows: Rows) -> None:
         pass
+
+    def without_others(self, parts: Sequence[Tensor], of: Sequence[Any]) -> tuple[Tensor, ...]:
+        """parts; others' that lie in the memory, too, are copied: a term of a sum has its gradient."""
+        assert self.grad is not None
+        memory = self.grad.untyped_storage()._cdata
+        return tuple(
+            part.clone() if gradient is not self and part.untyped_storage()._cdata == memory else part
+            for part, gradient in zip(parts, of, strict=True)
+        )
 
     def add_own(self, rows: Rows, sample: int, part: Tensor) -> None:
         lo, hi = rows
@@ -190,6 +200,8 @@ class Pullback:
         del self.value, self.leaves
         parts = torch.autograd.grad(value, leaves, grad)
         del value, leaves
+        if self.reused is not None:
+            parts = self.reused.without_others(parts, list(self.sums.values()))
         targets, small = [], []
         for (i, accumulator), part in zip(self.sums.items(), parts, strict=True):
             use = self.uses[i]

@@ -8,10 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import effseg
 from effseg.common.settings import Function
 from effseg.expressions.base import Normalisation
+from effseg.expressions.joins import added
 from effseg.expressions.layers import plain, raw
 from effseg.expressions.slabs import Window
 from effseg.operators import conv3d
 from effseg.operators.backward import once_differentiable
+from effseg.operators.materialise import materialise
 from effseg.operators.ownership import is_alone
 
 
@@ -182,6 +184,26 @@ def test_gradients_lie_in_the_memory_of_the_one_they_are_made_of():
     assert len({t.data_ptr() for t in (*kept, held[0])}) == 3
     for a, b in zip(reused[:2], held[:2], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("slab_elements", [None, 1])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_terms_of_a_sum_whose_gradient_lies_in_the_memory_of_the_sum_s(samples, slab_elements):
+    """The gradient of a stored term is the sum's, which the first term's comes to lie in."""
+    torch.manual_seed(0)
+    terms = [torch.randn(samples, 4, 3, 5, 2, dtype=torch.float64) for _ in range(3)]
+    terms = [t.contiguous(memory_format=torch.channels_last_3d).requires_grad_() for t in terms]
+    norm = Normalisation(*torch.rand(3, samples, 4, dtype=torch.float64))
+
+    def gradients(of):
+        return torch.autograd.grad(of.cos().sum(), terms)
+
+    found = gradients(
+        materialise(added(added(raw(terms[0], norm, 0.1), plain(terms[1])), plain(terms[2])), slab_elements)
+    )
+    mean, scale, beta = (t[:, :, None, None, None] for t in norm)
+    layer = torch.nn.functional.leaky_relu((terms[0] - mean) * scale + beta, 0.1)
+    torch.testing.assert_close(found, gradients(layer + terms[1] + terms[2]), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("memory", ["raw", "block"])
