@@ -211,8 +211,8 @@ def convert(
     whatever surrounds the layers: grad modes, in-place operators, hooks, checkpoints, functions of one's own.
     Compute types follow autocast as convolutions do. What differs: dropout of single elements draws another
     mask at the same seed, for memory is channels last. Modules with hooks get and give stored tensors, which
-    costs their memory. torch.jit, ONNX, torch.export, torch.func and second derivatives raise `RuntimeError`:
-    `effseg.restore` is for them.
+    costs their memory; in what runs again, hooks are called once more in backward. torch.jit, ONNX,
+    torch.export, torch.func and second derivatives raise `RuntimeError`: `effseg.restore` is for them.
     Raises `TypeError` for what is no module or is wrapped already (DDP, torch.compile: convert first), and
     `InputError` (a `ValueError`) for unknown options, where nothing can be taken over, and where a network
     cannot do "stream".

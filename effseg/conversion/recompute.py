@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from effseg.common.settings import Captured, Repeated, Setting
+from effseg.conversion.block_state import Buffers, State
 from effseg.conversion.boundary import Noticing, mapped
 from effseg.conversion.lazy import LazyTensor
 from effseg.conversion.outputs import KeptOutputs
@@ -62,7 +63,7 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
     inside of it, such as what a hook returned, stay so.
     """
     start = x.deferred(x.dtype)
-    kept, buffers = KeptOutputs(), Buffers(block)
+    kept, state, buffers = KeptOutputs(), State(block), Buffers(block)
 
     def run(*tensors: Tensor) -> tuple[Any, dict[int, Deferred]]:
         """What forward returns, and by id what its lazy tensors are."""
@@ -73,7 +74,7 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
                 ends[id(found)] = _end(found)
             return found
 
-        with kept.active(), blocks_run_again.set(False), Noticing():
+        with kept.active(), blocks_run_again.set(False), Noticing(), state.reading():
             returned = forward(LazyTensor(Deferred(start.spec, tensors)))
             mapped(leaving, returned)
         _save_something()
@@ -81,9 +82,10 @@ def run_again(block: nn.Module, forward: Callable[[LazyTensor], Any], x: LazyTen
 
     returned, ends = checkpoint(
         run, *start.tensors, use_reentrant=False,
-        context_fn=lambda: (nullcontext(), Repeated(partial(_second_pass, buffers, Captured()))),
+        context_fn=lambda: (nullcontext(), Repeated(partial(_second_pass, state, buffers, Captured()))),
     )  # fmt: skip
     kept.keep(tensor for end in ends.values() for tensor in end.tensors)
+    state.first_pass_is_over()
     buffers.first_pass_is_over()
     outside = {key: LazyTensor(end) for key, end in ends.items()}  # not inside, where a checkpoint is
     return mapped(lambda found: outside.get(id(found), found), returned)
@@ -104,35 +106,12 @@ def _end(found: LazyTensor) -> Deferred:
     return value if isinstance(value, Deferred) else plain(found.read(), rows=value.shape[2])
 
 
-class Buffers:
-    """A block's buffers as they were before its first pass, where that changed them: running statistics, a
-    spectral norm's vectors, counters."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self._before = [(buffer, buffer._version, buffer.clone()) for buffer in block.buffers()]
-
-    def first_pass_is_over(self) -> None:
-        self._before = [entry for entry in self._before if entry[0]._version != entry[1]]
-
-    @torch.no_grad()
-    def exchange(self) -> list[Tensor]:
-        """Set them to what they were; returns what they are."""
-        after = [buffer.clone() for buffer, _, _ in self._before]
-        self.set([before for _, _, before in self._before])
-        return after
-
-    @torch.no_grad()
-    def set(self, values: list[Tensor]) -> None:
-        for (buffer, _, _), value in zip(self._before, values, strict=True):
-            buffer.data.copy_(value)  # what the graph has saved of it is not changed for long
-
-
 @contextmanager
-def _second_pass(buffers: Buffers, captured: Captured) -> Iterator[None]:
-    """Settings are those of the first pass; buffers begin as they did in it and stay as it left them; lazy
-    tensors work, whoever called backward."""
+def _second_pass(state: State, buffers: Buffers, captured: Captured) -> Iterator[None]:
+    """The block and settings are those of the first pass; buffers begin as they did in it; all of it stays as
+    it was; lazy tensors work, whoever called backward."""
     after = buffers.exchange()
-    with captured.restored(), frozen_running_statistics(), torch._C._EnableTorchFunction():
+    with state.restored(), captured.restored(), frozen_running_statistics(), torch._C._EnableTorchFunction():
         try:
             yield
         finally:
