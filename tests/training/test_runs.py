@@ -43,8 +43,8 @@ def no_pictures(monkeypatch):
         monkeypatch.setattr(loop._Run, name, lambda *arguments: None)
 
 
-def stop_after(monkeypatch, step):
-    """Let the run end with an error when it begins step `step`."""
+def train_and_kill(config, monkeypatch, step):
+    """A run that ends with an error when it begins step `step`."""
     once = loop.Stepper.__call__
 
     def call(self, number, *arguments):
@@ -52,7 +52,10 @@ def stop_after(monkeypatch, step):
             raise KeyboardInterrupt
         return once(self, number, *arguments)
 
-    monkeypatch.setattr(loop.Stepper, "__call__", call)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Stepper, "__call__", call)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
 
 
 def test_a_run_leaves_all_that_it_promises(config):
@@ -109,10 +112,7 @@ def test_a_stopped_run_continues_bit_for_bit(config, monkeypatch, options):
     config = config.replace(validation_interval=3, **options)
     whole = train(config.replace(output=config.output / "whole"))
     stopped = config.replace(output=config.output / "stopped")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)  # between the checkpoint of step 2 and the end
-        with pytest.raises(KeyboardInterrupt):
-            train(stopped)
+    train_and_kill(stopped, monkeypatch, 3)  # between the checkpoint of step 2 and the end
     assert len(read_rows(stopped.output / "progress.csv")) == 3
     result = train(stopped.replace(checkpoint_interval=1))
     assert result.losses == whole.losses
@@ -137,10 +137,7 @@ def test_the_best_network_is_the_one_in_its_file(config, monkeypatch, capsys, ch
         monkeypatch.setattr(loop, "validate", lambda cases, segment, number, *_: [next(dice)] * (number - 1))
 
     validate_as(0.3, 0.5, 0.7)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    train_and_kill(config, monkeypatch, 3)
     best = config.output / "best.safetensors"
     file = best.read_bytes()
     validate_as(*again)
@@ -155,10 +152,7 @@ def test_the_best_network_is_the_one_in_its_file(config, monkeypatch, capsys, ch
 
 @pytest.mark.usefixtures("no_pictures")
 def test_a_best_network_that_is_gone_is_not_the_best(config, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    train_and_kill(config, monkeypatch, 3)
     best = config.output / "best.safetensors"
     weights = best.read_bytes()
     effseg.EffSegNet(1, 3, preset="tiny").save(best)
