@@ -269,7 +269,7 @@ def values() -> dict[Setting[Any], Any]:
 def network_and_loss(kind: str) -> tuple[Any, Callable[[], torch.Tensor]]:
     if kind.startswith("converted"):
         network = converted("plain", kind.split()[1])
-        image, labels = batch(size=(4, 4, 4))
+        image, labels = batch(size=(8, 8, 8))
         return network, lambda: dice_cross_entropy(network(image), labels)
     memory, recompute = kind.split()
     network = on_device(effseg.EffSegNet(1, 3, preset="small", memory=memory, recompute=int(recompute)))
@@ -323,7 +323,7 @@ def _triton_unless_forced(device: torch.device, dtype: torch.dtype) -> str:
 
 def test_lazy_logits_take_the_algorithm_of_the_network(loaded: list[tuple[str, bool]]) -> None:
     network = converted("plain", "raw")
-    image, labels = batch(size=(4, 4, 4))
+    image, labels = batch(size=(8, 8, 8))
     loaded.clear()
     with effseg.algorithm("triton"):
         logits = network(image)
