@@ -30,11 +30,15 @@ FULL_PRECISION = frozenset({
 
 
 class CudaAutocast(TorchFunctionMode):
-    """While active, torch functions cast their arguments as under ``torch.autocast("cuda", dtype)``."""
+    """While active, torch functions cast their arguments as under ``torch.autocast("cuda", dtype)``.
 
-    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+    switched: only where torch.autocast("cpu") is on, for networks whose own operators ask it, and which turn
+    it off within those; C++ casts no tensor of `QuickFakes`, which it takes for one of another device.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, *, switched: bool = False) -> None:
         super().__init__()
-        self._dtype = dtype
+        self._dtype, self._switched = dtype, switched
         self._weights: dict[int, torch.Tensor] = {}
 
     def forget(self) -> None:
@@ -45,6 +49,12 @@ class CudaAutocast(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._switched and not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        for kind in types if torch._C._is_torch_function_enabled() else ():
+            if kind.__torch_function__ is not torch._C._disabled_torch_function_impl:
+                with self:  # it may call torch for ordinary tensors
+                    return kind.__torch_function__(func, types, args, kwargs)
         name = getattr(func, "__name__", "")
         if name in LOW_PRECISION:
             args, kwargs = tree_map(self._lower, (args, kwargs))

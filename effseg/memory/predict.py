@@ -134,8 +134,9 @@ def _step(
     loss: Loss | None,
     options: dict[str, Any],
 ) -> None:
-    rules = CudaAutocast(DTYPES[dtype]) if dtype == "bf16" and not follows_autocast(network) else None
-    own = torch.autocast("cpu", DTYPES[dtype], enabled=dtype == "bf16" and follows_autocast(network))
+    low, follows = dtype == "bf16", follows_autocast(network)
+    rules = CudaAutocast(DTYPES[dtype], switched=follows) if low else None
+    own = torch.autocast("cpu", DTYPES[dtype], enabled=low and follows)
     with tracker, rules or contextlib.nullcontext():
         tracker.start_phase("forward")
         with own:

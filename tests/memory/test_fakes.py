@@ -52,12 +52,29 @@ def converted():
     return effseg.convert(network, shape=(1, 1, 16, 16, 16), leave_alone=False)
 
 
+class Wide(nn.Module):
+    """A convolution of an even size, which stays torch's, of a float32 sum, which autocast rounds for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.down = nn.Sequential(*layers(1, 8)), nn.Conv3d(8, 8, 2, stride=2)
+        self.up, self.head = nn.ConvTranspose3d(8, 8, 2, stride=2), nn.Conv3d(8, 3, 1)
+
+    def forward(self, x):
+        return self.head(self.up(self.down(self.first(x) + x.repeat(1, 8, 1, 1, 1))))
+
+
+def converted_in_part():
+    return effseg.convert(Wide(), shape=(1, 1, 16, 16, 16), leave_alone=False)
+
+
 @pytest.mark.parametrize(
     ("make", "dtype"),
     [
         (Odd, "bf16"),
         (Odd, "fp32"),
         (converted, "bf16"),
+        (converted_in_part, "bf16"),
         pytest.param(lambda: EffSegNet(1, 3, "small"), "bf16", marks=pytest.mark.slow),
         pytest.param(lambda: UNet3D(1, 3), "bf16", marks=pytest.mark.slow),
     ],
