@@ -4,6 +4,7 @@ import gc
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Markers, not keywords: names of folders are these, too, and a clone may lie in one that is called gpu.
     # Long tests first, else the last of them has one core only.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    leave_diagonals(items)
     skipped = []
     if not config.getoption("--slow"):
         skipped.append(("slow", "takes minutes: run with --slow"))
@@ -69,6 +71,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in skipped:
             if item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def leave_diagonals(items: list[pytest.Item]) -> None:
+    """Of tests that are marked so, whose parameters make a product, what is off its diagonal is slow: every
+    value of each parameter is met, not each with all others."""
+    for item in items:
+        if item.get_closest_marker("diagonal") is not None:
+            axes = [mark.args for mark in item.iter_markers("parametrize")]
+            place = [_index(item, *axis) for axis in axes]
+            steps = range(max(len(values) for _, values in axes))
+            if not any(place == [step % len(values) for _, values in axes] for step in steps):
+                item.add_marker(pytest.mark.slow)
+
+
+def _index(item: pytest.Item, names: str | tuple[str, ...], values: list[Any]) -> int:
+    """Which values of a parametrization a test has."""
+    single = isinstance(names, str)
+    own = [item.callspec.params[name] for name in ([names] if single else names)]  # type: ignore[attr-defined]
+    for index, given in enumerate(values):
+        given = given.values if hasattr(given, "marks") else [given] if single else given
+        if all(a is b for a, b in zip(own, given, strict=True)):
+            return index
+    raise AssertionError(f"{item.nodeid}: none of its own values")
 
 
 def pytest_collection_finish() -> None:

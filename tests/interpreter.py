@@ -7,8 +7,12 @@ import numpy as np
 
 
 def mend() -> None:
+    """Raises RuntimeError where kernels were imported before they were asked to be interpreted."""
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+
+    if not isinstance(tl.cdiv, InterpretedFunction):
+        raise RuntimeError("triton.language was imported before TRITON_INTERPRET=1 was set")
 
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 

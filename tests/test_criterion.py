@@ -20,6 +20,7 @@ def labels_for(image, classes=3, dtype=torch.int64):
     return torch.randint(classes, (image.shape[0], *image.shape[2:]), dtype=dtype)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize(
     "options",
     [

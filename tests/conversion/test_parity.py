@@ -26,6 +26,7 @@ def test_a_step_in_float64(name, memory):
 LARGE = ("vnet", "swin unetr")
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("memory", ["raw", "block"])
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in other_networks.NETWORKS]

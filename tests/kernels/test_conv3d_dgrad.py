@@ -86,6 +86,7 @@ def check(
         assert_rounded(mine, parts.sum((2, 3, 4)), slack_of_sum(parts, slacks, (2, 3, 4)), name)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize(
     ("config", "channels", "shape", "dtype"),
     [
@@ -120,6 +121,7 @@ def test_windows(kernel, stride, epilogue, kernel_device):
     check(TAP, (3, 5), (1, 3, 5, 7), kernel_device, window=Window(kernel, stride), terms=terms)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize(
     ("config", "stride"), [(SLIDE, (1, 1, 1)), (TAP, (1, 1, 1)), (TAP, (2, 1, 1)), (TAP, (2, 2, 2))]
 )

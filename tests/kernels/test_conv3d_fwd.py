@@ -74,6 +74,7 @@ def check(
         assert_moments(*moments, out)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize(
     ("config", "channels", "shape", "dtype"),
     [

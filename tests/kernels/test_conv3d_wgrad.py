@@ -116,6 +116,7 @@ def test_a_fault_is_seen(fault, loop, kernel_device, monkeypatch):
         check(case, TAPS if loop == "tap" else marching(loop))
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("loop", ["pair3", "pair", "kw"])
 @pytest.mark.parametrize(("rows", "front"), [(2, 0), (1, 2), (3, -1), (1, 5)])
 def test_rows_of_a_slab(loop, rows, front, kernel_device):
@@ -124,6 +125,7 @@ def test_rows_of_a_slab(loop, rows, front, kernel_device):
     check(case, marching(loop, splits=1))
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("loop", "channels"), [("pair3", (16, 32)), ("pair", (32, 16)), ("kw", (48, 33)), ("tap", (5, 33))]
@@ -147,6 +149,7 @@ WINDOWS = [
 ]
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("channels", [(3, 17), (16, 5)])
 def test_any_window(window, channels, kernel_device):

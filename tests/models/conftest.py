@@ -1,11 +1,12 @@
 """Presets that are there for tests alone."""
 
 import pytest
-from streamed import FEW
-
-from effseg.models.levels import PRESETS
 
 
 @pytest.fixture
 def few_levels(monkeypatch):
+    from streamed import FEW  # not above: pytest reads this file before kernels are asked to be interpreted
+
+    from effseg.models.levels import PRESETS
+
     monkeypatch.setitem(PRESETS, "few", FEW)

@@ -64,6 +64,7 @@ def test_every_preset(preset):
     assert_same_step(ours, stock, *batch((1, 2, 17, 37, 20)))
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("memory", ["raw", "stream"])
 @pytest.mark.parametrize("preset", ["base", pytest.param("tiny", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def loaded(model: Any, like: Any) -> Any:
 
 
 # ---------------------------------------------------------------- the same numbers
+@pytest.mark.diagonal
 @pytest.mark.parametrize("norm", ["instance", "batch", "group"])
 @pytest.mark.parametrize("way", ["cpu", "late"])
 @pytest.mark.parametrize("recompute", [0, 2])

@@ -129,6 +129,7 @@ def test_tiny_has_nothing_to_stream():
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("collected", [True, False])
 @pytest.mark.parametrize(
     "options",
