@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.bootstrap import mean_over_patients
 from benchmarks.accuracy.contenders import CONTENDERS
+from benchmarks.accuracy.intervals import DIFFERENCE, mean_over_patients
 from benchmarks.accuracy.runs import patient_dice, read_runs
 from benchmarks.accuracy.studies import SEARCH
 from effseg.benchmarking import results
@@ -110,7 +110,7 @@ def _difference(scored: Mapping[str, Scores], name: str) -> str:
     ours, theirs = (_by_patient(scored[one], common) for one in (FIRST, name))
     all_are = len(common) == max(len(scored[FIRST]), len(scored[name]))
     few = "" if all_are else f", {len(common)} run" + "s" * (len(common) != 1)
-    return mean_over_patients(ours - theirs).text("+") + few
+    return mean_over_patients(ours - theirs, DIFFERENCE).text("+") + few
 
 
 def _scores(runs: Iterable[Mapping[str, Any]]) -> Scores:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import curves, report
-from benchmarks.accuracy.bootstrap import mean_over_patients
+from benchmarks.accuracy.intervals import DIFFERENCE, mean_over_patients
 from benchmarks.accuracy.studies import SEARCH
 from effseg.errors import InputError
 
@@ -14,19 +14,39 @@ from effseg.errors import InputError
 
 
 def test_an_interval_of_two_patients_is_known():
-    """Means of two draws of 0 and 1 are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4."""
-    assert mean_over_patients([0.0, 1.0]) == (0.5, 0.0, 1.0)
-    assert mean_over_patients([0.0, 1.0], level=0.4) == (0.5, 0.5, 0.5)
+    """Student's law with one degree of freedom is Cauchy's, whose quantile of 3/4 is 1."""
+    assert mean_over_patients([0.25, 0.75], level=0.5) == pytest.approx((0.5, 0.25, 0.75))
+    half = 0.25 * np.tan(0.475 * np.pi)
+    assert mean_over_patients([0.25, 0.75], (-9.0, 9.0)) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+
+
+def test_an_interval_ends_where_a_mean_of_dice_can_lie():
+    assert mean_over_patients([0.25, 0.75]) == (0.5, 0.0, 1.0)
+    assert mean_over_patients([0.25, 0.75], DIFFERENCE) == (0.5, -1.0, 1.0)
+
+
+@pytest.mark.parametrize("patients", [2, 4, 16])
+def test_an_interval_of_few_patients_holds_the_true_mean_as_often_as_it_says(patients):
+    """Percentiles of bootstrapped means do so in 50, 80 and 92 % of the cases."""
+    rng, cases, held = np.random.default_rng(1), 4000, 0
+    for values in rng.normal(0.05, 0.02, (cases, patients)):
+        _, low, high = mean_over_patients(values, DIFFERENCE)
+        held += low <= 0.05 <= high
+    assert held / cases == pytest.approx(0.95, abs=0.012)  # 3.5 standard deviations
+
+
+def test_one_patient_has_no_interval():
+    """And not one of no width, as if nothing were uncertain."""
+    assert mean_over_patients([0.5]).text() == "0.500 (one patient)"
+    assert mean_over_patients([0.5], DIFFERENCE).text("+") == "+0.500 (one patient)"
 
 
 def test_an_interval_of_many_patients_is_that_of_the_normal_law():
     values = np.random.default_rng(1).normal(0.8, 0.1, 400)
     found = mean_over_patients(values)
     half = 1.96 * values.std() / 20
-    # A percentile of 10,000 draws has a relative deviation of about 2 %: sqrt(q (1 - q) / n) / density.
-    assert found.low == pytest.approx(values.mean() - half, abs=0.08 * half)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.08 * half)
-    assert mean_over_patients(values) == found
+    assert found.low == pytest.approx(values.mean() - half, abs=0.01 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.01 * half)
 
 
 def test_pairs_cancel_what_patients_have_in_common():
@@ -58,7 +78,7 @@ def test_tables_pair_seeds_and_patients(tmp_path):
     assert whole.title == "two phantoms, 200 whole-volume steps each; bf16, 1 thread, Some CPU"
     rows = {row[0]: row[1:] for row in whole.rows}
     assert rows["EffSegNet base"] == (
-        "2", "200", "60", "0.001", "0.765 (0.565 to 0.965)", "0.760 to 0.770", "-"
+        "2", "200", "60", "0.001", "0.765 (0.000 to 1.000)", "0.760 to 0.770", "-"
     )  # fmt: skip
     assert rows["3D U-Net (Cicek 2016)"][-1] == "+0.250 (+0.250 to +0.250)"
     assert rows["nnU-Net PlainConvUNet"][0] == "1"
@@ -82,9 +102,9 @@ def test_runs_of_several_machines_stand_in_one_table_with_times_apart(tmp_path):
     assert whole.title.endswith("; bf16, 1 thread, Fast CPU and Slow CPU")
     ours, theirs = whole.rows
     assert ours[3:] == (
-        "802 (Fast CPU), 801 (Slow CPU)", "0.001", "0.625 (0.625 to 0.625)", "0.500 to 0.750", "-"
+        "802 (Fast CPU), 801 (Slow CPU)", "0.001", "0.625 (one patient)", "0.500 to 0.750", "-"
     )  # fmt: skip
-    assert (theirs[3], theirs[-1]) == ("801 (Fast CPU)", "+0.250 (+0.250 to +0.250), 1 run")
+    assert (theirs[3], theirs[-1]) == ("801 (Fast CPU)", "+0.250 (one patient), 1 run")
 
 
 def test_curves_of_several_machines_have_the_times_of_the_race(tmp_path):
