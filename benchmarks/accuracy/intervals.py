@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ class Estimate(NamedTuple):
 
 
 def mean_over_patients(
-    values: np.ndarray, within: tuple[float, float] = DICE, level: float = LEVEL
+    values: Sequence[float] | np.ndarray, within: tuple[float, float] = DICE, level: float = LEVEL
 ) -> Estimate:
     """The mean of one value a patient, (P,), and Student's interval, cut to where the mean can lie. For two
     contenders on the same patients: of their differences, which pairs them.

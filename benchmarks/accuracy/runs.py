@@ -215,8 +215,9 @@ def _curve(path: Path) -> list[list[float]]:
 
 
 def mean_dice(patients: Mapping[str, Mapping[str, float | None]]) -> float:
-    """Mean over the patients of the mean over the organs that each has."""
-    return float(np.mean([patient_dice(organs) for organs in patients.values()]))
+    """Mean over the patients, of whom some organ is known, of the mean over the organs that each has."""
+    known = [dice for organs in patients.values() if math.isfinite(dice := patient_dice(organs))]
+    return float(np.mean(known)) if known else math.nan
 
 
 def patient_dice(organs: Mapping[str, float | None]) -> float:
@@ -241,9 +242,21 @@ def check_same(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]
 
 
 def read_runs(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every run's file under a folder, by name. Raises InputError for a file that is none."""
+    """Every run's file under a folder, by name. Raises InputError for a file that is none, and for two of one
+    run, such as two machines' results in folders of their own hold: it would count twice, or once of both."""
+    seen: dict[tuple[Any, ...], Path] = {}
     for path in sorted(folder.rglob("*_*.json")):
-        yield read_run(path)
+        if path.name.startswith("."):  # left of a kill while it was written
+            continue
+        run = read_run(path)
+        which = [
+            run.get(name) for name in ("study", "contender", "fold", "seed", "dtype", "device", "threads")
+        ]
+        rate = run.get("learning_rate") if run.get("fold") == SEARCH else None
+        other = seen.setdefault((*which, str(run.get("budget")), rate), path)
+        if other != path:
+            raise InputError(f"{path}: the same run as {other}: keep one of them")
+        yield run
 
 
 def read_run(path: Path) -> dict[str, Any]:

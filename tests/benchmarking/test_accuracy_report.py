@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.accuracy import curves, report
 from benchmarks.accuracy.intervals import DIFFERENCE, mean_over_patients
+from benchmarks.accuracy.runs import mean_dice
 from benchmarks.accuracy.studies import SEARCH
 from effseg.errors import InputError
 
@@ -107,6 +108,91 @@ def test_runs_of_several_machines_stand_in_one_table_with_times_apart(tmp_path):
     assert (theirs[3], theirs[-1]) == ("801 (Fast CPU)", "+0.250 (one patient), 1 run")
 
 
+def test_seeds_are_told_apart_over_all_folds(tmp_path):
+    """One and the same seed scores 0.9 on one fold's patient and 0.5 on the other's, another one 0.1 less; a
+    third has not run the hard one."""
+    for seed, fold, patient, dice in (
+        (1, "0", "easy", 0.9), (1, "1", "hard", 0.5), (2, "0", "easy", 0.8), (2, "1", "hard", 0.4),
+        (3, "0", "easy", 0.9),
+    ):  # fmt: skip
+        write(tmp_path, "effseg-base", seed, {patient: {"liver": dice}}, fold=fold)
+    write(tmp_path, "unet3d", 1, {"easy": {"liver": 0.9}}, fold="0")
+    write(tmp_path, "unet3d", 2, {"hard": {"liver": 0.5}}, fold="1")
+    whole, _ = report.tables(tmp_path)
+    assert [row[6] for row in whole.rows] == ["0.600 to 0.700", "0.900 to 0.900"]
+
+
+def test_means_over_fewer_patients_say_so(tmp_path):
+    """nnU-Net's network has run the fold of the easy patient alone, and has not scored more than base."""
+    write(tmp_path, "effseg-base", 1, {"easy": {"liver": 0.9}}, fold="0")
+    write(tmp_path, "effseg-base", 2, {"easy": {"liver": 0.9}}, fold="0")
+    write(tmp_path, "effseg-base", 1, {"hard": {"liver": 0.3}}, fold="1")
+    write(tmp_path, "nnunet", 1, {"easy": {"liver": 0.8}}, fold="0")
+    whole, organs = report.tables(tmp_path)
+    ours, theirs = (row[5] for row in whole.rows)
+    assert ours.startswith("0.600 (")
+    assert theirs == "0.800 (one patient), 1 of 2 patients"
+    assert whole.rows[1][-1] == "+0.100 (one patient), 1 run"
+    assert organs.columns == ("organ", "EffSegNet base", "nnU-Net PlainConvUNet, 1 of 2 patients")
+    assert organs.rows == (("liver", "0.600", "0.800"),)  # who has more seeds does not count more
+
+
+def test_a_patient_who_shows_no_organ_is_left_out(tmp_path):
+    patients = {"one": {"liver": 0.5}, "two": {"liver": 0.75}, "empty": {"liver": None}}
+    for name in ("effseg-base", "unet3d"):
+        write(tmp_path, name, 1, patients)
+    whole, _ = report.tables(tmp_path)
+    assert [row[5][:5] for row in whole.rows] == ["0.625", "0.625"]
+    assert whole.rows[1][-1] == "+0.000 (+0.000 to +0.000)"
+    assert mean_dice(patients) == 0.625
+    assert np.isnan(mean_dice({"empty": {"liver": None}}))
+
+
+def test_other_patients_are_no_pairs(tmp_path):
+    write(tmp_path, "effseg-base", 1, {"one": {"liver": 0.9}})
+    write(tmp_path, "unet3d", 1, {"two": {"liver": 0.5}})
+    with pytest.raises(InputError, match="effseg-base and unet3d have scored other patients: fold 0, seed 1"):
+        report.tables(tmp_path)
+
+
+def test_two_files_of_one_run_are_refused(tmp_path):
+    """Such as those of two machines, of which one alone would count, or both twice."""
+    for folder, dice in (("here", 0.9), ("there", 0.1)):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, "effseg-base", 1, {"one": {"liver": dice}}, curve=[[1, 0.1], [2, 0.2]])
+    for found in (report.tables, lambda folder: list(curves.figures(folder))):
+        with pytest.raises(InputError, match=r"there.*: the same run as .*here.*: keep one of them"):
+            found(tmp_path)
+
+
+def test_what_a_kill_left_is_no_run(tmp_path):
+    write(tmp_path, "effseg-base", 1, {"one": {"liver": 0.9}})
+    whole = tmp_path / "effseg-base_fold-0_seed-1.json"
+    (tmp_path / ".writing-ab_cd.json").write_text(whole.read_text())
+    (tmp_path / ".writing-ef_gh.json").write_text(whole.read_text()[:50])
+    assert report.tables(tmp_path)[0].rows[0][1] == "1"
+
+
+def test_curves_of_several_arithmetics_are_apart(tmp_path):
+    for folder, dtype, dice in (("one", "bf16", 0.25), ("other", "fp32", 0.75)):
+        (tmp_path / folder).mkdir()
+        options = {"curve": [[1, 0.1], [2, dice]], "dtype": dtype}
+        write(tmp_path / folder, "effseg-base", 1, {"one": {"liver": dice}}, **options)
+    drawn = dict(curves.figures(tmp_path))
+    names = [f"curves_phantoms_folds_steps-200_{dtype}-1-thread.png" for dtype in ("bf16", "fp32")]
+    assert list(drawn) == names
+    assert [len(figure.axes[0].lines) for figure in drawn.values()] == [2, 2]
+
+
+def test_searches_of_several_arithmetics_are_apart(tmp_path):
+    for folder, dtype, dice in (("one", "bf16", 0.25), ("other", "fp32", 0.75)):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, "unet3d", 1, {"one": {"liver": dice}}, fold=SEARCH, dtype=dtype, mean=dice)
+    found = {table.title.rpartition("; ")[2]: table.rows for table in report.tables(tmp_path)}
+    name = "3D U-Net (Cicek 2016)"
+    assert found == {"bf16, 1 thread": ((name, "0.250"),), "fp32, 1 thread": ((name, "0.750"),)}
+
+
 def test_curves_of_several_machines_have_the_times_of_the_race(tmp_path):
     """One and two minutes a step there, whatever each took on its machine; none without a race."""
     curve = [[1, 0.1], [2, 0.2]]
@@ -138,13 +224,15 @@ def test_learning_curves_show_runs_and_their_means(tmp_path):
     assert [text.get_text() for text in figure.axes[1].texts] == ["EffSegNet base, 0.800"]
 
 
-def write(folder, name, seed, patients, fold="0", curve=(), cpu="Some CPU", seconds=60.0):
+def write(
+    folder, name, seed, patients, fold="0", curve=(), cpu="Some CPU", seconds=60.0, dtype="bf16", mean=1.0
+):
     document = {
         "schema": 1, "machine": {"cpu": cpu, "gpu": None}, "study": "phantoms",
         "title": "two phantoms", "contender": name,
         "budget": {"kind": "steps", "amount": 200}, "fold": fold, "seed": seed, "learning_rate": 1e-3,
-        "steps": 200, "dtype": "bf16", "device": "cpu", "threads": 1,
-        "processor_seconds": seconds, "patients": patients, "mean_dice": 1.0,
+        "steps": 200, "dtype": dtype, "device": "cpu", "threads": 1,
+        "processor_seconds": seconds, "patients": patients, "mean_dice": mean,
         "curve": curve,
     }  # fmt: skip
     (folder / f"{name}_fold-{fold}_seed-{seed}.json").write_text(json.dumps(document))
