@@ -173,7 +173,6 @@ def _document(run: Run, config: TrainingConfig, result: TrainingResult) -> dict[
 
     begun = record.begin().to_dict()
     patients = scores(config, result.final, run.study.folds[run.fold].scored)
-    shown = {*run.study.options, *run.study.patch_options}
     return {
         "schema": SCHEMA,
         "machine": begun["machine"],
@@ -198,12 +197,35 @@ def _document(run: Run, config: TrainingConfig, result: TrainingResult) -> dict[
         "seconds_per_step_in_the_race": run.seconds_per_step,
         "wall_steps_per_second": _number(result.steps_per_second),
         "training_cases": len(run.study.folds[run.fold].training),
-        "options": {k: v for k, v in config.to_dict().items() if k in shown},
+        "options": _options(run, config),
         "mean_dice": _number(mean_dice(patients)),
         "patients": patients,
         "losses": [round(loss, 4) if math.isfinite(loss) else None for loss in result.losses],
         "curve": _curve(config.output / "progress.csv"),
     }
+
+
+def _options(run: Run, config: TrainingConfig) -> dict[str, Any]:
+    shown = {*run.study.options, *run.study.patch_options}
+    return {k: v for k, v in config.to_dict().items() if k in shown}
+
+
+def check_done(run: Run, place: Place) -> None:
+    """Raises InputError where the file of a run that is done is of another one than would be carried out now:
+    of other patients, as by another splits_final.json, another learning rate, arithmetic and so on."""
+    path, config = place.results / run.place, configuration(run, place)
+    found = read_run(path)
+    fold = run.study.folds[run.fold]
+    expected = {
+        "learning_rate": run.rate,
+        "steps": config.steps,
+        "seed": run.seed,
+        "training_cases": len(fold.training),
+        "scored": ", ".join(sorted(fold.scored)),
+        "options": _options(run, config),
+    }
+    scored = {"scored": ", ".join(sorted(found["patients"]))}
+    check_same(path, found | scored, expected | place.arithmetic)
 
 
 def _curve(path: Path) -> list[list[float]]:
