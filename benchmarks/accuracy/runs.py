@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,12 +106,33 @@ def carry_out(run: Run, place: Place, console: Console | None = None) -> dict[st
     from effseg.training import train
 
     config = configuration(run, place)
+    begun = config.output.with_name(f"{config.output.name}.begun.json")
+    machines = _machines(begun, config.output, place)
     result = train(config, console=console)
-    document = _document(run, config, result)
+    document = _document(run, config, result, machines)
     with atomic_path(place.results / run.place) as temporary:
         temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     shutil.rmtree(config.output)
+    begun.unlink(missing_ok=True)
     return document
+
+
+def _machines(begun: Path, run: Path, place: Place) -> list[str]:
+    """Those on which the run in a folder has been, with this one; written to the file `begun`.
+
+    Raises InputError where it began in another arithmetic: training goes on with any number of threads and
+    on any device, and the run's file would tell of the last ones alone.
+    """
+    from effseg.training.checkpoint import Checkpoints
+
+    goes_on = Checkpoints(run / "checkpoints").newest() is not None and begun.exists()
+    found = results.parsed(begun) if goes_on else {"machines": []}
+    check_same(run, found, place.arithmetic, "go on so, or use another scratch folder")
+    name = record.machine()["gpu" if place.arithmetic["device"] == "cuda" else "cpu"]
+    machines = list(dict.fromkeys([*found["machines"], str(name)]))
+    with atomic_path(begun) as temporary:
+        temporary.write_text(json.dumps({"machines": machines} | place.arithmetic) + "\n", encoding="utf-8")
+    return machines
 
 
 def configuration(run: Run, place: Place) -> TrainingConfig:
@@ -168,14 +189,16 @@ def scores(
     return found
 
 
-def _document(run: Run, config: TrainingConfig, result: TrainingResult) -> dict[str, Any]:
+def _document(
+    run: Run, config: TrainingConfig, result: TrainingResult, machines: Sequence[str]
+) -> dict[str, Any]:
     from effseg.models.registry import load
 
-    begun = record.begin().to_dict()
+    begun, device = record.begin().to_dict(), find_device(config.device).type
     patients = scores(config, result.final, run.study.folds[run.fold].scored)
     return {
         "schema": SCHEMA,
-        "machine": begun["machine"],
+        "machine": begun["machine"] | {"gpu" if device == "cuda" else "cpu": " then ".join(machines)},
         "versions": begun["versions"],
         "study": run.study.name,
         "title": run.study.title,
@@ -190,7 +213,7 @@ def _document(run: Run, config: TrainingConfig, result: TrainingResult) -> dict[
         "skipped_steps": result.skipped,
         "patch_size": config.patch_size and list(config.patch_size),
         "dtype": config.dtype,
-        "device": find_device(config.device).type,
+        "device": device,
         "threads": torch.get_num_threads(),
         "time": "processor time of the process, all its threads, in training steps",
         "processor_seconds": result.processor_seconds,
@@ -252,15 +275,18 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def check_same(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises InputError where what is kept in a file is of other conditions than are asked for now."""
+def check_same(
+    path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], way: str = "use another output"
+) -> None:
+    """Raises InputError, which says what to do, where what is kept in a file is of other conditions than are
+    asked for now."""
     differing = [name for name, value in expected.items() if found.get(name, value) != value]
     if differing:
         was, now = (
             ", ".join(f"{name.replace('_', ' ')} {one[name]}" for name in differing)
             for one in (found, expected)
         )
-        raise InputError(f"{path}: of {was}, expected {now}: use another output")
+        raise InputError(f"{path}: of {was}, expected {now}: {way}")
 
 
 def read_runs(folder: Path) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from benchmarks.accuracy.contenders import CONTENDERS, Contender, NNUNet, stride
 from benchmarks.accuracy.runs import Budget, Place, Run, carry_out, configuration
 from benchmarks.accuracy.studies import SEARCH, Fold
 from effseg import phantom
+from effseg.benchmarking import record
 from effseg.benchmarking.networks import plain_conv_unet
 from effseg.conversion.convert import restore
 from effseg.data.preprocessing import AIR
@@ -279,24 +280,57 @@ class Killed(BaseException):
     """As a signal would, from within a step."""
 
 
-def test_an_ended_run_goes_on_and_ends_as_one_that_was_not(tiny, place, tmp_path, monkeypatch):
-    run = Run(tiny, TINY, Budget("steps", 4), "0", 1, 1e-3)
-    whole = carry_out(run, dataclasses.replace(place, results=tmp_path / "whole"))
-    step = Stepper.__call__
+@pytest.fixture
+def ended(tiny, place, monkeypatch):
+    """A run of four steps that ended in its third one, on a machine of its own."""
+    run, step = Run(tiny, TINY, Budget("steps", 4), "0", 1, 1e-3), Stepper.__call__
 
     def ends(self, number, *batch):
         if number == 2:
             raise Killed
         return step(self, number, *batch)
 
-    monkeypatch.setattr(Stepper, "__call__", ends)
-    with pytest.raises(Killed):
-        carry_out(run, place)
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "__call__", ends)
+        patched.setattr(record, "processor", lambda: "Slow CPU")
+        with pytest.raises(Killed):
+            carry_out(run, place)
     assert not list(place.results.rglob("*.json"))
-    steps = []
+    return run
+
+
+def test_an_ended_run_goes_on_and_ends_as_one_that_was_not(ended, place, tmp_path, monkeypatch):
+    step, steps = Stepper.__call__, []
+    whole = carry_out(ended, dataclasses.replace(place, results=tmp_path / "a", scratch=tmp_path / "b"))
     monkeypatch.setattr(Stepper, "__call__", lambda *given: steps.append(given[1]) or step(*given))
-    assert_same(carry_out(run, place), whole)
+    assert_same(carry_out(ended, place), whole)
     assert steps == [2, 3]
+    assert not [path for path in (place.scratch / "runs").rglob("*") if path.is_file()]
+
+
+def test_a_run_of_two_machines_says_so(ended, place, monkeypatch):
+    """Its time is that of neither."""
+    for cpu in ("Fast CPU", "Slow CPU"):
+        monkeypatch.setattr(record, "processor", lambda cpu=cpu: cpu)
+        with monkeypatch.context() as patched:
+            patched.setattr(Stepper, "__call__", stopped)
+            with pytest.raises(Killed):
+                carry_out(ended, place)
+    assert carry_out(ended, place)["machine"]["cpu"] == "Slow CPU then Fast CPU"
+
+
+def stopped(*given):
+    raise Killed
+
+
+def test_a_run_does_not_go_on_with_other_threads(ended, place, monkeypatch):
+    """Nor for another output, which has the same scratch: its file would tell of those of its end alone."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    named = (
+        r"effseg-tiny_fold-0_seed-1: of threads \d+, expected threads 99: go on so, or use another scratch"
+    )
+    with pytest.raises(InputError, match=named):
+        carry_out(ended, dataclasses.replace(place, results=place.results / "other"))
 
 
 def assert_same(again, whole):
