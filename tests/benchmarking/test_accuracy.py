@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import shutil
+import threading
 import time
 
 import numpy as np
@@ -377,10 +378,9 @@ def test_a_budget_of_time_becomes_steps_by_a_race(tiny, place, monkeypatch, foun
     assert paces.paces(tiny, [TINY], place) == {"effseg-tiny": pace}
 
 
-def test_who_comes_later_is_told_in_seconds_of_the_first_race(tiny, place, monkeypatch):
-    """The machine is half as fast by then: a network that takes 3 times the first one's does so still."""
-    monkeypatch.setattr(paces, "ROUNDS", 3)
-    monkeypatch.setattr(paces, "WARM", 1)
+@pytest.fixture
+def raced(monkeypatch):
+    """Seconds a step by contender, told instead of measured."""
     seconds, clock = {"effseg-tiny": 1.0, "unet3d": 8.0, "nnunet": 3.0}, [0.0]
 
     def turn(study, contender, place):
@@ -389,17 +389,56 @@ def test_who_comes_later_is_told_in_seconds_of_the_first_race(tiny, place, monke
 
         return step
 
+    monkeypatch.setattr(paces, "ROUNDS", 3)
+    monkeypatch.setattr(paces, "WARM", 1)
     monkeypatch.setattr(paces, "_turn", turn)
     monkeypatch.setattr(paces.time, "process_time", lambda: clock[0])
+    return seconds
+
+
+def test_who_comes_later_is_told_in_seconds_of_the_first_race(tiny, place, monkeypatch, raced):
+    """The machine is half as fast by then: a network that takes 3 times the first one's does so still."""
     unet, nnunet = CONTENDERS["unet3d"], CONTENDERS["nnunet"]
     assert paces.paces(tiny, [unet, TINY], place) == {"unet3d": 8.0, "effseg-tiny": 1.0}
-    seconds.update({name: 2 * pace for name, pace in seconds.items()})
+    raced.update({name: 2 * pace for name, pace in raced.items()})
     assert paces.paces(tiny, [TINY, nnunet], place) == {"effseg-tiny": 1.0, "nnunet": 3.0}
     kept = json.loads((place.results / "phantoms/paces.json").read_text())
     assert [race["scale"] for race in kept["races"]] == [1.0, 0.5]
     assert kept["races"][1]["of_the_rounds"] == {"effseg-tiny": [2.0, 2.0], "nnunet": [6.0, 6.0]}
     monkeypatch.setattr(paces, "_turn", None)
     assert paces.paces(tiny, [unet], place) == {"unet3d": 8.0}
+
+
+def test_who_comes_later_does_not_race_on_another_machine(tiny, place, monkeypatch, raced):
+    """Which is 8 times as fast for one network and as fast for another one."""
+    monkeypatch.setattr(record, "processor", lambda: "Slow CPU")
+    assert paces.paces(tiny, [TINY], place) == {"effseg-tiny": 1.0}
+    monkeypatch.setattr(record, "processor", lambda: "Fast CPU")
+    with pytest.raises(InputError, match=r"paces\.json: of cpu Slow CPU, expected cpu Fast CPU: race there"):
+        paces.paces(tiny, [TINY, CONTENDERS["nnunet"]], place)
+    assert paces.paces(tiny, [TINY], place) == {"effseg-tiny": 1.0}
+
+
+def test_two_races_at_once_take_turns(tiny, place, monkeypatch, raced):
+    """The second one begins while the first one is under way, and neither's paces are lost."""
+    turn, others = paces._turn, []
+
+    def second():
+        paces.paces(tiny, [TINY, CONTENDERS["nnunet"]], place)
+
+    def first(*given):
+        monkeypatch.setattr(paces, "_turn", turn)
+        others.append(threading.Thread(target=second))
+        others[0].start()
+        others[0].join(0.5)
+        return turn(*given)
+
+    monkeypatch.setattr(paces, "_turn", first)
+    assert paces.paces(tiny, [TINY], place) == {"effseg-tiny": 1.0}
+    others[0].join()
+    kept = json.loads((place.results / "phantoms/paces.json").read_text())
+    assert kept["seconds_per_step"] == {"effseg-tiny": 1.0, "nnunet": 3.0}
+    assert list(kept["races"][1]["of_the_rounds"]) == ["effseg-tiny", "nnunet"]
 
 
 # The command
