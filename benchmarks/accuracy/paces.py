@@ -116,7 +116,7 @@ def known_paces(folder: Path) -> dict[str, float]:
 
 def _turn(study: Study, contender: Contender, place: Place) -> Callable[[int], None]:
     """A training step as `effseg.training` makes it: the batch, too."""
-    from effseg.training.batches import Batches
+    from effseg.training.batches import Batches, margin_of
     from effseg.training.data import load_training_data
     from effseg.training.distributed import join_world
     from effseg.training.optimizer import Stepper
@@ -138,6 +138,7 @@ def _turn(study: Study, contender: Contender, place: Place) -> Callable[[int], N
         data.augment,
         config.patch_size,
         augment_on=device if config.augments_on(device) else None,
+        patch_margin=margin_of(config.augment_strength),
     )
     return partial(_step, stepper, batches, device, RunState())
 

@@ -139,7 +139,8 @@ def load_training_data(
 
 
 def _augmentation(mirror: Pairs | None, config: TrainingConfig, device: torch.device) -> Augmentation:
-    return augmentation(mirror, config.augment_strength, on_device=config.augments_on(device))
+    on_device, whole = config.augments_on(device), config.patch_size is None
+    return augmentation(mirror, config.augment_strength, on_device, shifts=whole)
 
 
 def _mirror(config: TrainingConfig, label_map: LabelMap) -> Pairs | None:

@@ -22,7 +22,7 @@ from effseg.models.effsegnet import EffSegNet
 from effseg.models.registry import build_model, load
 from effseg.parallel import rows
 from effseg.training.average import WeightAverage
-from effseg.training.batches import Batches
+from effseg.training.batches import Batches, margin_of
 from effseg.training.best import best_so_far
 from effseg.training.checkpoint import Checkpoints, load_checkpoint, writing
 from effseg.training.checks import check_batch_norm, check_global_batch
@@ -121,6 +121,7 @@ class _Run:
             pin=device.type == "cuda",
             augment_on=device if config.augments_on(device) else None,
             own_rows=self._own_rows if config.split_volume > 1 else None,
+            patch_margin=margin_of(config.augment_strength),
         )
         ahead = batches.ahead(state.step, self.steps, config.workers)
         spent, before = 0.0, state.seconds
