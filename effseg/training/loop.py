@@ -175,14 +175,19 @@ class _Run:
                 self.world.volumes,
                 self._overlay,
             )
-            mean = mean_dice(dice)
-            if mean > (mean_dice(state.best_dice) if state.best_dice else -1.0):
+            if self._rank(dice) > (self._rank(state.best_dice) if state.best_dice else -1.0):
                 state.best_step, state.best_dice = state.step, dice
                 if self.world.is_main:
                     self._save(self.config.output / "best.safetensors", dice)
         state.last_dice = dice
         display.validation(state.step, self.data.organs, dice)
         return dice
+
+    def _rank(self, dice: list[float]) -> float:
+        """By what the networks of this run compare: one organ that no case shows has no Dice until a voxel is
+        taken for it, and 0 from then on, which would outweigh what the others have learnt."""
+        shown = self.data.validated
+        return mean_dice([value for value, known in zip(dice, shown, strict=True) if known])
 
     def _segment(self, case: WholeCase) -> np.ndarray:
         bf16, patch_size = uses_bf16(self.config, self.world.device), self.config.patch_size
