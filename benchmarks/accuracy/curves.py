@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.accuracy.contenders import CONTENDERS
 from benchmarks.accuracy.paces import known_paces
-from benchmarks.accuracy.report import label, machine
+from benchmarks.accuracy.report import arithmetic, label, machine
 from benchmarks.accuracy.runs import read_runs
 from benchmarks.accuracy.studies import SEARCH
 from effseg.benchmarking import results
@@ -24,14 +24,18 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 def figures(folder: Path) -> Iterator[tuple[str, Any]]:
     """For every study and budget whose runs scored patients on the way, held-out ones apart from those of
-    folds, a file's name and its picture."""
+    folds, a file's name and its picture; one for each arithmetic, which the name tells where there are
+    several."""
     groups: dict[tuple[str, ...], dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for run in read_runs(folder):
         if run["fold"] != SEARCH and len(run["curve"]) > 1:
             budget = f"{run['budget']['kind']}-{run['budget']['amount']:g}"
             part = "held" if run["fold"] == "held" else "folds"
-            groups[run["study"], part, budget][run["contender"]].append(run)
-    for names, runs in groups.items():
+            groups[run["study"], part, budget, arithmetic(run)][run["contender"]].append(run)
+    alike = Counter(names[:-1] for names in groups)
+    for (*names, how), runs in groups.items():
+        if alike[tuple(names)] > 1:
+            names.append(how.replace(",", "").replace(" ", "-"))
         race = known_paces(folder / names[0])
         yield f"curves_{'_'.join(names)}.png", curves(", ".join(names), runs, race)
 

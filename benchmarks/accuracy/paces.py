@@ -7,9 +7,12 @@ cores that share their units and caches do: taking turns, all contenders are slo
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +36,20 @@ def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[s
     """Seconds of processor time a step, by contender: the median over the rounds.
 
     Kept in the study's results. Who is missing there races the quickest one that is known, and its pace is
-    told in that one's seconds of the first race: runs are there that were as long as those say. Raises
-    InputError where they were raced in another arithmetic.
+    told in that one's seconds of the first race: runs are there that were as long as those say. Races of
+    several processes take turns, so that none writes over what another one found. Raises InputError where
+    they were raced in another arithmetic, or somebody is missing and this is another machine than that of the
+    first race: what is twice as fast there for one network need not be so for another.
     """
     path = place.results / study.name / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path.parent):
+        return _kept_or_raced(path, study, contenders, place)
+
+
+def _kept_or_raced(
+    path: Path, study: Study, contenders: Sequence[Contender], place: Place
+) -> dict[str, float]:
     kept: dict[str, Any] = results.parsed(path) if path.exists() else {}
     machine = kept["races"][0]["machine"] if kept else {}  # which says how many threads there were
     check_same(path, machine | kept, place.arithmetic)
@@ -44,6 +57,11 @@ def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[s
     missing = [contender for contender in contenders if contender.name not in known]
     if not missing:
         return {contender.name: known[contender.name] for contender in contenders}
+    if kept:
+        which = "gpu" if place.arithmetic["device"] == "cuda" else "cpu"
+        check_same(
+            path, machine, {which: record.machine()[which]}, "race there, or all anew for another output"
+        )
     named = {contender.name: contender for contender in (*CONTENDERS.values(), *contenders)}
     quickest = min(set(known) & set(named), key=lambda name: known[name], default=None)
     racing = missing if quickest is None else [named[quickest], *missing]
@@ -78,6 +96,18 @@ def paces(study: Study, contenders: Sequence[Contender], place: Place) -> dict[s
     return {contender.name: scaled[contender.name] for contender in contenders}
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; on a file system without locks, all at once."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def known_paces(folder: Path) -> dict[str, float]:
     """Those that are kept in a study's results, and none where no race was run."""
     path = folder / FILE
@@ -86,7 +116,7 @@ def known_paces(folder: Path) -> dict[str, float]:
 
 def _turn(study: Study, contender: Contender, place: Place) -> Callable[[int], None]:
     """A training step as `effseg.training` makes it: the batch, too."""
-    from effseg.training.batches import Batches
+    from effseg.training.batches import Batches, margin_of
     from effseg.training.data import load_training_data
     from effseg.training.distributed import join_world
     from effseg.training.optimizer import Stepper
@@ -108,6 +138,7 @@ def _turn(study: Study, contender: Contender, place: Place) -> Callable[[int], N
         data.augment,
         config.patch_size,
         augment_on=device if config.augments_on(device) else None,
+        patch_margin=margin_of(config.augment_strength),
     )
     return partial(_step, stepper, batches, device, RunState())
 

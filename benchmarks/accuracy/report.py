@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.bootstrap import mean_over_patients
 from benchmarks.accuracy.contenders import CONTENDERS
+from benchmarks.accuracy.intervals import DIFFERENCE, mean_over_patients
 from benchmarks.accuracy.runs import patient_dice, read_runs
 from benchmarks.accuracy.studies import SEARCH
 from effseg.benchmarking import results
 from effseg.benchmarking.tabulation import Table
+from effseg.errors import InputError
 
 FIRST = "effseg-base"
 """Whom the others are compared with."""
@@ -32,29 +33,29 @@ def tables(folder: Path) -> list[Table]:
     Runs of several machines stand in one table, their times apart: scores depend on a machine by its rounding
     alone, and by a budget of time all have as many steps, those of the race.
     """
-    searched: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    searched: dict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in read_runs(folder):
         if run["fold"] == SEARCH:
-            searched[run["study"], run["steps"]].append(run)
+            searched[run["study"], run["steps"], arithmetic(run)].append(run)
         else:
             budget = f"{run['budget']['amount']:g} {_UNITS[run['budget']['kind']]}"
             part = (
                 "held-out cases" if run["fold"] == "held" else "folds" if run["study"] != "phantoms" else ""
             )
             title = ", ".join(filter(None, (run["title"], part, budget)))
-            groups[title, _arithmetic(run)][run["contender"]].append(run)
+            groups[title, arithmetic(run)][run["contender"]].append(run)
     found = []
-    for (title, arithmetic), by_name in groups.items():
+    for (title, how), by_name in groups.items():
         named = {name: by_name[name] for name in CONTENDERS if name in by_name}
-        found += [_all_organs(f"{title}; {arithmetic}", named), _each_organ(f"{title}: Dice by organ", named)]
-    return found + [_search(study, steps, runs) for (study, steps), runs in searched.items()]
+        found += [_all_organs(f"{title}; {how}", named), _each_organ(f"{title}: Dice by organ", named)]
+    return found + [_search(*names, runs) for names, runs in searched.items()]
 
 
 _UNITS = {"steps": "whole-volume steps each", "cpu-seconds": "seconds of the race's processor time each"}
 
 
-def _arithmetic(run: Mapping[str, Any]) -> str:
+def arithmetic(run: Mapping[str, Any]) -> str:
     where = "" if run["device"] == "cuda" else f", {run['threads']} thread" + "s" * (run["threads"] != 1)
     return f"{run['dtype']}{where}"
 
@@ -68,7 +69,7 @@ def _all_organs(title: str, by_name: Mapping[str, Sequence[Mapping[str, Any]]]) 
     machines = sorted({machine(run) for runs in by_name.values() for run in runs})
     rows = []
     for name, runs in by_name.items():
-        means = [np.mean([patient_dice(organs) for organs in run.values()]) for run in scored[name].values()]
+        patients = _by_patient(scored[name])
         steps = sorted({run["steps"] for run in runs})
         rates = sorted({_rate(run) for run in runs})
         rows.append(
@@ -78,8 +79,8 @@ def _all_organs(title: str, by_name: Mapping[str, Sequence[Mapping[str, Any]]]) 
                 " to ".join(map(str, dict.fromkeys((steps[0], steps[-1])))),
                 _seconds(runs, named=len(machines) > 1),
                 ", ".join(rates),
-                mean_over_patients(_by_patient(scored[name], scored[name])).text(),
-                f"{min(means):.3f} to {max(means):.3f}",
+                mean_over_patients(list(patients.values())).text() + _part(patients, scored),
+                _by_seed(scored[name]),
                 _difference(scored, name),
             )
         )
@@ -102,45 +103,74 @@ def _rate(run: Mapping[str, Any]) -> str:
     return f"{run['learning_rate']:g}" + (f" (of {run['learning_rate_of']})" if other else "")
 
 
+def _part(patients: Mapping[str, float], scored: Mapping[str, Scores]) -> str:
+    """Said of means over fewer patients than others of the table have: they do not compare."""
+    every = {patient for scores in scored.values() for patient in _by_patient(scores)}
+    return "" if len(patients) == len(every) else f", {len(patients)} of {len(every)} patients"
+
+
+def _by_seed(scores: Scores) -> str:
+    """Lowest and highest mean over patients, of the seeds that have run the same folds as the one that has
+    run most: folds are of other patients each."""
+    folds: dict[int, Scores] = defaultdict(dict)
+    for (fold, seed), patients in scores.items():
+        folds[seed][fold, seed] = patients
+    ran = {seed: {fold for fold, _ in of} for seed, of in folds.items()}
+    most = max(ran.values(), key=len)
+    means = [np.mean(list(_by_patient(of).values())) for seed, of in folds.items() if ran[seed] == most]
+    return f"{min(means):.3f} to {max(means):.3f}"
+
+
 def _difference(scored: Mapping[str, Scores], name: str) -> str:
-    """Of the seeds and folds that both have."""
+    """Of the seeds and folds that both have. Raises InputError where these are of other patients."""
     common = [key for key in scored.get(FIRST, {}) if key in scored[name]]
     if name == FIRST or not common:
         return "-" if name == FIRST else "not measured"
-    ours, theirs = (_by_patient(scored[one], common) for one in (FIRST, name))
+    for fold, seed in common:
+        if scored[FIRST][fold, seed].keys() != scored[name][fold, seed].keys():
+            raise InputError(f"{FIRST} and {name} have scored other patients: fold {fold}, seed {seed}")
+    ours, theirs = (_by_patient({key: scored[one][key] for key in common}) for one in (FIRST, name))
+    differences = [ours[patient] - theirs[patient] for patient in ours if patient in theirs]
     all_are = len(common) == max(len(scored[FIRST]), len(scored[name]))
     few = "" if all_are else f", {len(common)} run" + "s" * (len(common) != 1)
-    return mean_over_patients(ours - theirs).text("+") + few
+    return mean_over_patients(differences, DIFFERENCE).text("+") + few
 
 
 def _scores(runs: Iterable[Mapping[str, Any]]) -> Scores:
     return {(run["fold"], run["seed"]): run["patients"] for run in runs}
 
 
-def _by_patient(scores: Scores, keys: Iterable[tuple[str, int]]) -> np.ndarray:
-    """Of every patient the mean over the seeds of its mean over its organs."""
+def _by_patient(scores: Scores) -> dict[str, float]:
+    """Of every patient the mean over the seeds of its mean over its organs; none of who shows no organ."""
     values: dict[str, list[float]] = defaultdict(list)
-    for key in keys:
-        for patient, organs in scores[key].items():
+    for patients in scores.values():
+        for patient, organs in patients.items():
             values[patient].append(patient_dice(organs))
-    return np.array([np.mean(values[patient]) for patient in sorted(values)])
+    known = {patient: np.array(found)[np.isfinite(found)] for patient, found in sorted(values.items())}
+    return {patient: float(found.mean()) for patient, found in known.items() if len(found)}
 
 
 def _each_organ(title: str, by_name: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """Means over patients and seeds."""
+    """Means over patients of means over seeds."""
     first = next(iter(by_name.values()))[0]
     organs = list(next(iter(first["patients"].values())))
+    scored = {name: _scores(runs) for name, runs in by_name.items()}
     rows = []
     for organ in organs:
         cells = []
-        for runs in by_name.values():
-            values = [p[organ] for run in runs for p in run["patients"].values() if p[organ] is not None]
+        for scores in scored.values():
+            alone = {
+                key: {patient: {organ: found[organ]} for patient, found in patients.items()}
+                for key, patients in scores.items()
+            }
+            values = list(_by_patient(alone).values())
             cells.append(f"{np.mean(values):.3f}" if values else "in none")
         rows.append((organ, *cells))
-    return Table(title, ("organ", *map(label, by_name)), tuple(rows))
+    columns = (label(name) + _part(_by_patient(scores), scored) for name, scores in scored.items())
+    return Table(title, ("organ", *columns), tuple(rows))
 
 
-def _search(study: str, steps: int, runs: Sequence[Mapping[str, Any]]) -> Table:
+def _search(study: str, steps: int, how: str, runs: Sequence[Mapping[str, Any]]) -> Table:
     """What each learning rate scored on the patients by whom it was chosen."""
     rates = sorted({run["learning_rate"] for run in runs})
     dice = {(run["contender"], run["learning_rate"]): run["mean_dice"] for run in runs}
@@ -148,7 +178,7 @@ def _search(study: str, steps: int, runs: Sequence[Mapping[str, Any]]) -> Table:
     for name in (name for name in CONTENDERS if any(run["contender"] == name for run in runs)):
         known = [dice.get((name, rate)) for rate in rates]
         rows.append((label(name), *("not measured" if d is None else f"{d:.3f}" for d in known)))
-    title = f"{study}: mean Dice by learning rate after {steps} steps, on patients not reported"
+    title = f"{study}: mean Dice by learning rate after {steps} steps, on patients not reported; {how}"
     return Table(title, ("network", *(f"{rate:g}" for rate in rates)), tuple(rows))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,12 +106,33 @@ def carry_out(run: Run, place: Place, console: Console | None = None) -> dict[st
     from effseg.training import train
 
     config = configuration(run, place)
+    begun = config.output.with_name(f"{config.output.name}.begun.json")
+    machines = _machines(begun, config.output, place)
     result = train(config, console=console)
-    document = _document(run, config, result)
+    document = _document(run, config, result, machines)
     with atomic_path(place.results / run.place) as temporary:
         temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     shutil.rmtree(config.output)
+    begun.unlink(missing_ok=True)
     return document
+
+
+def _machines(begun: Path, run: Path, place: Place) -> list[str]:
+    """Those on which the run in a folder has been, with this one; written to the file `begun`.
+
+    Raises InputError where it began in another arithmetic: training goes on with any number of threads and
+    on any device, and the run's file would tell of the last ones alone.
+    """
+    from effseg.training.checkpoint import Checkpoints
+
+    goes_on = Checkpoints(run / "checkpoints").newest() is not None and begun.exists()
+    found = results.parsed(begun) if goes_on else {"machines": []}
+    check_same(run, found, place.arithmetic, "go on so, or use another scratch folder")
+    name = record.machine()["gpu" if place.arithmetic["device"] == "cuda" else "cpu"]
+    machines = list(dict.fromkeys([*found["machines"], str(name)]))
+    with atomic_path(begun) as temporary:
+        temporary.write_text(json.dumps({"machines": machines} | place.arithmetic) + "\n", encoding="utf-8")
+    return machines
 
 
 def configuration(run: Run, place: Place) -> TrainingConfig:
@@ -168,15 +189,16 @@ def scores(
     return found
 
 
-def _document(run: Run, config: TrainingConfig, result: TrainingResult) -> dict[str, Any]:
+def _document(
+    run: Run, config: TrainingConfig, result: TrainingResult, machines: Sequence[str]
+) -> dict[str, Any]:
     from effseg.models.registry import load
 
-    begun = record.begin().to_dict()
+    begun, device = record.begin().to_dict(), find_device(config.device).type
     patients = scores(config, result.final, run.study.folds[run.fold].scored)
-    shown = {*run.study.options, *run.study.patch_options}
     return {
         "schema": SCHEMA,
-        "machine": begun["machine"],
+        "machine": begun["machine"] | {"gpu" if device == "cuda" else "cpu": " then ".join(machines)},
         "versions": begun["versions"],
         "study": run.study.name,
         "title": run.study.title,
@@ -191,19 +213,42 @@ def _document(run: Run, config: TrainingConfig, result: TrainingResult) -> dict[
         "skipped_steps": result.skipped,
         "patch_size": config.patch_size and list(config.patch_size),
         "dtype": config.dtype,
-        "device": find_device(config.device).type,
+        "device": device,
         "threads": torch.get_num_threads(),
         "time": "processor time of the process, all its threads, in training steps",
         "processor_seconds": result.processor_seconds,
         "seconds_per_step_in_the_race": run.seconds_per_step,
         "wall_steps_per_second": _number(result.steps_per_second),
         "training_cases": len(run.study.folds[run.fold].training),
-        "options": {k: v for k, v in config.to_dict().items() if k in shown},
+        "options": _options(run, config),
         "mean_dice": _number(mean_dice(patients)),
         "patients": patients,
         "losses": [round(loss, 4) if math.isfinite(loss) else None for loss in result.losses],
         "curve": _curve(config.output / "progress.csv"),
     }
+
+
+def _options(run: Run, config: TrainingConfig) -> dict[str, Any]:
+    shown = {*run.study.options, *run.study.patch_options}
+    return {k: v for k, v in config.to_dict().items() if k in shown}
+
+
+def check_done(run: Run, place: Place) -> None:
+    """Raises InputError where the file of a run that is done is of another one than would be carried out now:
+    of other patients, as by another splits_final.json, another learning rate, arithmetic and so on."""
+    path, config = place.results / run.place, configuration(run, place)
+    found = read_run(path)
+    fold = run.study.folds[run.fold]
+    expected = {
+        "learning_rate": run.rate,
+        "steps": config.steps,
+        "seed": run.seed,
+        "training_cases": len(fold.training),
+        "scored": ", ".join(sorted(fold.scored)),
+        "options": _options(run, config),
+    }
+    scored = {"scored": ", ".join(sorted(found["patients"]))}
+    check_same(path, found | scored, expected | place.arithmetic)
 
 
 def _curve(path: Path) -> list[list[float]]:
@@ -215,8 +260,9 @@ def _curve(path: Path) -> list[list[float]]:
 
 
 def mean_dice(patients: Mapping[str, Mapping[str, float | None]]) -> float:
-    """Mean over the patients of the mean over the organs that each has."""
-    return float(np.mean([patient_dice(organs) for organs in patients.values()]))
+    """Mean over the patients, of whom some organ is known, of the mean over the organs that each has."""
+    known = [dice for organs in patients.values() if math.isfinite(dice := patient_dice(organs))]
+    return float(np.mean(known)) if known else math.nan
 
 
 def patient_dice(organs: Mapping[str, float | None]) -> float:
@@ -229,21 +275,36 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def check_same(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises InputError where what is kept in a file is of other conditions than are asked for now."""
+def check_same(
+    path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], way: str = "use another output"
+) -> None:
+    """Raises InputError, which says what to do, where what is kept in a file is of other conditions than are
+    asked for now."""
     differing = [name for name, value in expected.items() if found.get(name, value) != value]
     if differing:
         was, now = (
             ", ".join(f"{name.replace('_', ' ')} {one[name]}" for name in differing)
             for one in (found, expected)
         )
-        raise InputError(f"{path}: of {was}, expected {now}: use another output")
+        raise InputError(f"{path}: of {was}, expected {now}: {way}")
 
 
 def read_runs(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every run's file under a folder, by name. Raises InputError for a file that is none."""
+    """Every run's file under a folder, by name. Raises InputError for a file that is none, and for two of one
+    run, such as two machines' results in folders of their own hold: it would count twice, or once of both."""
+    seen: dict[tuple[Any, ...], Path] = {}
     for path in sorted(folder.rglob("*_*.json")):
-        yield read_run(path)
+        if path.name.startswith("."):  # left of a kill while it was written
+            continue
+        run = read_run(path)
+        which = [
+            run.get(name) for name in ("study", "contender", "fold", "seed", "dtype", "device", "threads")
+        ]
+        rate = run.get("learning_rate") if run.get("fold") == SEARCH else None
+        other = seen.setdefault((*which, str(run.get("budget")), rate), path)
+        if other != path:
+            raise InputError(f"{path}: the same run as {other}: keep one of them")
+        yield run
 
 
 def read_run(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from benchmarks.accuracy import report
 from benchmarks.accuracy.contenders import CONTENDERS, Contender
 from benchmarks.accuracy.paces import paces
-from benchmarks.accuracy.runs import Budget, Place, Run, carry_out, check_same, read_run
+from benchmarks.accuracy.runs import Budget, Place, Run, carry_out, check_done, read_run
 from benchmarks.accuracy.studies import SEARCH, Study, study
 from effseg.benchmarking import results
 from effseg.common.arguments import Parser
@@ -34,7 +34,7 @@ SCRATCH = results.FOLDER.parents[1] / "runs" / "accuracy"
 
 HELP = """Train networks on equal terms and score each on the same unseen patients. The learning rate of each
 is the best of a search on patients, and with a seed, that are not reported. Tables with 95 % intervals
-(bootstrap over patients) are printed, and written with --table."""
+(Student's, over patients) are printed, and written with --table."""
 
 
 def go(
@@ -99,12 +99,9 @@ def best_rate(chosen: Study, contender: Contender, place: Place, done: Callable[
 def _done(
     run: Run, place: Place, say: Callable[[str], None], goes_on: Callable[[], bool], console: Console | None
 ) -> bool:
-    """Raises InputError where the run's file is of another learning rate than --rates-of or the search says,
-    of other steps than the race says, or of another arithmetic."""
-    path = place.results / run.place
-    if path.exists():
-        steps = run.budget.steps(run.study, run.contender, run.seconds_per_step)
-        check_same(path, read_run(path), {"learning_rate": run.rate, "steps": steps} | place.arithmetic)
+    """Raises InputError where the run's file is of another run, as `check_done` finds."""
+    if (place.results / run.place).exists():
+        check_done(run, place)
         return True
     if not goes_on():
         return False

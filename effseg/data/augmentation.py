@@ -25,7 +25,9 @@ Spacing = tuple[float, float, float]
 Augmentation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-def augmentation(mirror: Pairs | None = None, strength: float = 1.0, on_device: bool = False) -> Augmentation:
+def augmentation(
+    mirror: Pairs | None = None, strength: float = 1.0, on_device: bool = False, shifts: bool = True
+) -> Augmentation:
     """A function (image, labels, seed, spacing=(1, 1, 1), outside=None) -> (image, labels), the same for the
     same seed.
 
@@ -41,6 +43,8 @@ def augmentation(mirror: Pairs | None = None, strength: float = 1.0, on_device: 
     is mirrored left to right and these pairs of classes change places; () for none.
     About 45 ns on one core and 30 bytes a voxel.
 
+    shifts: False for patches, which lie anywhere already: a shift would bring `outside` into the middle of a
+    body.
     on_device: for tensors that lie on the device that trains, where it takes 11 bytes a voxel, the volume
     included. The changes are the same but for the noise, which a generator of the device draws; the image's
     memory is used up. Devices differ by rounding.
@@ -56,7 +60,7 @@ def augmentation(mirror: Pairs | None = None, strength: float = 1.0, on_device: 
         fill = filling(outside, image)
         # Made anew every time: MONAI's transforms keep their random state and what they drew.
         transforms = [
-            RandomPoseD(strength, spacing, fill),
+            RandomPoseD(strength, spacing, fill, shifts),
             RandScaleIntensityd("image", factors=0.1 * strength, prob=1.0),
             RandShiftIntensityd("image", offsets=0.1 * strength, prob=1.0),
             RandGaussianNoised("image", std=0.05 * strength, prob=0.3),
@@ -93,14 +97,17 @@ def _drawn(transforms: Sequence[Any], shape: Sequence[int]) -> Changes:
 class RandomPoseD(Randomizable, MapTransform):
     """Rotation, zoom and shift of "image" (C, D, H, W) and "labels" (1, D, H, W), drawn at random.
 
-    fill: what comes in, of all channels or (C, 1, 1, 1).
+    fill: what comes in, of all channels or (C, 1, 1, 1). shifts: whether it is shifted.
 
     MONAI's RandAffined turns in voxels, which shears anisotropic volumes, draws a zoom for every axis
     apart, and takes 80 bytes a voxel; here both volumes share one grid, made slab by slab.
     """
 
-    def __init__(self, strength: float, spacing: Spacing, fill: torch.Tensor | float = AIR) -> None:
+    def __init__(
+        self, strength: float, spacing: Spacing, fill: torch.Tensor | float = AIR, shifts: bool = True
+    ) -> None:
         MapTransform.__init__(self, ("image", "labels"))
+        self.shifts = shifts
         self.strength = strength
         self.spacing = spacing
         self.fill = fill
@@ -118,6 +125,7 @@ class RandomPoseD(Randomizable, MapTransform):
         centre = (np.array(shape) - 1) / 2
         to_mm = create_scale(3, self.spacing) @ create_translate(3, -centre)
         turn = create_rotate(3, angles) @ create_scale(3, np.clip(zoom * stretch, *farthest))
+        shift = shift if self.shifts else np.zeros(3)  # drawn anyway: other changes are the same then
         return create_translate(3, shift) @ np.linalg.inv(to_mm) @ turn @ to_mm
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:

@@ -18,7 +18,9 @@ from effseg.data.preprocessing import Outside
 from effseg.training.sampling import Draw, Sampler
 
 FOREGROUND_SHARE = 1 / 3  # of the patches are centred on a voxel of a random organ
-PATCH_MARGIN = 0.15  # of the patch's size is read around it, so that a rotation has something to turn in
+PATCH_MARGIN = (
+    0.15  # of the patch's size is read around it, so that a rotation of strength 1 has something to turn in
+)
 
 _PATCH = 3  # what the seed sequence is for, beside those of sampling.py
 
@@ -34,7 +36,7 @@ class Batches:
 
     normalise: HU (C, D, H, W) -> float32. augment: see `effseg.data.augmentation`; None
     for none.
-    patch_size: cut random patches instead of taking whole volumes.
+    patch_size: cut random patches instead of taking whole volumes. patch_margin: see `margin_of`.
     augment_on: a device to which volumes are moved first, to be augmented there when their step comes; its
     batches lie there. None: they are augmented ahead, on the CPU, and stay there.
     own_rows: of volumes of so many rows, those that this process holds; None: all. What is not augmented is
@@ -49,6 +51,7 @@ class Batches:
     pin: bool = False
     augment_on: torch.device | None = None
     own_rows: Callable[[int], slice] | None = None
+    patch_margin: float = PATCH_MARGIN
 
     def __call__(self, step: int) -> Volume:
         """The batch of `step`: image (N, C, D, H, W) float32 and labels (N, D, H, W)."""
@@ -98,7 +101,7 @@ class Batches:
         if self.patch_size is not None:
             rng = np.random.default_rng((_PATCH, draw.seed))
             start = patch_start(case.labels, case.counts, self.patch_size, rng)
-            region, inside = with_margin(start, self.patch_size, case.labels.shape)
+            region, inside = with_margin(start, self.patch_size, case.labels.shape, self.patch_margin)
         if self.own_rows is not None:
             own: Region = (slice(None), self.own_rows(case.labels.shape[0]), slice(None), slice(None))
             region, inside = (own, WHOLE) if self.augment is None else (WHOLE, own)
@@ -154,11 +157,19 @@ def patch_start(labels: np.ndarray, counts: np.ndarray, size: Triple, rng: np.ra
     return start[0], start[1], start[2]
 
 
-def with_margin(start: Triple, size: Triple, shape: Sequence[int]) -> tuple[Region, Region]:
+def margin_of(strength: float) -> float:
+    """The share of a patch's size that is read around it: augmentation of a higher `strength` turns and zooms
+    further, and air would come into the middle of a body."""
+    return PATCH_MARGIN * max(1.0, strength)
+
+
+def with_margin(
+    start: Triple, size: Triple, shape: Sequence[int], share: float = PATCH_MARGIN
+) -> tuple[Region, Region]:
     """The patch with a margin, cut at the volume's edges, and the patch inside of that: (C, D, H, W)."""
     region, inside = [slice(None)], [slice(None)]
     for first, wanted, extent in zip(start, size, shape, strict=True):
-        margin = round(PATCH_MARGIN * wanted)
+        margin = round(share * wanted)
         low, high = max(first - margin, 0), min(first + wanted + margin, extent)
         region.append(slice(low, high))
         inside.append(slice(first - low, first - low + wanted))

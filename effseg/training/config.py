@@ -51,7 +51,7 @@ class TrainingConfig:
     ema: decay per step of a running mean of the weights which then is validated and saved; 0: none.
     augment: random affine maps, intensities and noise for the training cases.
     augment_strength: of their ranges, above 0 and 4 at most: 2 turns, zooms and shifts twice as far, and
-        changes intensities twice as much (`effseg.data.augmentation`).
+        changes intensities twice as much (`effseg.data.augmentation`); patches are not shifted.
     augment_on: where that runs: "cpu", in the threads that prepare batches, "device", where the network is,
         or "auto": device on CUDA, else cpu. Their noise differs.
     mirror: "left-right" mirrors every second training volume, too, and needs to be told in mirror_pairs, or

@@ -74,6 +74,16 @@ class TrainingData:
     def class_weights(self) -> torch.Tensor:
         return class_weights(self.counts)
 
+    @cached_property
+    def validated(self) -> tuple[bool, ...]:
+        """Of every organ, whether a validation case shows it; of all of them, where none shows any."""
+        found = np.zeros(len(self.organs), bool)
+        for case in self.validation:
+            for plane in case.labels:
+                counts = np.bincount(plane.ravel(), minlength=self.label_map.num_classes)
+                found |= counts[1 : self.label_map.num_classes] > 0
+        return tuple((found if found.any() else ~found).tolist())
+
     @property
     def absent_organs(self) -> list[str]:
         """Organs that no training case shows."""
@@ -139,7 +149,8 @@ def load_training_data(
 
 
 def _augmentation(mirror: Pairs | None, config: TrainingConfig, device: torch.device) -> Augmentation:
-    return augmentation(mirror, config.augment_strength, on_device=config.augments_on(device))
+    on_device, whole = config.augments_on(device), config.patch_size is None
+    return augmentation(mirror, config.augment_strength, on_device, shifts=whole)
 
 
 def _mirror(config: TrainingConfig, label_map: LabelMap) -> Pairs | None:

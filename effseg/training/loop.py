@@ -22,7 +22,7 @@ from effseg.models.effsegnet import EffSegNet
 from effseg.models.registry import build_model, load
 from effseg.parallel import rows
 from effseg.training.average import WeightAverage
-from effseg.training.batches import Batches
+from effseg.training.batches import Batches, margin_of
 from effseg.training.best import best_so_far
 from effseg.training.checkpoint import Checkpoints, load_checkpoint, writing
 from effseg.training.checks import check_batch_norm, check_global_batch
@@ -121,6 +121,7 @@ class _Run:
             pin=device.type == "cuda",
             augment_on=device if config.augments_on(device) else None,
             own_rows=self._own_rows if config.split_volume > 1 else None,
+            patch_margin=margin_of(config.augment_strength),
         )
         ahead = batches.ahead(state.step, self.steps, config.workers)
         spent, before = 0.0, state.seconds
@@ -174,14 +175,19 @@ class _Run:
                 self.world.volumes,
                 self._overlay,
             )
-            mean = mean_dice(dice)
-            if mean > (mean_dice(state.best_dice) if state.best_dice else -1.0):
+            if self._rank(dice) > (self._rank(state.best_dice) if state.best_dice else -1.0):
                 state.best_step, state.best_dice = state.step, dice
                 if self.world.is_main:
                     self._save(self.config.output / "best.safetensors", dice)
         state.last_dice = dice
         display.validation(state.step, self.data.organs, dice)
         return dice
+
+    def _rank(self, dice: list[float]) -> float:
+        """By what the networks of this run compare: one organ that no case shows has no Dice until a voxel is
+        taken for it, and 0 from then on, which would outweigh what the others have learnt."""
+        shown = self.data.validated
+        return mean_dice([value for value, known in zip(dice, shown, strict=True) if known])
 
     def _segment(self, case: WholeCase) -> np.ndarray:
         bf16, patch_size = uses_bf16(self.config, self.world.device), self.config.patch_size

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import shutil
+import threading
 import time
 
 import numpy as np
@@ -15,6 +16,7 @@ from benchmarks.accuracy.contenders import CONTENDERS, Contender, NNUNet, stride
 from benchmarks.accuracy.runs import Budget, Place, Run, carry_out, configuration
 from benchmarks.accuracy.studies import SEARCH, Fold
 from effseg import phantom
+from effseg.benchmarking import record
 from effseg.benchmarking.networks import plain_conv_unet
 from effseg.conversion.convert import restore
 from effseg.data.preprocessing import AIR
@@ -279,24 +281,57 @@ class Killed(BaseException):
     """As a signal would, from within a step."""
 
 
-def test_an_ended_run_goes_on_and_ends_as_one_that_was_not(tiny, place, tmp_path, monkeypatch):
-    run = Run(tiny, TINY, Budget("steps", 4), "0", 1, 1e-3)
-    whole = carry_out(run, dataclasses.replace(place, results=tmp_path / "whole"))
-    step = Stepper.__call__
+@pytest.fixture
+def ended(tiny, place, monkeypatch):
+    """A run of four steps that ended in its third one, on a machine of its own."""
+    run, step = Run(tiny, TINY, Budget("steps", 4), "0", 1, 1e-3), Stepper.__call__
 
     def ends(self, number, *batch):
         if number == 2:
             raise Killed
         return step(self, number, *batch)
 
-    monkeypatch.setattr(Stepper, "__call__", ends)
-    with pytest.raises(Killed):
-        carry_out(run, place)
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "__call__", ends)
+        patched.setattr(record, "processor", lambda: "Slow CPU")
+        with pytest.raises(Killed):
+            carry_out(run, place)
     assert not list(place.results.rglob("*.json"))
-    steps = []
+    return run
+
+
+def test_an_ended_run_goes_on_and_ends_as_one_that_was_not(ended, place, tmp_path, monkeypatch):
+    step, steps = Stepper.__call__, []
+    whole = carry_out(ended, dataclasses.replace(place, results=tmp_path / "a", scratch=tmp_path / "b"))
     monkeypatch.setattr(Stepper, "__call__", lambda *given: steps.append(given[1]) or step(*given))
-    assert_same(carry_out(run, place), whole)
+    assert_same(carry_out(ended, place), whole)
     assert steps == [2, 3]
+    assert not [path for path in (place.scratch / "runs").rglob("*") if path.is_file()]
+
+
+def test_a_run_of_two_machines_says_so(ended, place, monkeypatch):
+    """Its time is that of neither."""
+    for cpu in ("Fast CPU", "Slow CPU"):
+        monkeypatch.setattr(record, "processor", lambda cpu=cpu: cpu)
+        with monkeypatch.context() as patched:
+            patched.setattr(Stepper, "__call__", stopped)
+            with pytest.raises(Killed):
+                carry_out(ended, place)
+    assert carry_out(ended, place)["machine"]["cpu"] == "Slow CPU then Fast CPU"
+
+
+def stopped(*given):
+    raise Killed
+
+
+def test_a_run_does_not_go_on_with_other_threads(ended, place, monkeypatch):
+    """Nor for another output, which has the same scratch: its file would tell of those of its end alone."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    named = (
+        r"effseg-tiny_fold-0_seed-1: of threads \d+, expected threads 99: go on so, or use another scratch"
+    )
+    with pytest.raises(InputError, match=named):
+        carry_out(ended, dataclasses.replace(place, results=place.results / "other"))
 
 
 def assert_same(again, whole):
@@ -343,10 +378,9 @@ def test_a_budget_of_time_becomes_steps_by_a_race(tiny, place, monkeypatch, foun
     assert paces.paces(tiny, [TINY], place) == {"effseg-tiny": pace}
 
 
-def test_who_comes_later_is_told_in_seconds_of_the_first_race(tiny, place, monkeypatch):
-    """The machine is half as fast by then: a network that takes 3 times the first one's does so still."""
-    monkeypatch.setattr(paces, "ROUNDS", 3)
-    monkeypatch.setattr(paces, "WARM", 1)
+@pytest.fixture
+def raced(monkeypatch):
+    """Seconds a step by contender, told instead of measured."""
     seconds, clock = {"effseg-tiny": 1.0, "unet3d": 8.0, "nnunet": 3.0}, [0.0]
 
     def turn(study, contender, place):
@@ -355,17 +389,56 @@ def test_who_comes_later_is_told_in_seconds_of_the_first_race(tiny, place, monke
 
         return step
 
+    monkeypatch.setattr(paces, "ROUNDS", 3)
+    monkeypatch.setattr(paces, "WARM", 1)
     monkeypatch.setattr(paces, "_turn", turn)
     monkeypatch.setattr(paces.time, "process_time", lambda: clock[0])
+    return seconds
+
+
+def test_who_comes_later_is_told_in_seconds_of_the_first_race(tiny, place, monkeypatch, raced):
+    """The machine is half as fast by then: a network that takes 3 times the first one's does so still."""
     unet, nnunet = CONTENDERS["unet3d"], CONTENDERS["nnunet"]
     assert paces.paces(tiny, [unet, TINY], place) == {"unet3d": 8.0, "effseg-tiny": 1.0}
-    seconds.update({name: 2 * pace for name, pace in seconds.items()})
+    raced.update({name: 2 * pace for name, pace in raced.items()})
     assert paces.paces(tiny, [TINY, nnunet], place) == {"effseg-tiny": 1.0, "nnunet": 3.0}
     kept = json.loads((place.results / "phantoms/paces.json").read_text())
     assert [race["scale"] for race in kept["races"]] == [1.0, 0.5]
     assert kept["races"][1]["of_the_rounds"] == {"effseg-tiny": [2.0, 2.0], "nnunet": [6.0, 6.0]}
     monkeypatch.setattr(paces, "_turn", None)
     assert paces.paces(tiny, [unet], place) == {"unet3d": 8.0}
+
+
+def test_who_comes_later_does_not_race_on_another_machine(tiny, place, monkeypatch, raced):
+    """Which is 8 times as fast for one network and as fast for another one."""
+    monkeypatch.setattr(record, "processor", lambda: "Slow CPU")
+    assert paces.paces(tiny, [TINY], place) == {"effseg-tiny": 1.0}
+    monkeypatch.setattr(record, "processor", lambda: "Fast CPU")
+    with pytest.raises(InputError, match=r"paces\.json: of cpu Slow CPU, expected cpu Fast CPU: race there"):
+        paces.paces(tiny, [TINY, CONTENDERS["nnunet"]], place)
+    assert paces.paces(tiny, [TINY], place) == {"effseg-tiny": 1.0}
+
+
+def test_two_races_at_once_take_turns(tiny, place, monkeypatch, raced):
+    """The second one begins while the first one is under way, and neither's paces are lost."""
+    turn, others = paces._turn, []
+
+    def second():
+        paces.paces(tiny, [TINY, CONTENDERS["nnunet"]], place)
+
+    def first(*given):
+        monkeypatch.setattr(paces, "_turn", turn)
+        others.append(threading.Thread(target=second))
+        others[0].start()
+        others[0].join(0.5)
+        return turn(*given)
+
+    monkeypatch.setattr(paces, "_turn", first)
+    assert paces.paces(tiny, [TINY], place) == {"effseg-tiny": 1.0}
+    others[0].join()
+    kept = json.loads((place.results / "phantoms/paces.json").read_text())
+    assert kept["seconds_per_step"] == {"effseg-tiny": 1.0, "nnunet": 3.0}
+    assert list(kept["races"][1]["of_the_rounds"]) == ["effseg-tiny", "nnunet"]
 
 
 # The command

@@ -67,6 +67,10 @@ def test_runs_of_the_same_conditions_are_taken_whatever_the_cpu(phantoms, result
         ({"device": "cuda"}, "device cuda, expected device cpu"),
         ({"threads": 64}, "threads 64, expected threads 1"),
         ({"learning_rate": 0.5}, r"learning rate 0\.5, expected learning rate 0\.001"),
+        ({"seed": 7}, r"seed 7, expected seed \d+"),
+        ({"training_cases": 16}, "training cases 16, expected training cases 0"),
+        ({"patients": {"b": {}, "a": {}}}, "scored a, b, expected scored "),
+        ({"options": {"augment": True}}, r"options {'augment': True}, expected options {}"),
         ({"steps": 3, "dtype": "fp32"}, r"steps 3, dtype fp32, expected steps \d+, dtype bf16"),
     ],
 )

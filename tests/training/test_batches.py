@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from effseg.training.batches import Batches, patch_start, with_margin
+from effseg.data.augmentation import augmentation
+from effseg.training.batches import Batches, margin_of, patch_start, with_margin
 from effseg.training.sampling import Sampler
 
 
@@ -146,3 +147,22 @@ def test_a_device_is_where_augmentation_runs():
     assert seen == [("meta", "meta")]
     assert (image.device.type, labels.device.type) == ("meta", "meta")
     assert (image.shape, labels.shape) == ((1, 1, 4, 4, 4), (1, 4, 4, 4))
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+def test_patches_inside_of_the_body_hold_no_air(strength):
+    """Their surroundings are turned with them, and they lie anywhere already: nothing comes in from outside
+    where the volume goes on."""
+    shape, size = (64, 64, 64), (16, 16, 16)
+    case = Case("inside", np.zeros((1, *shape), np.int16), np.ones(shape, np.uint8), np.array([0, 64**3]))
+    augment = augmentation(strength=strength, shifts=False)
+    batches = Batches([case], Sampler(1, 0), scale, augment, size, patch_margin=margin_of(strength))
+    air, seen = [], 0
+    for step in range(100):
+        rng = np.random.default_rng((3, batches.sampler.batch(step)[0].seed))
+        start = patch_start(case.labels, case.counts, size, rng)
+        if min(start) >= 5 and max(start) <= 43:  # its surroundings end nowhere at the volume
+            seen += 1
+            air.append(float((batches(step)[1] == 0).float().mean()))
+    assert seen > 25
+    assert np.mean(air) < 0.001

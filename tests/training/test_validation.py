@@ -73,6 +73,30 @@ def test_validation_is_the_evaluation_of_the_predicted_files(tmp_path, spacing):
     assert np.mean(expected) == pytest.approx(summary["foreground_mean"]["Dice"])
 
 
+def test_the_best_network_is_not_chosen_by_an_organ_that_no_case_shows(tmp_path, monkeypatch):
+    """Its Dice is unknown until a single voxel is taken for it, and 0 from then on."""
+    data = write(tmp_path / "data", satellite=False)
+    path = data / "labelsTr" / "c1.nii.gz"
+    image = nib.load(path)
+    labels = np.asarray(image.dataobj) % 2  # without organ b
+    nib.save(nib.Nifti1Image(labels, image.affine), path)
+    scores = iter([[0.7, np.nan], [0.85, 0.0], [0.8, np.nan]])
+    monkeypatch.setattr(loop, "validate", lambda *given: next(scores))
+    result = train(config(data, tmp_path, validation="c1", validation_interval=1))
+    assert result.best_step == 2
+    assert result.best_dice == {"a": 0.85, "b": 0.0}
+
+
+def test_of_no_organ_any_network_is_the_best_so_far(tmp_path, monkeypatch):
+    data = write(tmp_path / "data", satellite=False)
+    path = data / "labelsTr" / "c1.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), image.affine), path)
+    scores = iter([[0.0, 0.0], [0.0, np.nan], [np.nan, np.nan]])
+    monkeypatch.setattr(loop, "validate", lambda *given: next(scores))
+    assert train(config(data, tmp_path, validation="c1", validation_interval=1)).best_step == 1
+
+
 def test_labelled_voxels_outside_of_the_body_train_and_count_as_missed(tmp_path):
     said = []
     settings = config(write(tmp_path / "data"), tmp_path, validation="c1", augment=False)
