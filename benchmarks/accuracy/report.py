@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.accuracy.contenders import CONTENDERS
-from benchmarks.accuracy.intervals import DIFFERENCE, mean_over_patients
+from benchmarks.accuracy.intervals import DIFFERENCE, bootstrapped, mean_over_patients
 from benchmarks.accuracy.runs import patient_dice, read_runs
 from benchmarks.accuracy.studies import SEARCH
 from effseg.benchmarking import results
@@ -21,7 +21,7 @@ FIRST = "effseg-base"
 """Whom the others are compared with."""
 COLUMNS = (
     "network", "runs", "steps", "processor seconds a run", "learning rate", "mean Dice (95 %)",
-    "seeds, lowest to highest", "EffSegNet base minus it (95 %)",
+    "seeds, lowest to highest", "EffSegNet base minus it (95 %)", "bootstrapped (95 %)",
 )  # fmt: skip
 Scores = dict[tuple[str, int], dict[str, dict[str, float | None]]]
 """By fold and seed, what each patient's organs scored."""
@@ -81,7 +81,7 @@ def _all_organs(title: str, by_name: Mapping[str, Sequence[Mapping[str, Any]]]) 
                 ", ".join(rates),
                 mean_over_patients(list(patients.values())).text() + _part(patients, scored),
                 _by_seed(scored[name]),
-                _difference(scored, name),
+                *_difference(scored, name),
             )
         )
     ours = frozenset(i for i, name in enumerate(by_name) if results.is_ours(name))
@@ -121,11 +121,12 @@ def _by_seed(scores: Scores) -> str:
     return f"{min(means):.3f} to {max(means):.3f}"
 
 
-def _difference(scored: Mapping[str, Scores], name: str) -> str:
-    """Of the seeds and folds that both have. Raises InputError where these are of other patients."""
+def _difference(scored: Mapping[str, Scores], name: str) -> tuple[str, str]:
+    """Of the seeds and folds that both have, with Student's interval and with a paired bootstrap's. Raises
+    InputError where these are of other patients."""
     common = [key for key in scored.get(FIRST, {}) if key in scored[name]]
     if name == FIRST or not common:
-        return "-" if name == FIRST else "not measured"
+        return ("-", "-") if name == FIRST else ("not measured", "not measured")
     for fold, seed in common:
         if scored[FIRST][fold, seed].keys() != scored[name][fold, seed].keys():
             raise InputError(f"{FIRST} and {name} have scored other patients: fold {fold}, seed {seed}")
@@ -133,7 +134,8 @@ def _difference(scored: Mapping[str, Scores], name: str) -> str:
     differences = [ours[patient] - theirs[patient] for patient in ours if patient in theirs]
     all_are = len(common) == max(len(scored[FIRST]), len(scored[name]))
     few = "" if all_are else f", {len(common)} run" + "s" * (len(common) != 1)
-    return mean_over_patients(differences, DIFFERENCE).text("+") + few
+    student, percentiles = mean_over_patients(differences, DIFFERENCE), bootstrapped(differences)
+    return student.text("+") + few, percentiles.interval("+")
 
 
 def _scores(runs: Iterable[Mapping[str, Any]]) -> Scores:

@@ -34,7 +34,7 @@ SCRATCH = results.FOLDER.parents[1] / "runs" / "accuracy"
 
 HELP = """Train networks on equal terms and score each on the same unseen patients. The learning rate of each
 is the best of a search on patients, and with a seed, that are not reported. Tables with 95 % intervals
-(Student's, over patients) are printed, and written with --table."""
+(Student's over patients; of differences bootstrapped ones, too) are printed, and written with --table."""
 
 
 def go(

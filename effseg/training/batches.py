@@ -18,9 +18,7 @@ from effseg.data.preprocessing import Outside
 from effseg.training.sampling import Draw, Sampler
 
 FOREGROUND_SHARE = 1 / 3  # of the patches are centred on a voxel of a random organ
-PATCH_MARGIN = (
-    0.15  # of the patch's size is read around it, so that a rotation of strength 1 has something to turn in
-)
+PATCH_MARGIN = 0.15  # of the patch's size is read around it, so that a rotation has something to turn in
 
 _PATCH = 3  # what the seed sequence is for, beside those of sampling.py
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import curves, report
-from benchmarks.accuracy.intervals import DIFFERENCE, mean_over_patients
+from benchmarks.accuracy.intervals import DIFFERENCE, bootstrapped, mean_over_patients
 from benchmarks.accuracy.runs import mean_dice
 from benchmarks.accuracy.studies import SEARCH
 from effseg.errors import InputError
@@ -55,10 +55,26 @@ def test_pairs_cancel_what_patients_have_in_common():
     assert mean_over_patients((hard + 0.25) - hard) == pytest.approx((0.25, 0.25, 0.25))
 
 
+def test_a_bootstrapped_interval_lies_between_draws_of_patients():
+    """Of 0 and 1 a quarter of the draws are both 0, and a quarter both 1."""
+    assert bootstrapped([0.0, 1.0]) == (0.5, 0.0, 1.0)
+    assert bootstrapped([0.0, 1.0], level=0.4) == (0.5, 0.5, 0.5)
+    assert bootstrapped([0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25)
+    assert bootstrapped([0.5]).interval() == "one patient"
+
+
+def test_a_bootstrapped_interval_of_many_patients_is_that_of_the_normal_law():
+    values = np.random.default_rng(1).normal(0.05, 0.1, 400)
+    found, half = bootstrapped(values), 1.96 * values.std() / 20
+    assert found.low == pytest.approx(values.mean() - half, abs=0.06 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.06 * half)
+
+
+@pytest.mark.parametrize("interval", [mean_over_patients, bootstrapped])
 @pytest.mark.parametrize("values", [[], [0.5, np.nan], [[0.5]]])
-def test_what_has_no_interval_is_refused(values):
+def test_what_has_no_interval_is_refused(values, interval):
     with pytest.raises(InputError, match="values: expected one finite number a patient"):
-        mean_over_patients(values)
+        interval(values)
 
 
 # Tables
@@ -79,11 +95,11 @@ def test_tables_pair_seeds_and_patients(tmp_path):
     assert whole.title == "two phantoms, 200 whole-volume steps each; bf16, 1 thread, Some CPU"
     rows = {row[0]: row[1:] for row in whole.rows}
     assert rows["EffSegNet base"] == (
-        "2", "200", "60", "0.001", "0.765 (0.000 to 1.000)", "0.760 to 0.770", "-"
+        "2", "200", "60", "0.001", "0.765 (0.000 to 1.000)", "0.760 to 0.770", "-", "-"
     )  # fmt: skip
-    assert rows["3D U-Net (Cicek 2016)"][-1] == "+0.250 (+0.250 to +0.250)"
+    assert rows["3D U-Net (Cicek 2016)"][-2:] == ("+0.250 (+0.250 to +0.250)", "+0.250 to +0.250")
     assert rows["nnU-Net PlainConvUNet"][0] == "1"
-    assert rows["nnU-Net PlainConvUNet"][-1] == "+0.250 (+0.250 to +0.250), 1 run"
+    assert rows["nnU-Net PlainConvUNet"][-2] == "+0.250 (+0.250 to +0.250), 1 run"
     assert organs.rows == (
         ("liver", "0.765", "0.515", "0.520"), ("spleen", "in none", "in none", "in none")
     )  # fmt: skip
@@ -103,9 +119,9 @@ def test_runs_of_several_machines_stand_in_one_table_with_times_apart(tmp_path):
     assert whole.title.endswith("; bf16, 1 thread, Fast CPU and Slow CPU")
     ours, theirs = whole.rows
     assert ours[3:] == (
-        "802 (Fast CPU), 801 (Slow CPU)", "0.001", "0.625 (one patient)", "0.500 to 0.750", "-"
+        "802 (Fast CPU), 801 (Slow CPU)", "0.001", "0.625 (one patient)", "0.500 to 0.750", "-", "-"
     )  # fmt: skip
-    assert (theirs[3], theirs[-1]) == ("801 (Fast CPU)", "+0.250 (one patient), 1 run")
+    assert (theirs[3], theirs[-2]) == ("801 (Fast CPU)", "+0.250 (one patient), 1 run")
 
 
 def test_seeds_are_told_apart_over_all_folds(tmp_path):
@@ -132,7 +148,7 @@ def test_means_over_fewer_patients_say_so(tmp_path):
     ours, theirs = (row[5] for row in whole.rows)
     assert ours.startswith("0.600 (")
     assert theirs == "0.800 (one patient), 1 of 2 patients"
-    assert whole.rows[1][-1] == "+0.100 (one patient), 1 run"
+    assert whole.rows[1][-2] == "+0.100 (one patient), 1 run"
     assert organs.columns == ("organ", "EffSegNet base", "nnU-Net PlainConvUNet, 1 of 2 patients")
     assert organs.rows == (("liver", "0.600", "0.800"),)  # who has more seeds does not count more
 
@@ -143,7 +159,7 @@ def test_a_patient_who_shows_no_organ_is_left_out(tmp_path):
         write(tmp_path, name, 1, patients)
     whole, _ = report.tables(tmp_path)
     assert [row[5][:5] for row in whole.rows] == ["0.625", "0.625"]
-    assert whole.rows[1][-1] == "+0.000 (+0.000 to +0.000)"
+    assert whole.rows[1][-2] == "+0.000 (+0.000 to +0.000)"
     assert mean_dice(patients) == 0.625
     assert np.isnan(mean_dice({"empty": {"liver": None}}))
 
