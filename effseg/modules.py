@@ -29,6 +29,18 @@ from effseg.operators.normalisation import (
 SLOPE = 0.01
 
 
+def refuse_hooks(name: str, module: nn.Module) -> None:
+    """Raise `ValueError` for hooks on a module that is read and not called: they would be left out."""
+    kinds = (
+        module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks,
+    )  # fmt: skip
+    if any(kinds):
+        raise ValueError(
+            f"{name}: expected no hooks (pruning, spectral_norm and weight_norm add some; "
+            f"torch.nn.utils.parametrizations do not), got {sum(map(len, kinds))}"
+        )
+
+
 class ConvNormAct3d(nn.Module):
     """leaky_relu(norm(conv(x))): a drop-in for the chain Conv3d -> norm -> activation.
 
@@ -126,14 +138,9 @@ class ConvNormAct3d(nn.Module):
         return convolved(image, self.conv.weight, window, norm, self.negative_slope)
 
     def _refuse_hooks(self) -> None:
-        """The convolution and the norm are not called as modules; a hook would be left out silently."""
+        """The convolution and the norm are not called as modules."""
         for name, module in self.named_children():
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise ValueError(
-                    f"{name}: expected no forward hooks (pruning and spectral_norm add some; "
-                    f"torch.nn.utils.parametrizations do not), got {len(module._forward_hooks)} and "
-                    f"{len(module._forward_pre_hooks)} pre-hooks"
-                )
+            refuse_hooks(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.materialise(self.deferred(x))
@@ -157,6 +164,8 @@ class ResidualBlock3d(nn.Module):
     ) -> Deferred:
         """The block's output as an expression over x and its two stored raw outputs. host: where those are
         stored, None: on their device."""
+        for name, unit in self.named_children():
+            refuse_hooks(name, unit)
         inner = self.unit.deferred(x, slab_elements, host)
         if host is not None:
             y, norm, held = self.last.held(inner, host, slab_elements)

@@ -22,6 +22,7 @@ from effseg.memory.choice import Choice, Settings, first_that_fits, usable
 from effseg.models.base import SegmentationModel, check_image, check_sizes
 from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, levels_of
 from effseg.models.training_step import TrainingStep
+from effseg.modules import refuse_hooks
 from effseg.offload.memory import HostMemory
 from effseg.operators import share
 from effseg.operators.normalisation import NORMS
@@ -85,7 +86,7 @@ class EffSegNet(SegmentationModel):
 
     Memory of a training step: see ``effseg plan``. Raises `InputError` (a `ValueError`) for unknown options,
     for shapes that do not fit, and in training with batch norm for a single image of one voxel on the lowest
-    level.
+    level; `ValueError` for hooks on its modules, which are not called.
     """
 
     follows_autocast = True
@@ -298,6 +299,9 @@ class EffSegNet(SegmentationModel):
         """The image as an expression in the compute type, of the shape of the volume of which it is this
         process's part; processes that share one agree on what follows."""
         check_image(image, self.arguments["in_channels"])
+        for name, module in self.named_modules():
+            if name:
+                refuse_hooks(name, module)
         settings = (
             self.name, self.arguments, self.active_memory, self.recompute_levels, self.training,
             torch.is_grad_enabled(), sorted((options or {}).keys()),

@@ -168,6 +168,22 @@ def test_logits_and_segmentation(preset):
     assert all(relative_error(a, b) <= EXACT for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.usefixtures("small_preset")
+@pytest.mark.parametrize("memory", ["raw", "stream"])
+@pytest.mark.parametrize("name", ["head", "auxiliary_heads.0", "decoder.0.lateral", "encoder.1.blocks.0"])
+def test_hooks_on_what_is_not_called_are_refused(name, memory):
+    """A pruned head would keep the weight that pruning found, whatever is trained or loaded afterwards."""
+    image, labels = batch((2, 1, 16, 18, 40))
+    model = EffSegNet(1, 5, "small", memory=memory, auxiliary=True).double()
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda *args: None)
+    for call in (model, model.segment, lambda image: model.loss(image, labels)):
+        with pytest.raises(ValueError, match=f"{name}: expected no hooks"):
+            call(image)
+    handle.remove()
+    model.register_forward_hook(lambda _model, _inputs, output: output.argmax(1))
+    assert model(image).shape == labels.shape
+
+
 def test_evaluation_mode_uses_running_statistics():
     ours, stock = pair(norm="batch")
     image, labels = batch((2, 1, 16, 18, 40))
