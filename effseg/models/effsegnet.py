@@ -177,7 +177,7 @@ class EffSegNet(SegmentationModel):
         slab_options = {**options, "slab_elements": slab}
         if self.streams:
             # Room for the first layer's slabs, and then for the first tensor that is stored.
-            dtype = functional.compute_dtype(image.device, self.head.weight)
+            dtype = self._dtype(image.device)
             make_room(image.device, image.shape[0] * self._elements(image)[1] * dtype.itemsize)
         trunk = self._trunk(whole, self.streams, slab)
         if self.streams:
@@ -272,7 +272,7 @@ class EffSegNet(SegmentationModel):
         ``24GB``; None: what the GPU of `device` (by default that of the weights) has, less a tenth. Raises
         InputError where nothing fits, on a CPU without a budget, and for a type that is never predicted.
         """
-        device, split = device or self.head.weight.device, current()
+        device, split = device or next(self.parameters()).device, current()
         if dtype not in COMPUTE_TYPES:
             known = ", ".join(map(dtype_name, COMPUTE_TYPES))
             raise InputError(f"memory: auto knows {known}, got {dtype_name(dtype)}")
@@ -306,8 +306,12 @@ class EffSegNet(SegmentationModel):
             self.name, self.arguments, self.active_memory, self.recompute_levels, self.training,
             torch.is_grad_enabled(), sorted((options or {}).keys()),
         )  # fmt: skip
-        dtype = functional.compute_dtype(image.device, self.head.weight)
+        dtype = self._dtype(image.device)
         return functional.plain(image, dtype, whole_rows(image, f"{settings} {dtype}"))
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        """The compute type. The head's weight is not asked: a parametrised one would be made anew."""
+        return functional.compute_dtype(device, next(self.head.parameters()))
 
     def _trunk(self, image: Deferred, streamed: bool, slab: int | None) -> Trunk:
         """Everything but the last decoder level; streamed: the first layer is not stored."""
