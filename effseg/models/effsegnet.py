@@ -131,6 +131,7 @@ class EffSegNet(SegmentationModel):
         )  # fmt: skip
         self.architecture = PRESETS[preset]
         self.active_memory = memory
+        self._budget = memory_budget  # of auto
         self._configured_for: tuple[Any, ...] = ()
         self.recompute_levels = recompute
         self.offloads = offload and memory != "auto"
@@ -170,9 +171,10 @@ class EffSegNet(SegmentationModel):
 
     def loss(self, image: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Dice + cross-entropy without full-size logits: `effseg.functional.segmentation_loss`'s options."""
-        whole = self._whole(image, options)
-        if self.arguments["memory"] == "auto":
-            self._configure(whole, image.device)
+        auto = self.arguments["memory"] == "auto"
+        whole = self._whole(image, {**options, str(labels.dtype): None} if auto else options)
+        if auto:
+            self._configure(whole, image, labels)
         slab = self._slab_elements(image)
         slab_options = {**options, "slab_elements": slab}
         if self.streams:
@@ -264,36 +266,41 @@ class EffSegNet(SegmentationModel):
         dtype: torch.dtype,
         budget: int | str | None = None,
         device: torch.device | None = None,
+        image_dtype: torch.dtype = torch.float32,
+        label_dtype: torch.dtype = torch.uint8,
     ) -> Choice:
         """Use, from now on, the settings with the least arithmetic that fit a training step with AdamW.
 
         image_shape: (N, C, D, H, W), of the whole volume where processes share one, which then choose the
         same for the smallest of their budgets; dtype: the compute type; budget: bytes, or a text such as
-        ``24GB``; None: what the GPU of `device` (by default that of the weights) has, less a tenth. Raises
-        InputError where nothing fits, on a CPU without a budget, and for a type that is never predicted.
+        ``24GB``, for later steps of ``auto`` too; None: what the GPU of `device` (by default that of the
+        weights) has, less a tenth; image_dtype, label_dtype: of what `loss` is given. Raises InputError where
+        nothing fits, on a CPU without a budget, and for a type that is never predicted.
         """
         device, split = device or next(self.parameters()).device, current()
         if dtype not in COMPUTE_TYPES:
             known = ", ".join(map(dtype_name, COMPUTE_TYPES))
             raise InputError(f"memory: auto knows {known}, got {dtype_name(dtype)}")
-        kind = "cpu" if device.type == "cpu" else "cuda"
+        kind, processes = "cpu" if device.type == "cpu" else "cuda", 1 if split is None else split.size
         step = TrainingStep.of(
-            type(self), self.arguments, image_shape, COMPUTE_TYPES[dtype], "adamw", kind,
-            1 if split is None else split.size,
+            type(self), self.arguments, image_shape, COMPUTE_TYPES[dtype], "adamw", kind, processes,
+            image_dtype, label_dtype,
         )  # fmt: skip
         least = smallest(usable(budget, device), device)
         with entered(None):
             choice = first_that_fits(step, step.candidates(offload=self.arguments["offload"]), least)
         self.use(choice.settings, choice.slab_elements)
+        self._budget = budget
+        self._configured_for = (tuple(image_shape), dtype, device, processes, image_dtype, label_dtype)
         return choice
 
-    def _configure(self, image: Deferred, device: torch.device) -> None:
-        """Choose for this size, unless it was the last one's too."""
+    def _configure(self, whole: Deferred, image: Tensor, labels: Tensor) -> None:
+        """Choose for this size and these types, unless they were the last ones, too."""
         split = current()
-        wanted = (image.shape, image.dtype, device, 1 if split is None else split.size)
+        processes = 1 if split is None else split.size
+        wanted = (whole.shape, whole.dtype, image.device, processes, image.dtype, labels.dtype)
         if wanted != self._configured_for:
-            self.configure(image.shape, image.dtype, self.arguments["memory_budget"], device)
-            self._configured_for = wanted
+            self.configure(whole.shape, whole.dtype, self._budget, image.device, image.dtype, labels.dtype)
 
     def _whole(self, image: Tensor, options: dict[str, Any] | None = None) -> Deferred:
         """The image as an expression in the compute type, of the shape of the volume of which it is this
