@@ -207,7 +207,8 @@ def _cross_entropy(
     total = F.cross_entropy(
         logits, targets, class_weights, ignore_index=ignore, label_smoothing=label_smoothing, reduction="sum"
     )
-    weight = voxels.sum() if class_weights is None else (voxels @ class_weights).sum()
+    # Not by a matrix product: autocast would round the counts, and those above 65504 to infinity in fp16.
+    weight = voxels.sum() if class_weights is None else (voxels * class_weights).sum()
     return ratio(group.sum(total), group.sum(weight), 0.0)
 
 

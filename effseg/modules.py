@@ -29,6 +29,18 @@ from effseg.operators.normalisation import (
 SLOPE = 0.01
 
 
+def refuse_hooks(name: str, module: nn.Module) -> None:
+    """Raise `ValueError` for hooks on a module that is read and not called: they would be left out."""
+    kinds = (
+        module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks,
+    )  # fmt: skip
+    if any(kinds):
+        raise ValueError(
+            f"{name}: expected no hooks (pruning, spectral_norm and weight_norm add some; "
+            f"torch.nn.utils.parametrizations do not), got {sum(map(len, kinds))}"
+        )
+
+
 class ConvNormAct3d(nn.Module):
     """leaky_relu(norm(conv(x))): a drop-in for the chain Conv3d -> norm -> activation.
 
@@ -65,30 +77,35 @@ class ConvNormAct3d(nn.Module):
         self.negative_slope = negative_slope
 
     def normalised(
-        self, x: Tensor | Deferred, slab_elements: int | None = None
+        self, x: Tensor | Deferred, slab_elements: int | None = None, weight: Tensor | None = None
     ) -> tuple[Tensor, Normalisation, int]:
         """The raw convolution output (N, C', D', H', W'), stored, what normalises it, and D' (of the whole
-        volume where it is split)."""
+        volume where it is split). weight: the convolution's, where it has been asked for it already."""
         self._refuse_hooks()
+        weight = self.conv.weight if weight is None else weight
         window = functional.convolution_window(self.conv.kernel_size, self.conv.stride)
         d, h, w = window.output_size((x.shape[2], x.shape[3], x.shape[4]))
         # Only expressions read y, which multiply its gradient by the norm's scale: so that is its own.
         y, mean, var = functional.convolve(
-            x, self.conv.weight, self.conv.bias, self.conv.stride, slab_elements=slab_elements, consumes=True
+            x, weight, self.conv.bias, self.conv.stride, slab_elements=slab_elements, consumes=True
         )
         assert mean is not None
         assert var is not None
         return y, normalisation(self.norm, mean, var, d * h * w), d
 
     def deferred(
-        self, x: Tensor | Deferred, slab_elements: int | None = None, host: HostMemory | None = None
+        self,
+        x: Tensor | Deferred,
+        slab_elements: int | None = None,
+        host: HostMemory | None = None,
+        weight: Tensor | None = None,
     ) -> Deferred:
         """leaky_relu(norm(conv(x))) as an expression over the stored conv(x). host: where that is stored (x
-        an expression, no bias), None: on its device."""
+        an expression, no bias), None: on its device; weight: see `normalised`."""
         if host is not None:
             y, norm, held = self.held(x, host, slab_elements)
             return raw(y, norm, self.negative_slope, held=held)
-        y, norm, rows = self.normalised(x, slab_elements)
+        y, norm, rows = self.normalised(x, slab_elements, weight)
         return raw(y, norm, self.negative_slope, rows)
 
     def held(
@@ -108,32 +125,27 @@ class ConvNormAct3d(nn.Module):
         again where it is used."""
         self._refuse_hooks()
         window = functional.convolution_window(self.conv.kernel_size, self.conv.stride)
-        mean, var = operators.layer_statistics(x, self.conv.weight, window, slab_elements)
+        weight = self.conv.weight  # once: a parametrisation may give another one each time
+        mean, var = operators.layer_statistics(x, weight, window, slab_elements)
         voxels = math.prod(window.output_size((x.shape[2], x.shape[3], x.shape[4])))
         norm = normalisation(self.norm, mean, var, voxels)
-        return convolved(x, self.conv.weight, window, norm, self.negative_slope)
+        return convolved(x, weight, window, norm, self.negative_slope)
 
     def streamed(self, image: Deferred, slab_elements: int | None = None) -> Deferred:
         """The same of a stored image (which gets no gradient), storing nothing: the output is made again
         where it is used, from the image and statistics that one sweep collects."""
         self._refuse_hooks()
         window = functional.convolution_window(self.conv.kernel_size, self.conv.stride)
-        mean, var = functional.stem_statistics(
-            image, self.conv.weight, self.conv.stride, slab_elements=slab_elements
-        )
+        weight = self.conv.weight  # once, as above
+        mean, var = functional.stem_statistics(image, weight, self.conv.stride, slab_elements=slab_elements)
         d, h, w = image.shape[2:]
         norm = normalisation(self.norm, mean, var, math.prod(window.output_size((d, h, w))))
-        return convolved(image, self.conv.weight, window, norm, self.negative_slope)
+        return convolved(image, weight, window, norm, self.negative_slope)
 
     def _refuse_hooks(self) -> None:
-        """The convolution and the norm are not called as modules; a hook would be left out silently."""
+        """The convolution and the norm are not called as modules."""
         for name, module in self.named_children():
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise ValueError(
-                    f"{name}: expected no forward hooks (pruning and spectral_norm add some; "
-                    f"torch.nn.utils.parametrizations do not), got {len(module._forward_hooks)} and "
-                    f"{len(module._forward_pre_hooks)} pre-hooks"
-                )
+            refuse_hooks(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.materialise(self.deferred(x))
@@ -153,22 +165,28 @@ class ResidualBlock3d(nn.Module):
         self.negative_slope = negative_slope
 
     def deferred(
-        self, x: Deferred, slab_elements: int | None = None, host: HostMemory | None = None
+        self,
+        x: Deferred,
+        slab_elements: int | None = None,
+        host: HostMemory | None = None,
+        weights: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Deferred:
         """The block's output as an expression over x and its two stored raw outputs. host: where those are
-        stored, None: on their device."""
-        inner = self.unit.deferred(x, slab_elements, host)
+        stored, None: on their device; weights: of its convolutions, where these have been asked for them."""
+        for name, unit in self.named_children():
+            refuse_hooks(name, unit)
+        inner = self.unit.deferred(x, slab_elements, host, weights[0])
         if host is not None:
             y, norm, held = self.last.held(inner, host, slab_elements)
             return residual(x, y, norm, self.negative_slope, held)
-        y, norm, _ = self.last.normalised(inner, slab_elements)
+        y, norm, _ = self.last.normalised(inner, slab_elements, weights[1])
         return residual(x, y, norm, self.negative_slope)
 
     def recomputed(self, x: Deferred, slab_elements: int | None = None) -> Deferred:
         """The same with one tensor kept, the block's output; the inside is run again in backward."""
 
-        def run(*tensors: Tensor) -> Tensor:
-            block = self.deferred(Deferred(x.spec, tensors), slab_elements)
+        def run(first: Tensor, second: Tensor, *tensors: Tensor) -> Tensor:
+            block = self.deferred(Deferred(x.spec, tensors), slab_elements, weights=(first, second))
             return functional.materialise(block, slab_elements=slab_elements)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -176,11 +194,13 @@ class ResidualBlock3d(nn.Module):
 
         # torch.compile takes no contexts here, and updates running statistics once without them.
         options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
-        value = checkpoint(run, *x.tensors, use_reentrant=False, preserve_rng_state=False, **options)
+        # Not asked for again in backward, where a parametrisation may give others.
+        tensors = (self.unit.conv.weight, self.last.conv.weight, *x.tensors)
+        value = checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False, **options)
         return plain(value, x.dtype, x.shape[2])
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = functional.compute_dtype(x.device, self.unit.conv.weight)
+        dtype = functional.compute_dtype(x.device, next(self.unit.conv.parameters()))
         return functional.materialise(self.deferred(functional.plain(x, dtype)))
 
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import effseg
 import effseg.algorithms
-from effseg import inference, modules
+from effseg import functional, inference, modules
 from effseg.algorithms.aten import ops as aten_ops
 from effseg.common.settings import Captured, Setting, settings
 from effseg.conversion.streamed import Streaming
@@ -111,7 +111,7 @@ def test_a_step_of_effsegnet(options: dict[str, Any], dtype: str, algorithm: str
     network = on_device(effseg.EffSegNet(1, 3, **{"preset": "small", **options}))
     image, labels = batch()
     if options["memory"] == "auto":
-        network._configure(image)  # predicts, on fake tensors of the CPU
+        network._configure(functional.plain(image), image, labels)  # predicts, on fake tensors of the CPU
     step(network, lambda: network.loss(image, labels), dtype, algorithm)
 
 

@@ -103,6 +103,16 @@ def test_half_precision_is_widened():
     assert torch.equal(loss, dice_cross_entropy(logits.float(), labels))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_class_weights_under_autocast(dtype):
+    """Autocast rounds matrix products: more voxels of a class than fp16 holds must not make a loss of 0."""
+    logits, labels = batch(n=1, classes=3, size=(48, 48, 96), dtype=torch.float32)
+    weights = torch.tensor([0.3, 1.0, 2.0])
+    alone = dice_cross_entropy(logits, labels, class_weights=weights)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(dice_cross_entropy(logits, labels, class_weights=weights), alone)
+
+
 def test_gradient_is_the_finite_difference():
     logits, labels = batch(n=1, classes=3, size=(2, 2, 2))
     weights = torch.tensor([0.3, 1.0, 2.0])

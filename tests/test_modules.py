@@ -168,8 +168,19 @@ def test_what_would_be_left_out_silently_is_refused():
             unit(x)
     unit = ConvNormAct3d(1, 8)
     prune.l1_unstructured(unit.conv, "weight", 0.5)
-    with pytest.raises(ValueError, match="conv: expected no forward hooks"):
+    with pytest.raises(ValueError, match="conv: expected no hooks"):
         unit(x)
+    unit = ConvNormAct3d(1, 8)
+    unit.norm.register_full_backward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="norm: expected no hooks"):
+        unit(x)
+    unit = ConvNormAct3d(1, 8)
+    unit.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    assert torch.equal(unit(x), 2 * unit.eval().forward(x))
+    block = ResidualBlock3d(8)
+    block.unit.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="unit: expected no hooks"):
+        block(torch.randn(2, 8, 4, 4, 4))
     unit = ConvNormAct3d(1, 8)
     parametrizations.weight_norm(unit.conv)
     unit(x).square().sum().backward()

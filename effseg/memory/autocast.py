@@ -9,23 +9,33 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-# https://docs.pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior: the entries that a segmentation
-# network or its loss can meet.
+# ATen/autocast_mode.h, AT_FORALL_LOWER_PRECISION_FP and those after it, by the names of torch functions: the
+# entries that a segmentation network or its loss can meet, and what is made of them.
 # fmt: off
 LOW_PRECISION = frozenset({
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
-    "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "chain_matmul", "prelu",
-    "scaled_dot_product_attention", "einsum", "tensordot", "inner", "multi_dot",
-    "multi_head_attention_forward",  # the last five are made of others that are on CUDA's list
+    "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "addmv", "addr", "baddbmm", "addbmm", "mv",
+    "chain_matmul", "linalg_multi_dot", "linalg_vecdot", "prelu", "scaled_dot_product_attention", "einsum",
+    "multi_head_attention_forward",
 })
 FULL_PRECISION = frozenset({
-    "softmax", "log_softmax", "group_norm", "layer_norm", "nll_loss", "cross_entropy", "cross_entropy_loss",
-    "binary_cross_entropy_with_logits", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div",
-    "exp", "expm1", "log", "log1p", "log2", "log10", "pow", "__pow__", "rsqrt", "reciprocal", "cumsum",
-    "cumprod", "prod", "norm", "cosine_similarity", "softplus",
+    "softmax", "softmin", "special_softmax", "log_softmax", "special_log_softmax", "logsumexp",
+    "special_logsumexp", "group_norm", "layer_norm", "rms_norm", "local_response_norm", "normalize", "renorm",
+    "nll_loss", "cross_entropy", "cross_entropy_loss", "poisson_nll_loss", "cosine_embedding_loss",
+    "margin_ranking_loss", "binary_cross_entropy_with_logits", "mse_loss", "l1_loss", "smooth_l1_loss",
+    "huber_loss", "kl_div", "exp", "expm1", "log", "log1p", "log2", "log10", "pow", "__pow__", "__rpow__",
+    "square", "rsqrt", "reciprocal", "__rtruediv__", "__rdiv__", "tan", "acos", "asin", "cosh", "sinh",
+    "erfinv", "cumsum", "cumprod", "prod", "norm", "linalg_norm", "linalg_vector_norm", "linalg_matrix_norm",
+    "dist", "cdist", "pairwise_distance", "cosine_similarity", "softplus", "upsample", "upsample_nearest",
+    "upsample_bilinear", "interpolate",
 })
+PROMOTED = frozenset({
+    "addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "vdot", "inner", "tensordot", "grid_sample",
+    "scatter_add",
+})
+"""They take the widest type among their arguments, where torch otherwise refuses several."""
 # fmt: on
 
 
@@ -59,8 +69,12 @@ class CudaAutocast(TorchFunctionMode):
         if name in LOW_PRECISION:
             args, kwargs = tree_map(self._lower, (args, kwargs))
             return func(*args, **kwargs)
-        if name in FULL_PRECISION:
+        if name in FULL_PRECISION and kwargs.get("mode") != "area":  # which is pooling
             return func(*map(_raise, args), **{key: _raise(value) for key, value in kwargs.items()})
+        if name in PROMOTED and any(x.dtype == torch.float32 for x in _tensors((args, kwargs))):
+            args, kwargs = tree_map(_raise, (args, kwargs))
+        if name == "sum" and kwargs.get("dtype") is None and any(map(_is_low, _tensors(args))):
+            kwargs = {**kwargs, "dtype": torch.float32}  # as it reads, not of a copy
         return func(*args, **kwargs)
 
     def _lower(self, value: Any) -> Any:
@@ -74,6 +88,12 @@ class CudaAutocast(TorchFunctionMode):
 
 
 def _raise(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
-        return value.float()
-    return value
+    return value.float() if isinstance(value, torch.Tensor) and _is_low(value) else value
+
+
+def _is_low(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

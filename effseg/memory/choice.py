@@ -47,7 +47,8 @@ class Settings:
 
 class Step(Protocol):
     """One kind of training step of a network with settings, hashable. shape: the image's, (N, C, D, H, W);
-    dtype: bf16 or fp32; device: where it runs, cpu or cuda; processes: that share the volume."""
+    dtype: bf16 or fp32; device: where it runs, cpu or cuda; processes: that share the volume; image_dtype,
+    label_dtype: as the batch lies there."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -59,6 +60,10 @@ class Step(Protocol):
     def device(self) -> str: ...
     @property
     def processes(self) -> int: ...
+    @property
+    def image_dtype(self) -> torch.dtype: ...
+    @property
+    def label_dtype(self) -> torch.dtype: ...
 
     def __hash__(self) -> int: ...
 
@@ -79,6 +84,7 @@ def predict(step: Step, settings: Settings) -> MemoryReport:
         return peak_training_memory(
             lambda: step.build(settings), step.shape, dtype=step.dtype, optimizer=step.optimizer,
             device=step.device, augmented=step.device == "cuda", processes=step.processes,
+            image_dtype=step.image_dtype, label_dtype=step.label_dtype,
         )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from effseg.memory.choice import Choice, Settings, first_that_fits, usable
 from effseg.models.base import SegmentationModel, check_image, check_sizes
 from effseg.models.levels import PRESETS, DecoderLevel, EncoderLevel, levels_of
 from effseg.models.training_step import TrainingStep
+from effseg.modules import refuse_hooks
 from effseg.offload.memory import HostMemory
 from effseg.operators import share
 from effseg.operators.normalisation import NORMS
@@ -85,7 +86,7 @@ class EffSegNet(SegmentationModel):
 
     Memory of a training step: see ``effseg plan``. Raises `InputError` (a `ValueError`) for unknown options,
     for shapes that do not fit, and in training with batch norm for a single image of one voxel on the lowest
-    level.
+    level; `ValueError` for hooks on its modules, which are not called.
     """
 
     follows_autocast = True
@@ -130,6 +131,7 @@ class EffSegNet(SegmentationModel):
         )  # fmt: skip
         self.architecture = PRESETS[preset]
         self.active_memory = memory
+        self._budget = memory_budget  # of auto
         self._configured_for: tuple[Any, ...] = ()
         self.recompute_levels = recompute
         self.offloads = offload and memory != "auto"
@@ -169,14 +171,15 @@ class EffSegNet(SegmentationModel):
 
     def loss(self, image: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Dice + cross-entropy without full-size logits: `effseg.functional.segmentation_loss`'s options."""
-        whole = self._whole(image, options)
-        if self.arguments["memory"] == "auto":
-            self._configure(whole, image.device)
+        auto = self.arguments["memory"] == "auto"
+        whole = self._whole(image, {**options, str(labels.dtype): None} if auto else options)
+        if auto:
+            self._configure(whole, image, labels)
         slab = self._slab_elements(image)
         slab_options = {**options, "slab_elements": slab}
         if self.streams:
             # Room for the first layer's slabs, and then for the first tensor that is stored.
-            dtype = functional.compute_dtype(image.device, self.head.weight)
+            dtype = self._dtype(image.device)
             make_room(image.device, image.shape[0] * self._elements(image)[1] * dtype.itemsize)
         trunk = self._trunk(whole, self.streams, slab)
         if self.streams:
@@ -263,47 +266,59 @@ class EffSegNet(SegmentationModel):
         dtype: torch.dtype,
         budget: int | str | None = None,
         device: torch.device | None = None,
+        image_dtype: torch.dtype = torch.float32,
+        label_dtype: torch.dtype = torch.uint8,
     ) -> Choice:
         """Use, from now on, the settings with the least arithmetic that fit a training step with AdamW.
 
         image_shape: (N, C, D, H, W), of the whole volume where processes share one, which then choose the
         same for the smallest of their budgets; dtype: the compute type; budget: bytes, or a text such as
-        ``24GB``; None: what the GPU of `device` (by default that of the weights) has, less a tenth. Raises
-        InputError where nothing fits, on a CPU without a budget, and for a type that is never predicted.
+        ``24GB``, for later steps of ``auto`` too; None: what the GPU of `device` (by default that of the
+        weights) has, less a tenth; image_dtype, label_dtype: of what `loss` is given. Raises InputError where
+        nothing fits, on a CPU without a budget, and for a type that is never predicted.
         """
-        device, split = device or self.head.weight.device, current()
+        device, split = device or next(self.parameters()).device, current()
         if dtype not in COMPUTE_TYPES:
             known = ", ".join(map(dtype_name, COMPUTE_TYPES))
             raise InputError(f"memory: auto knows {known}, got {dtype_name(dtype)}")
-        kind = "cpu" if device.type == "cpu" else "cuda"
+        kind, processes = "cpu" if device.type == "cpu" else "cuda", 1 if split is None else split.size
         step = TrainingStep.of(
-            type(self), self.arguments, image_shape, COMPUTE_TYPES[dtype], "adamw", kind,
-            1 if split is None else split.size,
+            type(self), self.arguments, image_shape, COMPUTE_TYPES[dtype], "adamw", kind, processes,
+            image_dtype, label_dtype,
         )  # fmt: skip
         least = smallest(usable(budget, device), device)
         with entered(None):
             choice = first_that_fits(step, step.candidates(offload=self.arguments["offload"]), least)
         self.use(choice.settings, choice.slab_elements)
+        self._budget = budget
+        self._configured_for = (tuple(image_shape), dtype, device, processes, image_dtype, label_dtype)
         return choice
 
-    def _configure(self, image: Deferred, device: torch.device) -> None:
-        """Choose for this size, unless it was the last one's too."""
+    def _configure(self, whole: Deferred, image: Tensor, labels: Tensor) -> None:
+        """Choose for this size and these types, unless they were the last ones, too."""
         split = current()
-        wanted = (image.shape, image.dtype, device, 1 if split is None else split.size)
+        processes = 1 if split is None else split.size
+        wanted = (whole.shape, whole.dtype, image.device, processes, image.dtype, labels.dtype)
         if wanted != self._configured_for:
-            self.configure(image.shape, image.dtype, self.arguments["memory_budget"], device)
-            self._configured_for = wanted
+            self.configure(whole.shape, whole.dtype, self._budget, image.device, image.dtype, labels.dtype)
 
     def _whole(self, image: Tensor, options: dict[str, Any] | None = None) -> Deferred:
         """The image as an expression in the compute type, of the shape of the volume of which it is this
         process's part; processes that share one agree on what follows."""
         check_image(image, self.arguments["in_channels"])
+        for name, module in self.named_modules():
+            if name:
+                refuse_hooks(name, module)
         settings = (
             self.name, self.arguments, self.active_memory, self.recompute_levels, self.training,
             torch.is_grad_enabled(), sorted((options or {}).keys()),
         )  # fmt: skip
-        dtype = functional.compute_dtype(image.device, self.head.weight)
+        dtype = self._dtype(image.device)
         return functional.plain(image, dtype, whole_rows(image, f"{settings} {dtype}"))
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        """The compute type. The head's weight is not asked: a parametrised one would be made anew."""
+        return functional.compute_dtype(device, next(self.head.parameters()))
 
     def _trunk(self, image: Deferred, streamed: bool, slab: int | None) -> Trunk:
         """Everything but the last decoder level; streamed: the first layer is not stored."""

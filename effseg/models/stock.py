@@ -50,8 +50,7 @@ class StockEffSegNet(EffSegNet):
     def _decoded(self, image: Tensor) -> list[Tensor]:
         """The decoder's levels, the finest first."""
         check_image(image, self.arguments["in_channels"])
-        weight = self.head.weight
-        x = image if image.is_floating_point() else image.to(weight.dtype)
+        x = image if image.is_floating_point() else image.to(next(self.head.parameters()).dtype)
         skips = []
         for level in self.encoder:
             assert isinstance(level, EncoderLevel)

@@ -34,6 +34,8 @@ class TrainingStep:
     optimizer: str = "adamw"
     device: str = "cuda"
     processes: int = 1
+    image_dtype: torch.dtype = torch.float32
+    label_dtype: torch.dtype = torch.uint8
 
     def __post_init__(self) -> None:
         check_step(self.shape, self.dtype, self.device)

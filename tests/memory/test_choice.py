@@ -241,6 +241,31 @@ def test_configure_sets_what_was_chosen_and_disturbs_nothing():
 
 
 @pytest.mark.usefixtures("small_preset")
+def test_a_budget_that_was_configured_stays():
+    """For the steps that follow, also where they meet another size."""
+    model = EffSegNet(**FEW_LEVELS, memory="auto", memory_budget="8GB")
+    chosen = model.configure(SMALL, torch.float32, "3MB")
+    for rows in (24, 22):
+        image = torch.randn(1, 1, rows, 16, 16)
+        model.loss(image, torch.zeros(1, rows, 16, 16, dtype=torch.uint8))
+        assert model.active_memory == chosen.memory == "stream"
+
+
+@pytest.mark.usefixtures("small_preset")
+@pytest.mark.parametrize("types", [(torch.float32, torch.int64), (torch.float64, torch.uint8)], ids=str)
+def test_a_choice_counts_the_batch_as_it_is(types):
+    """Labels in int64 take seven bytes a voxel more than those in uint8, and the budget is for both."""
+    image, labels = (torch.zeros(n, dtype=t) for n, t in zip((SMALL, (1, *SMALL[2:])), types, strict=True))
+    needed = peak_training_memory(
+        EffSegNet(**FEW_LEVELS), SMALL, dtype="fp32", image_dtype=types[0], label_dtype=types[1]
+    )
+    for budget, memory in ((needed.reserved, "raw"), (needed.reserved - 1, "stream")):
+        model = EffSegNet(**FEW_LEVELS, memory="auto", memory_budget=budget)
+        model.loss(image, labels)
+        assert model.active_memory == memory
+
+
+@pytest.mark.usefixtures("small_preset")
 def test_the_network_of_a_choice_is_the_one_that_is_trained():
     """Other options of the constructor reach the prediction, those that a choice decides do not."""
     arguments = EffSegNet(2, 7, preset="small").arguments | {"norm": "batch", "memory_budget": "8GB"}

@@ -1,8 +1,12 @@
 """Predictions against the same step run for real, and their contract; published figures: benchmarking/."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from effseg.benchmarking.networks import plain_conv_unet
@@ -185,6 +189,66 @@ def test_cuda_autocast_rules():
         again = nn.functional.conv3d(torch.randn(1, 1, 2, 2, 2), weight)
         assert len(rules._weights) == 1
     assert again.grad_fn is not None
+
+
+def _calls(device):
+    """Calls that a network or a loss makes of tensors in bf16, float32 or both, by name."""
+    low = torch.empty(4, 4, device=device, dtype=torch.bfloat16)
+    wide, volume = torch.empty(4, 4, device=device), low.expand(1, 4, 4, 4, 4)
+    grid = torch.empty(1, 4, 4, 4, 3, device=device)
+    up = partial(nn.functional.interpolate, volume, scale_factor=2)
+    return {
+        "trilinear": lambda: up(mode="trilinear"),
+        "nearest": up,
+        "area": lambda: up(mode="area"),
+        "Upsample": lambda: nn.Upsample(scale_factor=2, mode="trilinear")(volume),
+        "grid_sample": lambda: nn.functional.grid_sample(volume, grid, align_corners=False),
+        "sum": lambda: volume.sum((2, 3, 4)),
+        "mean": lambda: volume.mean((2, 3, 4)),
+        "logsumexp": lambda: low.logsumexp(1),
+        "softmax": lambda: low.softmax(1),
+        "rms_norm": lambda: nn.functional.rms_norm(low, (4,)),
+        "normalize": lambda: nn.functional.normalize(low),
+        "batch_norm": lambda: nn.functional.batch_norm(volume, None, None, training=True),
+        "1 / x": lambda: 1 / low,
+        "x / 2": lambda: low / 2,
+        "2 ** x": lambda: 2**low,
+        "square": lambda: low.square(),
+        "rmatmul": lambda: wide.__rmatmul__(wide),
+        "inner": lambda: torch.inner(wide, wide),
+        "tensordot": lambda: torch.tensordot(wide, low, 1),
+        "einsum": lambda: torch.einsum("ij,jk->ik", wide, low),
+    }
+
+
+def _types(device, rules):
+    with FakeTensorMode():
+        calls = _calls(device)
+        with rules:
+            return {name: call().dtype for name, call in calls.items()}
+
+
+def test_cuda_autocast_rules_are_torchs():
+    """Fake tensors of a GPU, which C++ takes for its own, say what torch makes of each call."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)  # not torch.autocast, which is off where there is no GPU
+    try:
+        wanted = _types("cuda", nullcontext())
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert _types("cpu", CudaAutocast()) == wanted
+
+
+def test_upsampling_in_bf16_is_counted_as_torchs_autocast_does_it():
+    """In float32, as is what it makes."""
+
+    class Upsampling(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Conv3d(1, 4, 1, stride=2), nn.Upsample(scale_factor=2, mode="trilinear"))
+
+    options = {"loss": lambda logits, labels: logits.mean(), "label_dtype": torch.uint8}
+    report = peak_training_memory(Upsampling, (1, 1, 64, 64, 64), **options)
+    assert ("float32", 16.0) in {(t.dtype, t.nbytes / 64**3) for t in report.largest}
 
 
 class Strided(nn.Module):

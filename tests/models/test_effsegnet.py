@@ -7,6 +7,7 @@ import pytest
 import torch
 from kept import bytes_kept_for_backward
 from tolerances import EXACT, joined, moved_by_rounding, relative_error
+from torch.nn.utils import parametrizations
 
 import effseg
 from effseg import EffSegNet, UNet3D
@@ -167,6 +168,51 @@ def test_logits_and_segmentation(preset):
     grad = torch.randn_like(logits)
     got, expected = (torch.autograd.grad(m(image), list(m.parameters()), grad) for m in (ours, stock))
     assert all(relative_error(a, b) <= EXACT for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.usefixtures("small_preset")
+@pytest.mark.parametrize("memory", ["raw", "stream"])
+@pytest.mark.parametrize("name", ["head", "auxiliary_heads.0", "decoder.0.lateral", "encoder.1.blocks.0"])
+def test_hooks_on_what_is_not_called_are_refused(name, memory):
+    """A pruned head would keep the weight that pruning found, whatever is trained or loaded afterwards."""
+    image, labels = batch((2, 1, 16, 18, 40))
+    model = EffSegNet(1, 5, "small", memory=memory, auxiliary=True).double()
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda *args: None)
+    for call in (model, model.segment, lambda image: model.loss(image, labels)):
+        with pytest.raises(ValueError, match=f"{name}: expected no hooks"):
+            call(image)
+    handle.remove()
+    model.register_forward_hook(lambda _model, _inputs, output: output.argmax(1))
+    assert model(image).shape == labels.shape
+
+
+PARAMETRISED = {
+    "encoder.0.enter.conv": {"memory": "stream"},
+    "decoder.0.unit.conv": {"memory": "stream"},
+    "decoder.0.lateral": {"memory": "raw"},
+    "encoder.1.blocks.0.last.conv": {"memory": "stream", "recompute": 1},
+    "encoder.5.blocks.1.unit.conv": {"memory": "stream", "recompute": 5},
+    "head": {"memory": "stream"},
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRISED)
+def test_parametrised_weights_are_made_once_in_a_step(name):
+    """Spectral norm's power iteration goes on each time: statistics would be those of another weight."""
+    _, stock = pair()
+    ours = EffSegNet(1, 5, **PARAMETRISED[name]).double()
+    ours.load_state_dict(stock.state_dict())
+    image, labels = batch((1, 1, 33, 34, 40))
+    found = []
+    for model in (ours, stock):
+        layer = model.get_submodule(name)
+        torch.manual_seed(1)
+        parametrizations.spectral_norm(layer)
+        loss = model.loss(image, labels)
+        loss.backward()
+        held = layer.parametrizations.weight
+        found.append((loss.detach(), held.original.grad, held[0]._u))
+    assert all(relative_error(a, b) <= EXACT for a, b in zip(*found, strict=True))
 
 
 def test_evaluation_mode_uses_running_statistics():
